@@ -1,0 +1,54 @@
+# Every target sets up what it needs: Python, cargo and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
+
+.PHONY: demo test bench lint format clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group dev "onnx>=1.16" "onnxruntime>=1.18" "rich>=13" "typer>=0.15"
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --quiet --release >/dev/null
+	touch $@
+
+# The network of the demo: the wheel is fetched for its .onnx files, without what it would install beside them.
+$(VENV)/network: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps rapidocr-onnxruntime==1.4.4
+	touch $@
+
+# What an empty environment installs in the packaging test, so that tests need no network.
+build/wheelhouse: $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --only-binary :all: --dest $@ "numpy>=1.24"
+	touch $@
+
+demo: $(VENV)/built $(VENV)/network
+	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/built build/wheelhouse
+	cargo test --quiet --no-default-features
+	$(BIN)/python -m pytest -q $(PYTEST)
+
+bench: $(VENV)/built
+	$(BIN)/python benches/bench.py $(BENCH)
+
+lint: $(VENV)/built
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --all-targets --no-default-features -- -D warnings
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest biascorr._kernels
+
+format: $(VENV)/installed
+	cargo fmt
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build target

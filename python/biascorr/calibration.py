@@ -1,0 +1,181 @@
+"""Where calibration samples come from: arrays, files, folders, readers, any iterable of batches.
+
+Whatever the source, batches come out one by one, checked against the inputs of the model.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SUFFIXES = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """An input of a model.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    dtype : numpy dtype
+        What it holds.
+    shape : tuple of int or None, or None
+        Its axes, None where one may have any size; None where even the rank is unknown.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] | None
+
+
+def number_of_batches(data: Any) -> int | None:
+    """How many batches the data gives, None where only reading it can tell."""
+    if isinstance(data, (str, PathLike)):
+        path = Path(data)
+        return len(_files(path)) if path.is_dir() else None
+    return len(data) if isinstance(data, Sized) and not isinstance(data, (np.ndarray, Mapping)) else None
+
+
+def batches_from_data(data: Any, inputs: Sequence[ModelInput]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Batches by input name, as the model takes them.
+
+    Parameters
+    ----------
+    data : path, array, mapping, reader or iterable
+        See :func:`biascorr.correct`.
+    inputs : sequence of ModelInput
+        What the model takes.
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    TypeError
+        The data is of no kind above, or an array has another dtype than the input.
+    ValueError
+        A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
+    """
+    for name, batch in _named_batches(data, inputs):
+        for each in inputs:
+            _check(batch[each.name], each, name)
+        yield batch
+
+
+Batches = Iterator[tuple[str, dict[str, NDArray[Any]]]]
+"""What errors call a batch, and the batch."""
+
+
+def _named_batches(data: Any, inputs: Sequence[ModelInput]) -> Batches:
+    if isinstance(data, (str, PathLike)):
+        yield from _from_path(Path(data), inputs)
+    elif isinstance(data, (np.ndarray, Mapping)):
+        yield from _samples(_by_name(data, inputs, "data"), inputs, "data")
+    elif hasattr(data, "get_next"):
+        yield from _each(iter(data.get_next, None), inputs)
+    elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
+        yield from _each(data, inputs)
+    else:
+        raise TypeError(f"data: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
+
+
+def _each(batches: Iterable[Any], inputs: Sequence[ModelInput]) -> Batches:
+    for k, batch in enumerate(batches):
+        name = f"data[{k}]"
+        yield name, _by_name(batch, inputs, name)
+
+
+def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, NDArray[Any]]:
+    names = [each.name for each in inputs]
+    if not isinstance(batch, Mapping):
+        arrays = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        if len(arrays) != len(inputs):
+            hint = "; drop labels, e.g. (x for x, label in data)" if len(arrays) == len(inputs) + 1 else ""
+            raise ValueError(f"{name}: {len(arrays)} arrays, the model has {len(inputs)} inputs ({', '.join(names)}){hint}")
+        batch = dict(zip(names, arrays))
+    if set(batch) != set(names):
+        found = ", ".join(map(str, batch)) or "nothing"
+        raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}")
+    return {key: np.asarray(batch[key]) for key in names}
+
+
+def _samples(arrays: dict[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str) -> Batches:
+    """Arrays that hold samples along their first axis, as the smallest batches that the model takes."""
+    counts = {key: len(array) if array.ndim else 0 for key, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{name}: inputs have different numbers of samples: {counts}")
+    size = max([each.shape[0] or 1 for each in inputs if each.shape and _has_batch_axis(arrays[each.name], each)], default=1)
+    count = next(iter(counts.values()), 0)
+    if count % size:
+        raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
+    for start in range(0, count, size):
+        label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{start + size}]"
+        yield label, {each.name: _part(arrays[each.name], each, start, size) for each in inputs}
+
+
+def _has_batch_axis(array: NDArray[Any], model_input: ModelInput) -> bool:
+    return model_input.shape is None or array.ndim <= len(model_input.shape)
+
+
+def _part(array: NDArray[Any], model_input: ModelInput, start: int, size: int) -> NDArray[Any]:
+    return array[start : start + size] if _has_batch_axis(array, model_input) else array[start]
+
+
+def _from_path(path: Path, inputs: Sequence[ModelInput]) -> Batches:
+    if not path.is_dir():
+        yield from _from_file(path, inputs)
+        return
+    for file in _files(path):
+        arrays = _read(file)
+        yield str(file), _by_name(arrays, inputs, str(file))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+
+
+def _from_file(path: Path, inputs: Sequence[ModelInput]) -> Batches:
+    arrays = _read(path)
+    if isinstance(arrays, dict) and len(inputs) == 1 and arrays and all(key.startswith("arr_") for key in arrays):
+        # np.savez(path, *batches): arrays without names, one batch each.
+        for key, array in arrays.items():
+            yield from _samples({inputs[0].name: array}, inputs, f"{path}: {key}")
+        return
+    yield from _samples(_by_name(arrays, inputs, str(path)), inputs, str(path))
+
+
+def _read(path: Path) -> Any:
+    """An array of an .npy file, a dict of those of an .npz file."""
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"data: {path}: expected an .npy or .npz file, or a folder of them")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"data: {path} cannot be read: {error}") from None
+
+
+def _check(array: NDArray[Any], expected: ModelInput, name: str) -> None:
+    if array.dtype != expected.dtype:
+        raise TypeError(f"{name}: input {expected.name}: dtype {array.dtype}, the model takes {expected.dtype}")
+    if expected.shape is not None:
+        fits = len(array.shape) == len(expected.shape)
+        fits = fits and all(b is None or a == b for a, b in zip(array.shape, expected.shape))
+        if not fits or 0 in array.shape:
+            axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
+            raise ValueError(f"{name}: input {expected.name}: shape {array.shape}, the model takes ({axes})")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        kind = "nan" if np.isnan(array).any() else "inf"
+        raise ValueError(f"{name}: input {expected.name}: contains {kind}")

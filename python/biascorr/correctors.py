@@ -1,0 +1,193 @@
+"""What is added to a layer's bias to cancel the shift of its quantized weights.
+
+    shift[g,o] = sum over s,i of (W - Wq)[s,i,g,o] * E[x][g,i]          added to the bias, before the bias is quantized
+
+Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biascorr import _kernels
+from biascorr.statistics import clipped_normal_mean
+
+_LAYOUT_OF_RANK = {2: "IO", 3: "WIO", 4: "HWIO", 5: "HWIGO", 6: "DHWIGO"}
+_BOUNDS = {None: (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+
+
+class BiasCorrector(abc.ABC):
+    """Computes the correction of one layer's bias. Subclasses take what they need in their constructor."""
+
+    @abc.abstractmethod
+    def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any] | None:
+        """The value to add to the layer's bias before the bias is quantized; None leaves the bias alone.
+
+        Parameters
+        ----------
+        weights : ndarray
+            The layer's weights, in real units.
+        fake_quantized_weights : ndarray
+            What they become: quantized, then dequantized; the same shape.
+
+        Returns
+        -------
+        ndarray, (output channels,), or None
+        """
+
+
+class NullBiasCorrector(BiasCorrector):
+    """Leaves every bias alone."""
+
+    def calculate(self, weights: Any, fake_quantized_weights: Any) -> None:  # noqa: ARG002
+        """None."""
+        return
+
+
+class MeanBiasCorrector(BiasCorrector):
+    """Corrects by the mean of the layer's input: correction[g*O+o] = sum over s,i of (W - Wq)[s,i,g,o] * mean[g*I+i].
+
+    Parameters
+    ----------
+    input_mean : array_like, (I*G,) or (*K, I*G)
+        Mean of the layer's input in real units: per channel (:func:`~biascorr.prepare_input_mean`), or per kernel tap and
+        channel, which is exact under padding. It is copied.
+    groups : int
+        How many groups the O axis counts, as TensorFlow, ONNX and torch store grouped convolutions. In a layout that starts
+        with I (transposed convolution, e.g. "IOHW") the I axis counts them.
+    layout : str, optional
+        Names the axes of the weights, each letter once: O or M output channels, I input channels, G or C groups, D, H, W
+        space. "OIHW" is ONNX and torch, "IOHW" transposed, "OI" a torch linear layer, "HWCM" Keras depthwise. By default it
+        follows the rank of the weights: 2 IO, 3 WIO, 4 HWIO, 5 HWIGO, 6 DHWIGO.
+
+    Raises
+    ------
+    TypeError
+        The mean is not of real numbers.
+    ValueError
+        The mean has no axis; groups < 1.
+
+    Examples
+    --------
+    >>> weights = np.array([[0.1, 0.2], [0.3, 0.4]])
+    >>> quantized = np.array([[0.0, 0.25], [0.25, 0.5]])
+    >>> MeanBiasCorrector([1.0, 2.0]).calculate(weights, quantized)
+    array([ 0.2 , -0.25])
+    """
+
+    def __init__(self, input_mean: ArrayLike, *, groups: int = 1, layout: str | None = None) -> None:
+        mean = np.asarray(input_mean)
+        if not np.can_cast(mean.dtype, np.float64, "same_kind"):
+            raise TypeError(f"input_mean: dtype {mean.dtype}, expected real numbers")
+        if mean.ndim == 0:
+            raise ValueError("input_mean: 0-dimensional, expected (input channels,) or (*taps, input channels)")
+        if groups < 1:
+            raise ValueError(f"groups: {groups}, expected at least 1")
+        self._mean = np.array(mean, dtype=np.float64, order="C")
+        self._groups = groups
+        self._layout = layout
+
+    def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:
+        """The correction, accumulated in float64.
+
+        Parameters
+        ----------
+        weights : ndarray
+            The layer's weights, axes as in `layout`, any strides. Not modified.
+        fake_quantized_weights : ndarray
+            What they become; the same shape.
+
+        Returns
+        -------
+        ndarray, (G*O,)
+            float64 if `weights` is float64, else float32. Zeros, not None, where nothing is to be corrected.
+
+        Raises
+        ------
+        TypeError
+            The weights are not of real numbers.
+        ValueError
+            The shapes of the weights differ; the layout has unknown letters or another rank; the groups do not divide the
+            channels; the mean has another shape than the weights call for.
+        """
+        weights = np.asanyarray(weights)
+        layout = self._layout or _LAYOUT_OF_RANK.get(weights.ndim)
+        if layout is None:
+            raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
+        shift = _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout)
+        wide = weights.dtype.kind == "f" and weights.dtype.itemsize >= 8
+        return shift if wide else shift.astype(np.float32)
+
+
+class AnalyticalBiasCorrector(MeanBiasCorrector):
+    """Corrects without data: the input is a normal distribution from a BatchNorm, clipped by an activation.
+
+    Parameters
+    ----------
+    beta, gamma : array_like, (I*G,)
+        Shift and scale of the BatchNorm before the layer: its output is N(beta, gamma^2).
+    activation : None, "relu", "relu6" or (low, high)
+        What is between the BatchNorm and the layer; a pair of bounds is a Clip.
+    groups, layout
+        As in :class:`MeanBiasCorrector`.
+
+    Raises
+    ------
+    ValueError
+        An unknown activation; shapes of beta and gamma that differ.
+
+    Notes
+    -----
+    arXiv 1906.04721, section 4.2.1 and appendix C. The sign of gamma does not matter.
+    """
+
+    def __init__(
+        self,
+        beta: ArrayLike,
+        gamma: ArrayLike,
+        activation: str | tuple[float, float] | None = None,
+        *,
+        groups: int = 1,
+        layout: str | None = None,
+    ) -> None:
+        bounds = activation if isinstance(activation, tuple) else _BOUNDS.get(activation)
+        if bounds is None:
+            raise ValueError(f"activation: {activation!r}, expected None, 'relu', 'relu6' or (low, high)")
+        super().__init__(clipped_normal_mean(beta, gamma, *bounds), groups=groups, layout=layout)
+
+
+class EmpiricalBiasCorrector(BiasCorrector):
+    """Corrects by what was measured: mean output of the reference layer minus that of the quantized layer.
+
+    Parameters
+    ----------
+    reference_mean, quantized_mean : array_like, (output channels,)
+        Mean outputs before the activation, bias included, in real units.
+
+    Raises
+    ------
+    ValueError
+        Their shapes differ, or are not 1-dimensional.
+
+    Examples
+    --------
+    >>> EmpiricalBiasCorrector([1.0, 2.0], [1.25, 1.5]).calculate(None, None)
+    array([-0.25,  0.5 ])
+    """
+
+    def __init__(self, reference_mean: ArrayLike, quantized_mean: ArrayLike) -> None:
+        reference, quantized = np.asarray(reference_mean), np.asarray(quantized_mean)
+        if reference.shape != quantized.shape or reference.ndim != 1:
+            raise ValueError(
+                f"reference_mean, quantized_mean: shapes {reference.shape} and {quantized.shape}, expected one equal axis"
+            )
+        dtype = np.result_type(reference, quantized, np.float32)
+        self._correction = np.subtract(reference, quantized, dtype=np.float64).astype(dtype)
+
+    def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:  # noqa: ARG002
+        """reference_mean - quantized_mean, whatever the weights: float64 if either mean is, else float32."""
+        return self._correction.copy()

@@ -1,0 +1,131 @@
+"""What the engine knows of a model: its layers, and what can be asked of the network they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from biascorr.quantization import Quantization
+from biascorr.statistics import Window
+
+Feeds = Mapping[str, NDArray[Any]]
+"""One batch: input name -> array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear operator with constant weights: y = gain * (weights x input) + bias.
+
+    Parameters
+    ----------
+    name, op : str
+        Of the node: what the report calls it, and its operator.
+    weights : ndarray
+        What the operator multiplies with, in real units; fake-quantized ones in a quantized network.
+    layout : str
+        The axes of the weights, as :class:`~biascorr.MeanBiasCorrector` names them.
+    input : str
+        The tensor it reads.
+    input_quantization : Quantization or None
+        Where the tensor holds quantized values: what they stand for.
+    channel_axis : int
+        Axis of the input that the weights contract.
+    groups : int
+        Groups of a convolution.
+    window : Window or None
+        How a convolution's kernel moves; None for a matrix product.
+    gain : float
+        A constant factor on the product (alpha of a Gemm).
+    """
+
+    name: str
+    op: str
+    weights: NDArray[Any]
+    layout: str
+    input: str
+    input_quantization: Quantization | None
+    channel_axis: int
+    groups: int = 1
+    window: Window | None = None
+    gain: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """Output channels, of all groups."""
+        return self.weights.shape[self.layout.index("O")]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Parameters
+    ----------
+    name, op : str
+        The layer and its operator.
+    method : str or None
+        How its bias was corrected; None: it was left alone.
+    channels : int or None
+        Output channels; None where the layer was not understood.
+    shift_before, shift_after : float or None
+        Mean over channels of the absolute shift that the weight error leaves in the outputs, in real units: as found, and
+        what is left of it after rounding to the bias's own format.
+    reason : str
+        Why the layer was left alone, or what is worth knowing about its bias; else empty.
+    """
+
+    name: str
+    op: str
+    method: str | None = None
+    channels: int | None = None
+    shift_before: float | None = None
+    shift_after: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class BiasChange:
+    """What became of a shift that was added to a bias.
+
+    Parameters
+    ----------
+    applied : ndarray, (channels,), float64
+        The change of the bias in real units, after rounding to its format.
+    note : str
+        What is worth knowing: a saturated value, a bias that did not exist before.
+    """
+
+    applied: NDArray[Any]
+    note: str = ""
+
+
+class Network(Protocol):
+    """A model of some framework, as the engine sees it. Layers are in topological order."""
+
+    @property
+    def model(self) -> Any:
+        """The framework's own model."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers that can be corrected."""
+
+    @property
+    def left_alone(self) -> Sequence[LayerReport]:
+        """The layers that cannot, with the reasons."""
+
+    def tensors(self, names: Sequence[str], batches: Iterable[Feeds]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Runs the network batch by batch and yields the values of the named tensors."""
+
+    def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
+        """A copy whose layers, by name, have other weights."""
+
+    def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
+        """Adds a shift, (channels,) in real units, to the bias of a layer; a layer without one gets one."""
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes the model, whole or not at all; an existing file is kept unless `force`."""

@@ -1,0 +1,185 @@
+"""An ONNX graph that can be asked who makes and who reads a tensor, what is constant, and that keeps its names when edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from biascorr.onnx.runtime import run_constants
+
+_RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+
+class Graph:
+    """The main graph of a model, indexed. Every edit goes through its methods.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Edited in place.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer = {output: node for node in model.graph.node for output in node.output if output}
+        self._readers: dict[str, int] = {}
+        self._nodes_reading: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            self._add_reader(node)
+        for name in _captured(model.graph):
+            self._readers[name] = self._readers.get(name, 0) + 1
+        self.outputs = {output.name for output in model.graph.output}
+        self._names = {*self.producer, *self.initializers, *(each.name for each in model.graph.input)}
+        self._names |= {node.name for node in model.graph.node}
+        self._constant = self._find_constants()
+        self._values: dict[str, NDArray[Any]] = {}
+
+    def _add_reader(self, node: onnx.NodeProto) -> None:
+        for name in node.input:
+            self._readers[name] = self._readers.get(name, 0) + 1
+            self._nodes_reading.setdefault(name, []).append(node)
+
+    def _find_constants(self) -> set[str]:
+        """Tensors that follow from initializers and constants alone."""
+        constant = set(self.initializers)
+        for node in self.model.graph.node:
+            pure = node.op_type not in _RANDOM and not any(_subgraphs(node))
+            if pure and all(not name or name in constant for name in node.input):
+                constant.update(node.output)
+        return constant
+
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        return self.model.graph.node
+
+    def is_constant(self, name: str) -> bool:
+        return name in self._constant
+
+    def values(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """The values of constant tensors."""
+        wanted = {name for name in names if name not in self._values}
+        for name in wanted & set(self.initializers):
+            self._values[name] = numpy_helper.to_array(self.initializers[name])
+        computed = sorted(wanted - set(self.initializers))
+        self._values.update(zip(computed, run_constants(self._constant_model(computed))) if computed else ())
+        return {name: self._values[name] for name in names}
+
+    def value(self, name: str) -> NDArray[Any]:
+        return self.values([name])[name]
+
+    def _constant_model(self, names: Sequence[str]) -> onnx.ModelProto:
+        needed = set(names)
+        nodes = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        graph = helper.make_graph(
+            nodes[::-1],
+            "constants",
+            [],
+            [onnx.ValueInfoProto(name=name) for name in names],
+            [self.initializers[name] for name in sorted(needed & set(self.initializers))],
+        )
+        return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+
+    def only_reader(self, name: str) -> onnx.NodeProto | None:
+        """The one node that reads a tensor; None where others do, a subgraph or the model's caller among them."""
+        alone = self._readers.get(name, 0) == 1 and name not in self.outputs
+        nodes = self._nodes_reading.get(name, [])
+        return nodes[0] if alone and len(nodes) == 1 else None
+
+    def fresh_name(self, base: str) -> str:
+        name, k = base, 1
+        while name in self._names:
+            name, k = f"{base}_{k}", k + 1
+        self._names.add(name)
+        return name
+
+    def set_constant(self, node: onnx.NodeProto, index: int, array: NDArray[Any], base: str) -> None:
+        """Makes an input of a node this constant: in place where it is the node's own, else under a fresh name."""
+        name = node.input[index] if index < len(node.input) else ""
+        if name and self.only_reader(name) is node:
+            if name in self.initializers:
+                self.initializers[name].CopyFrom(_tensor(array, name, self.initializers[name]))
+                self._values.pop(name, None)
+                return
+            source = self.producer[name]
+            if source.op_type == "Constant" and source.attribute[0].name == "value":
+                source.attribute[0].t.CopyFrom(_tensor(array, source.attribute[0].t.name, source.attribute[0].t))
+                self._values.pop(name, None)
+                return
+        self.set_input(node, index, self.add_initializer(base, array))
+
+    def add_initializer(self, base: str, array: NDArray[Any]) -> str:
+        tensor = numpy_helper.from_array(np.asarray(array), self.fresh_name(base))
+        self.model.graph.initializer.append(tensor)
+        self.initializers[tensor.name] = self.model.graph.initializer[-1]
+        self._constant.add(tensor.name)
+        if self.model.ir_version < 4:  # there, initializers are defaults of inputs
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            self.model.graph.input.append(value)
+        return tensor.name
+
+    def set_input(self, node: onnx.NodeProto, index: int, name: str) -> None:
+        while len(node.input) <= index:
+            node.input.append("")
+        old = node.input[index]
+        if old:
+            self._readers[old] -= 1
+            self._nodes_reading[old].remove(node)
+        node.input[index] = name
+        self._readers[name] = self._readers.get(name, 0) + 1
+        self._nodes_reading.setdefault(name, []).append(node)
+
+    def insert(self, node: onnx.NodeProto, beside: onnx.NodeProto, *, after: bool) -> onnx.NodeProto:
+        """Puts a node next to another; returns it as it is in the graph."""
+        index = next(k for k, each in enumerate(self.nodes) if each is beside) + after
+        self.model.graph.node.insert(index, node)
+        inserted = self.model.graph.node[index]
+        self._add_reader(inserted)
+        self.producer.update(dict.fromkeys(inserted.output, inserted))
+        if all(name in self._constant for name in inserted.input):
+            self._constant.update(inserted.output)
+        return inserted
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes of a node by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """All nodes inside the subgraphs of a node."""
+    for graph in _subgraphs(node):
+        for inner in graph.node:
+            yield inner
+            yield from subgraph_nodes(inner)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _captured(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that subgraphs read or give out; those of the main graph are among them."""
+    for node in graph.node:
+        for inner in subgraph_nodes(node):
+            yield from inner.input
+        for subgraph in _subgraphs(node):
+            yield from (output.name for output in subgraph.output)
+
+
+def _tensor(array: NDArray[Any], name: str, like: onnx.TensorProto) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+    tensor.doc_string = like.doc_string
+    return tensor

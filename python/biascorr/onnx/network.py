@@ -1,0 +1,200 @@
+"""An ONNX model as a :class:`~biascorr.model.network.Network`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from biascorr.calibration import ModelInput
+from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport
+from biascorr.onnx import files
+from biascorr.onnx.bias import add_to_bias
+from biascorr.onnx.graph import Graph, attributes, subgraph_nodes
+from biascorr.onnx.quantizers import dequantizer_of
+from biascorr.onnx.runtime import run, session
+from biascorr.quantization import Quantization
+from biascorr.statistics import Window
+
+_SPACE = {1: "W", 2: "HW", 3: "DHW"}
+
+_WEIGHTED = {
+    "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU", "LSTM",
+    "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
+}  # fmt: skip
+"""Operators that multiply with weights and are not corrected."""
+
+
+class OnnxNetwork:
+    """A model, indexed, with its layers.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Owned by this object, which edits its biases.
+    name : str
+        What errors call the model.
+    """
+
+    def __init__(self, model: onnx.ModelProto, name: str) -> None:
+        self._graph = Graph(model)
+        self._name = name
+        self._nodes = _named_nodes(model)
+        self.inputs = _inputs(model)
+        self.layers: list[Layer] = []
+        self.left_alone: list[LayerReport] = []
+        self._graph.values(_weights_of(node, self._graph) for node in self._nodes.values() if _has_weights(node, self._graph))
+        for node_name, node in self._nodes.items():
+            found = self._layer(node_name, node)
+            if isinstance(found, Layer):
+                self.layers.append(found)
+            elif found is not None:
+                self.left_alone.append(LayerReport(node_name, node.op_type, reason=found))
+
+    @classmethod
+    def load(cls, model: Any, name: str) -> OnnxNetwork:
+        """From a path, bytes or a ModelProto; see :func:`biascorr.onnx.files.load` for the errors."""
+        return cls(files.load(model, name), name)
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        return self._graph.model
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Names of all nodes, in topological order."""
+        return list(self._nodes)
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        files.save(self.model, path, force=force)
+
+    def tensors(self, names: Sequence[str], batches: Iterable[Feeds]) -> Iterator[dict[str, NDArray[Any]]]:
+        probed = onnx.ModelProto()
+        probed.CopyFrom(self.model)
+        known = {value.name for value in (*probed.graph.output, *probed.graph.input)}
+        probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        running = session(probed, self._name)
+        fed = {value.name for value in self.model.graph.input}
+        computed = [name for name in names if name not in fed]
+        for feeds in batches:
+            values = dict(zip(computed, run(running, computed, feeds, self._name)))
+            yield {name: feeds[name] if name in fed else values[name] for name in names}
+
+    def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        graph = Graph(model)
+        nodes = _named_nodes(model)
+        for name, array in weights.items():
+            node = nodes[name]
+            index = _weight_index(node, graph)
+            shape = graph.value(node.input[index]).shape
+            graph.set_constant(node, index, array.reshape(shape), f"{node.input[index]}_fake_quantized")
+        return OnnxNetwork(model, self._name)
+
+    def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
+        return add_to_bias(self._graph, self._nodes[layer.name], layer, shift)
+
+    def _layer(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
+        """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
+        if any(inner.op_type in ("Conv", "Gemm", "MatMul", *_WEIGHTED) for inner in subgraph_nodes(node)):
+            return "its subgraphs have layers, which are not corrected"
+        if node.op_type in _WEIGHTED:
+            return "operator is not supported"
+        if node.op_type == "Conv":
+            return self._conv(name, node)
+        if node.op_type == "Gemm":
+            return self._gemm(name, node)
+        return self._matmul(name, node) if node.op_type == "MatMul" else None
+
+    def _conv(self, name: str, node: onnx.NodeProto) -> Layer | str:
+        if not self._graph.is_constant(node.input[1]):
+            return "weights are computed at run time"
+        weights = self._graph.value(node.input[1])
+        rank = weights.ndim - 2
+        if rank not in _SPACE:
+            return f"{rank} spatial axes, expected 1 to 3"
+        given = attributes(node)
+        pads = given.get("pads", [0] * 2 * rank)
+        auto_pad = given.get("auto_pad", b"NOTSET").decode()
+        window = Window(
+            taps=weights.shape[2:],
+            strides=tuple(given.get("strides", [1] * rank)),
+            dilations=tuple(given.get("dilations", [1] * rank)),
+            pads=((0, 0),) * rank if auto_pad == "VALID" else tuple(zip(pads[:rank], pads[rank:])),
+            auto_pad="NOTSET" if auto_pad == "VALID" else auto_pad,
+        )
+        tensor, quantization = self._read(node.input[0])
+        layout = f"OI{_SPACE[rank]}"
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, 1, given.get("group", 1), window)
+
+    def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
+        if not self._graph.is_constant(node.input[1]):
+            return "weights are computed at run time"
+        given = attributes(node)
+        if given.get("beta", 1.0) == 0.0:
+            return "its bias has no effect (beta is 0)"
+        layout = "OI" if given.get("transB", 0) else "IO"
+        axis = 0 if given.get("transA", 0) else 1
+        weights = self._graph.value(node.input[1])
+        tensor, quantization = self._read(node.input[0])
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, gain=given.get("alpha", 1.0))
+
+    def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
+        """x W contracts the last axis of x, W x the one before."""
+        index = _weight_index(node, self._graph)
+        if not self._graph.is_constant(node.input[index]):
+            return None
+        weights = self._graph.value(node.input[index])
+        if weights.ndim < 2 or any(size != 1 for size in weights.shape[:-2]):
+            return f"weights of shape {weights.shape} are not one matrix"
+        weights = weights.reshape(weights.shape[-2:])
+        tensor, quantization = self._read(node.input[1 - index])
+        layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis)
+
+    def _read(self, name: str) -> tuple[str, Quantization | None]:
+        """What a layer reads: quantized values and what they stand for where they are dequantized just before it."""
+        dequantizer = dequantizer_of(self._graph, name)
+        if dequantizer is None or dequantizer.step.size != 1 or self._graph.is_constant(name):
+            return name, None
+        step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
+        return dequantizer.quantized, Quantization.from_step(step, zero_point)
+
+
+def _named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Nodes by name; by operator and output where they have none of their own."""
+    nodes: dict[str, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
+        nodes[own] = node
+    return nodes
+
+
+def _inputs(model: onnx.ModelProto) -> list[ModelInput]:
+    defaults = {tensor.name for tensor in model.graph.initializer}
+    return [_input(value) for value in model.graph.input if value.name not in defaults]
+
+
+def _input(value: onnx.ValueInfoProto) -> ModelInput:
+    tensor = value.type.tensor_type
+    sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
+
+
+def _weight_index(node: onnx.NodeProto, graph: Graph) -> int:
+    return 0 if node.op_type == "MatMul" and graph.is_constant(node.input[0]) else 1
+
+
+def _has_weights(node: onnx.NodeProto, graph: Graph) -> bool:
+    return node.op_type in ("Conv", "Gemm", "MatMul") and graph.is_constant(_weights_of(node, graph))
+
+
+def _weights_of(node: onnx.NodeProto, graph: Graph) -> str:
+    return str(node.input[_weight_index(node, graph)])

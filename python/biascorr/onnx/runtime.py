@@ -1,0 +1,64 @@
+"""onnxruntime, as this package uses it: sessions that compute what the graph says, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx.external_data_helper import convert_model_to_external_data
+
+from biascorr.onnx.files import PROTOBUF_LIMIT
+
+_FATAL = 4
+
+
+def session(model: onnx.ModelProto, name: str) -> Any:
+    """A session on the CPU. Raises ValueError, naming the model, where onnxruntime does not take it.
+
+    Only basic optimizations run: nothing that merges a quantizer into its neighbours, whose integer arithmetic may saturate
+    on some CPUs, so the means are those of the graph on every machine.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    providers = ["CPUExecutionProvider"]
+    with _one_line(name):
+        if model.ByteSize() <= PROTOBUF_LIMIT:
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+        with tempfile.TemporaryDirectory(prefix="biascorr-") as folder:
+            path = Path(folder) / "model.onnx"
+            external = onnx.ModelProto()
+            external.CopyFrom(model)
+            convert_model_to_external_data(external, location="model.data")
+            onnx.save(external, path)
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def run(running: Any, names: Sequence[str], feeds: Any, name: str) -> list[NDArray[Any]]:
+    """One run of a session. Raises ValueError, naming what ran, where onnxruntime fails."""
+    with _one_line(name):
+        outputs: list[NDArray[Any]] = running.run(list(names), dict(feeds))
+    return outputs
+
+
+def run_constants(model: onnx.ModelProto) -> list[NDArray[Any]]:
+    """The outputs of a model without inputs."""
+    name = "constant weights"
+    return run(session(model, name), [output.name for output in model.graph.output], {}, name)
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        message = " ".join(str(error).split())
+        raise ValueError(f"{name}: onnxruntime cannot run it: {message}") from error

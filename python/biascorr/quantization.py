@@ -1,0 +1,222 @@
+"""The vocabulary: what a quantizer is, and how real numbers meet its grid.
+
+    q = clip(round(r * scale) + zero_point, qmin, qmax)          r = (q - zero_point) / scale
+
+`scale` multiplies on the way in: steps per unit, the reciprocal of the scale ("step") of ONNX, TFLite and torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biascorr import _kernels, reference
+
+
+class BiasCorrectionType(enum.Enum):
+    """How biases are corrected."""
+
+    NONE = "none"
+    """Biases stay as they are."""
+    REGULAR = "regular"
+    """By the mean of each layer's input, all layers in one pass."""
+    ITERATIVE = "iterative"
+    """By the mean of each layer's input behind upstream layers that are quantized and corrected."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantization:
+    """An affine quantizer with the signed range -2^(bits-1) .. 2^(bits-1)-1.
+
+    Parameters
+    ----------
+    scale : float or array_like, (C,)
+        Steps per unit, positive; one, or one per channel of the last axis.
+    zero_point : int or array_like, (C,)
+        The quantized value of 0.
+    bits : int
+        2 to 32.
+
+    Raises
+    ------
+    ValueError
+        The scale is not positive and finite; the zero point is not integral; either has more than one axis, or their lengths
+        differ; bits is out of range.
+
+    Examples
+    --------
+    >>> q = Quantization(scale=255.12458585747225, zero_point=-128)
+    >>> q.dequantize(np.array([-128, 127, 0], dtype=np.int8))
+    array([0.        , 0.99951166, 0.50171566], dtype=float32)
+    >>> Quantization.from_step(0.5).quantize([-0.75, 0.2, 1e9])
+    array([ -2,   0, 127], dtype=int8)
+    """
+
+    scale: Any = 1.0
+    zero_point: Any = 0
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        scale, zero_point = affine_parameters(self)
+        if isinstance(self.bits, bool) or int(self.bits) != self.bits or not 2 <= self.bits <= 32:
+            raise ValueError(f"bits: {self.bits}, expected an integer from 2 to 32")
+        object.__setattr__(self, "scale", _frozen(scale))
+        object.__setattr__(self, "zero_point", _frozen(zero_point.astype(np.int64)))
+        object.__setattr__(self, "bits", int(self.bits))
+
+    @classmethod
+    def from_step(cls, step: ArrayLike, zero_point: ArrayLike = 0, bits: int = 8) -> Quantization:
+        """The quantizer whose neighbouring values are `step` apart (the ONNX convention of a scale)."""
+        step = np.asarray(step, dtype=np.float64)
+        if not (np.isfinite(step) & (step > 0)).all():
+            raise ValueError(f"step: {step}, expected positive and finite")
+        return cls(1.0 / step, zero_point, bits)
+
+    @classmethod
+    def from_range(cls, min: ArrayLike, max: ArrayLike, bits: int = 8, asymmetric: bool = True) -> Quantization:  # noqa: A002
+        """The quantizer whose grid spans a range, widened to contain 0 (DFQ, arXiv 1906.04721, section 3).
+
+        Parameters
+        ----------
+        min, max : float or array_like, (C,)
+            The range, in real units.
+        bits : int
+            2 to 32.
+        asymmetric : bool
+            Spread all 2^bits values over the range; otherwise the zero point is 0 and max(abs(min), abs(max)) is
+            2^(bits-1)-1 steps from it. An empty range (0, 0) has scale 1.
+
+        Examples
+        --------
+        >>> Quantization.from_range(-1, 2)
+        Quantization(scale=85.0, zero_point=-43, bits=8)
+        >>> Quantization.from_range(-1, 2, asymmetric=False)
+        Quantization(scale=63.5, zero_point=0, bits=8)
+        """
+        low, high = np.asarray(min, dtype=np.float64), np.asarray(max, dtype=np.float64)
+        if not (np.isfinite(low) & np.isfinite(high)).all() or (low > high).any():
+            raise ValueError(f"min, max: {low}, {high}, expected finite and min <= max")
+        low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+        half = 2 ** (bits - 1)
+        span = high - low if asymmetric else np.maximum(-low, high)
+        steps = 2 * half - 1 if asymmetric else half - 1
+        scale = np.divide(steps, span, out=np.ones_like(span), where=span > 0)
+        zero_point = -half - np.rint(low * scale) if asymmetric else np.zeros_like(scale)
+        return cls(scale, np.where(span > 0, zero_point, 0.0), bits)
+
+    @property
+    def step(self) -> Any:
+        """Distance between neighbouring values: 1 / scale."""
+        return 1.0 / self.scale
+
+    def quantize(self, array: ArrayLike) -> NDArray[Any]:
+        """Integers nearest to real values: half to even, saturating, int8, int16 or int32 by `bits`.
+
+        Raises ValueError on nan and on a per-channel scale whose length is not that of the last axis, TypeError on dtypes
+        that are not of real numbers.
+        """
+        array = _contiguous_reals(array)
+        return _kernels.quantize(array, _grids(self, array, -1))
+
+    def dequantize(self, array: ArrayLike) -> NDArray[Any]:
+        """Real values of quantized ones: float32 for integers of up to 16 bits, else float64."""
+        array = np.require(reference.native(array, "array"), requirements="C")
+        if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+            return reference.dequantize(array, self.scale, self.zero_point)
+        return _kernels.dequantize(array, _grids(self, array, -1))
+
+    def fake_quantize(self, array: ArrayLike) -> NDArray[Any]:
+        """Real values moved to the nearest on the grid; see :func:`fake_quantize`."""
+        return fake_quantize(array, self)
+
+    def __repr__(self) -> str:
+        scale, zero_point = (np.asarray(x).tolist() for x in (self.scale, self.zero_point))
+        return f"Quantization(scale={scale}, zero_point={zero_point}, bits={self.bits})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Quantization) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        scale, zero_point = np.asarray(self.scale), np.asarray(self.zero_point)
+        return scale.shape, scale.tobytes(), zero_point.shape, zero_point.tobytes(), self.bits
+
+
+def fake_quantize(array: ArrayLike, quantization: Quantization, *, axis: int = -1) -> NDArray[Any]:
+    """Quantize and dequantize: the values that a quantized tensor can stand for, nearest to those given.
+
+    Parameters
+    ----------
+    array : array_like
+        Real units, any shape. nan stays nan.
+    quantization : Quantization
+        The grid.
+    axis : int
+        The axis that a per-channel scale or zero point belongs to.
+
+    Returns
+    -------
+    ndarray
+        The same shape and floating dtype; float32 for integers of up to 16 bits, float64 for larger ones. Computed in
+        float64 and rounded once.
+
+    Raises
+    ------
+    TypeError
+        The dtype is not of real numbers.
+    ValueError
+        A per-channel scale or zero point has another length than the axis.
+
+    Examples
+    --------
+    >>> fake_quantize([0.1, 0.26], Quantization(scale=4))
+    array([0.  , 0.25])
+    """
+    given = getattr(array, "dtype", None)
+    array = _contiguous_reals(array)
+    result: NDArray[Any] = _kernels.fake_quantize_array(array, _grids(quantization, array, axis))
+    narrow = given is not None and (given.kind == "f" or given.name == "bfloat16") and given.itemsize < 4
+    return result.astype(given) if narrow else result
+
+
+def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scale and zero point of any object that has both attributes, as float64, checked."""
+    scale = np.asarray(quantization.scale, dtype=np.float64)
+    zero_point = np.asarray(quantization.zero_point, dtype=np.float64)
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"scale: {scale}, expected positive and finite")
+    if not (np.isfinite(zero_point) & (np.rint(zero_point) == zero_point)).all():
+        raise ValueError(f"zero_point: {zero_point}, expected integers")
+    if scale.ndim > 1 or zero_point.ndim > 1:
+        raise ValueError(f"scale, zero_point: {scale.ndim} and {zero_point.ndim} axes, expected at most 1")
+    if scale.ndim and zero_point.ndim and scale.shape != zero_point.shape:
+        raise ValueError(f"scale, zero_point: lengths {len(scale)} and {len(zero_point)}, expected equal")
+    return scale, zero_point
+
+
+def _frozen(values: NDArray[Any]) -> Any:
+    if values.ndim == 0:
+        return values.item()
+    values = values.copy()
+    values.flags.writeable = False
+    return values
+
+
+def _contiguous_reals(array: ArrayLike) -> NDArray[Any]:
+    array = reference.native(array, "array")
+    wide = array.dtype.itemsize >= (8 if array.dtype.kind == "f" else 4)
+    return np.require(array, dtype=np.float64 if wide else np.float32, requirements="C")
+
+
+def _grids(quantization: Quantization, array: NDArray[Any], axis: int) -> tuple[Any, ...]:
+    channels = array.shape[axis] if array.ndim else 1
+    inner = int(np.prod(array.shape[axis:][1:])) if array.ndim else 1
+    scale = np.atleast_1d(np.asarray(quantization.scale, dtype=np.float64))
+    zero_point = np.atleast_1d(np.asarray(quantization.zero_point, dtype=np.float64))
+    return scale, zero_point, quantization.bits, channels, inner

@@ -1,0 +1,329 @@
+"""Means of a layer's input: measured per channel, measured per kernel tap, or expected of a clipped normal distribution.
+
+    channel mean        E[x][c]    = (sum / count - zero_point) / scale
+    tap mean            E[x][k, c] = (sum[k, c] - zero_point * seen[k]) / (scale * outputs)
+    clipped normal      E[clip(x, a, b)],  x ~ N(beta, gamma^2)
+
+Sums of integers are exact; sums of real numbers are compensated (double-double between blocks). The affine map of quantized
+samples is applied once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from biascorr import _kernels
+from biascorr.quantization import affine_parameters
+from biascorr.reference import AxisWindow, mean_from_sums, merge_reals
+
+
+class _Sums:
+    """Sums of samples: exact ones of integers, compensated ones of real numbers; either may still be missing."""
+
+    _SAFE = 1 << 62
+    """Below this the sum of two int64 cannot overflow."""
+
+    def __init__(self) -> None:
+        self.integers: NDArray[Any] | None = None
+        self.reals: NDArray[np.float64] | None = None
+        self.wide = False
+
+    def add(self, integers: NDArray[Any] | None, reals: NDArray[np.float64] | None, wide: bool) -> None:
+        self.wide |= wide
+        if integers is not None:
+            self.integers = integers if self.integers is None else self._exact(self.integers, integers)
+        if reals is not None:
+            self.reals = reals if self.reals is None else merge_reals(self.reals, reals)
+
+    def _exact(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+        small = first.dtype != object and second.dtype != object
+        if not small or max(abs(int(f(x))) for x in (first, second) for f in (np.min, np.max)) >= self._SAFE:
+            first, second = first.astype(object), second.astype(object)
+        return np.asarray(first + second)
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        return np.float64 if self.wide else np.float32
+
+
+class ChannelMean:
+    """The mean of samples per channel, as an accumulator: update with samples, merge with others, ask for the mean.
+
+    Parameters
+    ----------
+    channel_axis : int
+        The axis of each sample that is not averaged over; the last by default, 1 for channels-first samples.
+
+    Notes
+    -----
+    Merging the parts of integer samples in any grouping and order gives the same bits as one pass. Picklable.
+
+    Examples
+    --------
+    >>> first, second = ChannelMean(), ChannelMean()
+    >>> first.update(np.array([[[[0, 10], [2, 20]]]]))
+    >>> second.update(np.array([[[[4, 30]]]]))
+    >>> first.merge(second)
+    >>> first.mean(), first.count
+    (array([ 2., 20.], dtype=float32), 3)
+    """
+
+    def __init__(self, *, channel_axis: int = -1) -> None:
+        self._channel_axis = channel_axis
+        self._sums = _Sums()
+        self._samples = 0
+        self._channels: int | None = None
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Positions averaged over, of all samples together."""
+        return self._count
+
+    def update(self, sample: Any) -> None:
+        """Adds one sample, (N, *S, C) in quantized steps or real units.
+
+        Raises
+        ------
+        TypeError
+            The dtype is not of real numbers, integers or booleans.
+        ValueError
+            The sample is 0-dimensional or has no elements, or another number of channels than those before.
+        """
+        self._add([sample])
+
+    def _add(self, samples: Sequence[Any]) -> None:
+        sums, count, wide = _kernels.channel_sums(samples, self._channel_axis, self._samples, self._channels)
+        self._sums.add(*sums, wide)
+        self._samples += len(samples)
+        self._count += count
+        if self._channels is None:
+            self._channels = next(part.shape[-1] for part in sums if part is not None)
+
+    def merge(self, other: ChannelMean) -> None:
+        """Adds what another accumulator has seen. ValueError if its number of channels differs."""
+        if None not in (self._channels, other._channels) and self._channels != other._channels:
+            raise ValueError(f"other: {other._channels} channels, expected {self._channels}")
+        self._sums.add(other._sums.integers, other._sums.reals, other._sums.wide)
+        self._channels = self._channels or other._channels
+        self._samples += other._samples
+        self._count += other._count
+
+    def mean(self, quantization: Any = None) -> NDArray[Any]:
+        """The mean of all positions of all samples.
+
+        Parameters
+        ----------
+        quantization : Quantization, optional
+            Any object with `scale` (steps per unit) and `zero_point`, both scalar or (C,). None: the samples are real
+            numbers; integer samples are averaged as they are.
+
+        Returns
+        -------
+        ndarray, (C,)
+            In real units; float64 if any sample was float64, else float32.
+
+        Raises
+        ------
+        ValueError
+            There were no samples; the quantization is invalid or has another number of channels.
+        """
+        if self._channels is None:
+            raise ValueError("samples: none given, at least one is needed")
+        mean = mean_from_sums(self._sums.integers, self._sums.reals, self._count)
+        if quantization is not None:
+            scale, zero_point = _scale_and_zero_point(quantization, self._channels)
+            mean = (mean - zero_point) / scale
+        return mean.astype(self._sums.dtype, copy=False)
+
+
+def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> NDArray[Any]:
+    """The mean of a layer's input per channel, over every axis but the last of all samples together.
+
+    Parameters
+    ----------
+    calibration_input : iterable of ndarray, each (N, *S, C)
+        Samples, channels last, of any rank >= 1; shapes may differ in all but C. Any integer, boolean or floating dtype,
+        those of ml_dtypes included. An iterator is consumed once, one sample in memory at a time; an array is one sample.
+    quantization : Quantization or None
+        What the samples are quantized with: any object with `scale` (steps per unit) and `zero_point`, both scalar or (C,).
+        None: the samples are real numbers; integer samples are averaged as they are.
+
+    Returns
+    -------
+    ndarray, (C,)
+        In real units; float64 if any sample is float64, else float32.
+
+    Raises
+    ------
+    TypeError
+        The dtype of a sample is not of real numbers, integers or booleans.
+    ValueError
+        A sample is 0-dimensional, has no elements, or has another number of channels than the first; there are no samples; the
+        quantization is invalid or has another number of channels.
+
+    Notes
+    -----
+    Each position weighs the same. Integers are summed exactly. nan and inf propagate as in numpy.
+
+    Examples
+    --------
+    >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
+    array([ 2., 20.], dtype=float32)
+    """
+    mean = ChannelMean()
+    if isinstance(calibration_input, np.ndarray):
+        calibration_input = [calibration_input]
+    if isinstance(calibration_input, (list, tuple)):
+        mean._add(calibration_input)
+    else:
+        for sample in calibration_input:
+            mean.update(sample)
+    return mean.mean(quantization)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a kernel moves over the spatial axes of its input, one entry per axis.
+
+    Parameters
+    ----------
+    taps, strides, dilations : tuple of int
+        Size of the kernel; input positions between outputs; input positions between taps.
+    pads : tuple of (int, int)
+        Zeros before and after the input. Not read where `auto_pad` is set.
+    auto_pad : str
+        "SAME_UPPER" or "SAME_LOWER" pad for ceil(size / stride) outputs, the odd zero after or before; otherwise "NOTSET".
+    """
+
+    taps: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    auto_pad: str = "NOTSET"
+
+    def along(self, shape: Sequence[int]) -> list[AxisWindow]:
+        """(taps, stride, dilation, pad, outputs) along each axis of an input with this spatial shape."""
+        windows = []
+        for size, taps, stride, dilation, pads in zip(shape, self.taps, self.strides, self.dilations, self.pads):
+            reach = (taps - 1) * dilation + 1
+            if self.auto_pad != "NOTSET":
+                total = max((-(-size // stride) - 1) * stride + reach - size, 0)
+                before = total - total // 2 if self.auto_pad == "SAME_LOWER" else total // 2
+                pads = (before, total - before)
+            outputs = max((size + sum(pads) - reach) // stride + 1, 0)
+            windows.append((taps, stride, dilation, pads[0], outputs))
+        return windows
+
+
+class TapMean:
+    """The mean of what each kernel tap sees, zeros of the padding included: exact for any padding, stride and dilation.
+
+    Parameters
+    ----------
+    window : Window
+        How the kernel moves.
+    channel_axis : int
+        Channel axis of the samples, (N, C, *S) by default.
+    """
+
+    def __init__(self, window: Window, *, channel_axis: int = 1) -> None:
+        self._window = window
+        self._channel_axis = channel_axis
+        self._sums = _Sums()
+        self._seen = np.zeros((*window.taps, 1))
+        self._outputs = 0
+
+    def update(self, sample: Any) -> None:
+        """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size."""
+        space = [size for axis, size in enumerate(sample.shape) if axis not in (0, self._channel_axis)]
+        windows = self._window.along(space)
+        sums, wide = _kernels.tap_sums(sample, self._channel_axis, windows)
+        self._sums.add(*sums, wide)
+        self._outputs += len(sample) * math.prod(window[-1] for window in windows)
+        counts = [_positions_seen(window, size) for window, size in zip(windows, space)]
+        self._seen += len(sample) * math.prod(np.ix_(*counts))[..., None]
+
+    def mean(self, quantization: Any = None) -> NDArray[Any]:
+        """The mean in real units, (*K, C): float64 if any sample was float64, else float32."""
+        if self._outputs == 0:
+            raise ValueError("samples: none with an output position, at least one is needed")
+        sums = mean_from_sums(self._sums.integers, self._sums.reals, self._outputs)
+        mean = sums.reshape(*self._window.taps, -1)
+        if quantization is not None:
+            scale, zero_point = _scale_and_zero_point(quantization, mean.shape[-1])
+            mean = (mean - zero_point * (self._seen / self._outputs)) / scale
+        return mean.astype(self._sums.dtype, copy=False)
+
+
+def _positions_seen(window: AxisWindow, size: int) -> NDArray[np.float64]:
+    """How many output positions see a real input position, for each tap."""
+    taps, stride, dilation, pad, outputs = window
+    at = np.arange(outputs) * stride - pad + np.arange(taps)[:, None] * dilation
+    return np.asarray(((at >= 0) & (at < size)).sum(axis=1), dtype=np.float64)
+
+
+def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
+    scale, zero_point = affine_parameters(quantization)
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if values.ndim and len(values) != channels:
+            raise ValueError(f"{name}: {len(values)} values, expected 1 or {channels}, the channels of the samples")
+    return scale, zero_point
+
+
+def clipped_normal_mean(
+    beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf, high: float = np.inf
+) -> NDArray[np.float64]:
+    """E[clip(x, low, high)] for x ~ N(beta, gamma^2).
+
+    Parameters
+    ----------
+    beta, gamma : array_like, (C,)
+        Mean and standard deviation; the sign of gamma does not matter, 0 means x = beta.
+    low, high : float
+        The bounds: (0, inf) is ReLU, (0, 6) ReLU6.
+
+    Returns
+    -------
+    ndarray, (C,), float64
+
+    Raises
+    ------
+    ValueError
+        Shapes differ; low > high.
+
+    Notes
+    -----
+    beta (Phi(t_b) - Phi(t_a)) + abs(gamma) (phi(t_a) - phi(t_b)) + a Phi(t_a) + b (1 - Phi(t_b)), t = (bound - beta) / abs(gamma):
+    arXiv 1906.04721, appendix C.
+
+    Examples
+    --------
+    >>> clipped_normal_mean([0.0, 7.0], [1.0, -1.0], 0.0, 6.0).round(6)
+    array([0.398942, 5.916685])
+    """
+    beta, gamma = np.asarray(beta, dtype=np.float64), np.abs(np.asarray(gamma, dtype=np.float64))
+    if beta.shape != gamma.shape:
+        raise ValueError(f"beta, gamma: shapes {beta.shape} and {gamma.shape}, expected equal")
+    if low > high:
+        raise ValueError(f"low, high: {low}, {high}, expected low <= high")
+    spread = np.where(gamma > 0, gamma, 1.0)
+    below, density_low = _tail_and_density((low - beta) / spread)
+    above, density_high = _tail_and_density((beta - high) / spread)
+    mean = beta * (1.0 - below - above) + gamma * (density_low - density_high)
+    mean += (low * below if np.isfinite(low) else 0.0) + (high * above if np.isfinite(high) else 0.0)
+    return np.where(gamma > 0, mean, np.clip(beta, low, high))
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _tail_and_density(t: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Phi(t) and phi(t) of the standard normal distribution."""
+    return 0.5 * _erfc(-t / math.sqrt(2.0)), np.exp(-0.5 * t * t) / math.sqrt(2.0 * math.pi)

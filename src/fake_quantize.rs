@@ -1,0 +1,242 @@
+//! Real numbers to the grid of a quantizer, and back.
+//!
+//! ```text
+//! q = clip(round(r * scale) + zero_point, qmin, qmax)          r = (q - zero_point) / scale
+//! ```
+//!
+//! `scale` is in steps per unit. Arrays are contiguous; channel `c` of an element is `index / inner % channels`, where
+//! `inner` is the number of elements per step of the channel axis. All arithmetic is f64, rounded to the output type once;
+//! `round` is half to even. Each element is read once and written once.
+
+use crate::error::Error;
+use crate::parallel;
+use crate::simd::tiered;
+
+/// A real number type that kernels take: f32 or f64.
+pub trait Real: Copy + Default + Send + Sync + 'static {
+    /// Exact.
+    fn widen(self) -> f64;
+    /// Rounded to nearest.
+    fn narrow(x: f64) -> Self;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn widen(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn narrow(x: f64) -> f32 {
+        x as f32
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn widen(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn narrow(x: f64) -> f64 {
+        x
+    }
+}
+
+/// An integer type that quantized values are held in.
+pub trait Quantized: Copy + Default + Send + Sync + 'static {
+    /// Exact for the 32 bits and fewer that a quantizer has.
+    fn widen(self) -> f64;
+    /// Of an integer within range.
+    fn narrow(x: f64) -> Self;
+}
+
+macro_rules! quantized {
+    ($($int:ty),*) => {$(
+        impl Quantized for $int {
+            #[inline(always)]
+            fn widen(self) -> f64 {
+                f64::from(self)
+            }
+            #[inline(always)]
+            fn narrow(x: f64) -> $int {
+                x as $int
+            }
+        }
+    )*};
+}
+quantized!(i8, u8, i16, u16, i32, u32);
+
+/// The grid of one channel.
+#[derive(Clone, Copy, Debug)]
+struct Grid {
+    scale: f64,
+    zero_point: f64,
+    qmin: f64,
+    qmax: f64,
+}
+
+impl Grid {
+    /// nan stays nan.
+    #[inline(always)]
+    fn quantize(&self, x: f64) -> f64 {
+        (round_half_even(x * self.scale) + self.zero_point).clamp(self.qmin, self.qmax)
+    }
+
+    #[inline(always)]
+    fn dequantize(&self, q: f64) -> f64 {
+        (q - self.zero_point) / self.scale
+    }
+}
+
+/// Adding 1.5 * 2^52 leaves no room for a fraction, in any CPU tier; beyond 2^51 a number is treated as its bound, which no
+/// grid of 32 bits can tell apart.
+#[inline(always)]
+fn round_half_even(x: f64) -> f64 {
+    const INTEGERS_ONLY: f64 = 6_755_399_441_055_744.0;
+    const LIMIT: f64 = 2_251_799_813_685_248.0;
+    (x.clamp(-LIMIT, LIMIT) + INTEGERS_ONLY) - INTEGERS_ONLY
+}
+
+/// The grids of all channels of an array.
+#[derive(Clone, Debug)]
+pub struct Grids {
+    per_channel: Vec<Grid>,
+    inner: usize,
+}
+
+impl Grids {
+    /// `scale` and `zero_point` have one value, or one per channel; signed range of `bits`.
+    pub fn new(scale: &[f64], zero_point: &[f64], bits: u32, channels: usize, inner: usize) -> Result<Self, Error> {
+        for (name, found) in [("scale", scale.len()), ("zero_point", zero_point.len())] {
+            if found != 1 && found != channels {
+                return Err(Error::PerChannel { name, found, expected: channels });
+            }
+        }
+        let half = 2f64.powi(bits as i32 - 1);
+        let count = scale.len().max(zero_point.len());
+        let at = |values: &[f64], c: usize| if values.len() == 1 { values[0] } else { values[c] };
+        let grid = |c| Grid { scale: at(scale, c), zero_point: at(zero_point, c), qmin: -half, qmax: half - 1.0 };
+        Ok(Grids { per_channel: (0..count).map(grid).collect(), inner: inner.max(1) })
+    }
+
+    /// Calls `f` with each piece of `start..start + len` that has one grid per element or one for all: the grids, the piece.
+    fn pieces(&self, start: usize, len: usize, mut f: impl FnMut(&[Grid], std::ops::Range<usize>)) {
+        let count = self.per_channel.len();
+        if count == 1 {
+            return f(&self.per_channel, 0..len);
+        }
+        let mut at = 0;
+        while at < len {
+            let index = start + at;
+            let channel = index / self.inner % count;
+            let (grids, piece) = if self.inner == 1 {
+                (&self.per_channel[channel..], count - channel)
+            } else {
+                (&self.per_channel[channel..=channel], self.inner - index % self.inner)
+            };
+            let piece = piece.min(len - at);
+            f(&grids[..grids.len().min(piece)], at..at + piece);
+            at += piece;
+        }
+    }
+}
+
+/// Applies `f` to each element of a run: with one grid for all, or with one grid each.
+#[inline(always)]
+fn map_run<X: Copy, Y>(xs: &[X], grids: &[Grid], ys: &mut [Y], f: impl Fn(&Grid, X) -> Y) {
+    match grids {
+        [grid] => ys.iter_mut().zip(xs).for_each(|(y, &x)| *y = f(grid, x)),
+        _ => ys.iter_mut().zip(xs).zip(grids).for_each(|((y, &x), grid)| *y = f(grid, x)),
+    }
+}
+
+#[inline(always)]
+fn quantize_body<T: Real, Q: Quantized>(xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool {
+    map_run(xs, grids, qs, |grid, x| Q::narrow(grid.quantize(x.widen())));
+    xs.iter().fold(false, |nan, x| nan | x.widen().is_nan())
+}
+
+#[inline(always)]
+fn dequantize_body<Q: Quantized, T: Real>(qs: &[Q], grids: &[Grid], xs: &mut [T]) {
+    map_run(qs, grids, xs, |grid, q| T::narrow(grid.dequantize(q.widen())));
+}
+
+#[inline(always)]
+fn fake_quantize_body<T: Real>(xs: &[T], grids: &[Grid], ys: &mut [T]) {
+    map_run(xs, grids, ys, |grid, x| T::narrow(grid.dequantize(grid.quantize(x.widen()))));
+}
+
+tiered! { fn quantize_run<T: Real, Q: Quantized>(xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool = quantize_body }
+tiered! { fn dequantize_run<Q: Quantized, T: Real>(qs: &[Q], grids: &[Grid], xs: &mut [T]) = dequantize_body }
+tiered! { fn fake_quantize_run<T: Real>(xs: &[T], grids: &[Grid], ys: &mut [T]) = fake_quantize_body }
+
+/// Elements that one task maps.
+const CHUNK: usize = 64 << 10;
+
+/// Maps `xs` to `ys` chunk by chunk; `leaf` gets a run, its grids and its output. Returns what the leaves return.
+fn map_chunks<X: Sync, Y: Send, R: Send>(
+    xs: &[X], grids: &Grids, ys: &mut [Y], leaf: impl Fn(&[X], &[Grid], &mut [Y]) -> R + Sync + Send,
+) -> Result<Vec<R>, Error> {
+    let chunks = xs.chunks(CHUNK).zip(ys.chunks_mut(CHUNK)).enumerate().collect();
+    let results = parallel::map(chunks, size_of_val(xs), |(k, (xs, ys))| {
+        let mut results = Vec::new();
+        grids.pieces(k * CHUNK, xs.len(), |grids, piece| {
+            results.push(leaf(&xs[piece.clone()], grids, &mut ys[piece]));
+        });
+        results
+    })?;
+    Ok(results.into_iter().flatten().collect())
+}
+
+/// Real numbers to integers, saturating. nan has none: [`Error::Nan`].
+pub fn quantize<T: Real, Q: Quantized>(xs: &[T], grids: &Grids, qs: &mut [Q]) -> Result<(), Error> {
+    let nans = map_chunks(xs, grids, qs, quantize_run)?;
+    if nans.contains(&true) { Err(Error::Nan) } else { Ok(()) }
+}
+
+/// Integers to the real numbers they stand for.
+pub fn dequantize<Q: Quantized, T: Real>(qs: &[Q], grids: &Grids, xs: &mut [T]) -> Result<(), Error> {
+    map_chunks(qs, grids, xs, dequantize_run).map(drop)
+}
+
+/// Real numbers to the nearest ones of the grid. nan stays nan.
+pub fn fake_quantize<T: Real>(xs: &[T], grids: &Grids, ys: &mut [T]) -> Result<(), Error> {
+    map_chunks(xs, grids, ys, fake_quantize_run).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_half_to_even() {
+        for x in [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.499_999_999_999_999_94, 3.7, -3.2, 2_147_483_647.5] {
+            assert_eq!(round_half_even(x), f64::round_ties_even(x), "{x}");
+        }
+    }
+
+    #[test]
+    fn infinities_saturate_and_nan_is_an_error() {
+        let grids = Grids::new(&[1.0], &[0.0], 8, 1, 1).unwrap();
+        let mut q = [0i8; 4];
+        quantize(&[f64::INFINITY, f64::NEG_INFINITY, 1e300, 0.4], &grids, &mut q).unwrap();
+        assert_eq!(q, [127, -128, 127, 0]);
+        assert_eq!(quantize(&[0.0, f64::NAN], &grids, &mut q), Err(Error::Nan));
+    }
+
+    #[test]
+    fn every_element_meets_the_grid_of_its_channel() {
+        // (2, 3, 5) with a scale per middle index, and (10, 3) with one per last index, across chunk borders.
+        let scales = [1.0, 2.0, 4.0];
+        for inner in [1, 5] {
+            let n = 3 * inner * (CHUNK / 7);
+            let xs: Vec<f64> = (0..n).map(|i| (i % 17) as f64 / 8.0).collect();
+            let mut ys = vec![0.0; n];
+            fake_quantize(&xs, &Grids::new(&scales, &[0.0], 8, 3, inner).unwrap(), &mut ys).unwrap();
+            for (i, (x, y)) in xs.iter().zip(&ys).enumerate() {
+                let scale = scales[i / inner % 3];
+                assert_eq!(*y, (x * scale).round_ties_even() / scale);
+            }
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Kernels of bias correction for quantized neural networks.
+//!
+//! ```text
+//! fake-quantized weight    Wq = dequantize(quantize(W))
+//! weight error             D  = W - Wq
+//! shift of output channel  shift[g,o] = sum over s,i of D[s,i,g,o] * E[x][g,i]
+//! ```
+//!
+//! The data flows top to bottom through three steps, one module each:
+//!
+//! 1. [`channel_mean`]: samples -> sums per channel and per kernel tap
+//! 2. [`fake_quantize`]: weights -> quantized, dequantized
+//! 3. [`weight_error`]: weights, fake-quantized weights, means -> shift
+//!
+//! They stand on [`layout`] (any strided array as runs), [`parallel`] (the thread pool), [`simd`] (CPU tiers) and
+//! [`error`]. Only the `python` module knows Python; everything else compiles and tests without it.
+
+pub mod channel_mean;
+pub mod error;
+pub mod fake_quantize;
+pub mod layout;
+pub mod parallel;
+pub mod simd;
+pub mod weight_error;
+
+#[cfg(feature = "python")]
+mod python;

@@ -1,0 +1,236 @@
+//! The boundary: Python objects in, checked views to the kernels, arrays out.
+
+mod detach;
+mod views;
+
+use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use crate::channel_mean::{AxisWindow, Compensated};
+use crate::error::Error;
+use crate::fake_quantize::{self, Grids, Quantized, Real};
+use crate::weight_error::{Mean, weight_error as shift_of};
+use crate::{parallel, simd};
+use detach::detached;
+use views::{AnyView, Sums, Weights, channel_axis_of};
+
+/// Integer sums (or None), f64 sums and their errors as (2, C) (or None).
+type PySums<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
+
+fn into_python<'py>(py: Python<'py>, sums: Sums) -> PyResult<PySums<'py>> {
+    let integers = (!sums.integers.is_empty()).then(|| integers_into_python(py, &sums.integers)).transpose()?;
+    let reals = (!sums.reals.is_empty()).then(|| reals_into_python(py, &sums.reals)).transpose()?;
+    Ok((integers, reals))
+}
+
+/// int64, or Python integers where the sums outgrow it.
+fn integers_into_python<'py>(py: Python<'py>, totals: &[i128]) -> PyResult<Bound<'py, PyAny>> {
+    let narrow: Result<Vec<i64>, _> = totals.iter().map(|&total| i64::try_from(total)).collect();
+    match narrow {
+        Ok(narrow) => Ok(narrow.into_pyarray(py).into_any()),
+        Err(_) => py.import("numpy")?.call_method1("array", (PyList::new(py, totals)?, "object")),
+    }
+}
+
+fn reals_into_python<'py>(py: Python<'py>, totals: &[Compensated]) -> PyResult<Bound<'py, PyAny>> {
+    let sums_then_errors = totals.iter().map(|t| t.sum).chain(totals.iter().map(|t| t.error));
+    Ok(PyArray1::from_iter(py, sums_then_errors.collect::<Vec<_>>()).reshape([2, totals.len()])?.into_any())
+}
+
+/// Sums per channel of all samples, the positions summed over, and whether any sample was float64.
+///
+/// `first` is the number that errors give the first sample, `channels` what they must agree with, if anything.
+#[pyfunction]
+#[pyo3(signature = (samples, channel_axis, first, channels))]
+fn channel_sums<'py>(
+    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, first: usize, channels: Option<usize>,
+) -> PyResult<(PySums<'py>, usize, bool)> {
+    let mut expected = channels;
+    let mut positions = 0;
+    let mut views = Vec::with_capacity(samples.len());
+    for (k, sample) in samples.iter().enumerate() {
+        let view = AnyView::new(sample, first + k)?;
+        let found = checked_channels(view.shape(), channel_axis, first + k, expected)?;
+        expected = Some(found);
+        positions += view.shape().iter().product::<usize>() / found;
+        views.push(view);
+    }
+    let mut sums = Sums::new(expected.ok_or(Error::NoSamples)?);
+    AnyView::add_channel_sums(py, &views, channel_axis, &mut sums)?;
+    let wide = views.iter().any(|view| matches!(view, AnyView::F64(_)));
+    Ok((into_python(py, sums)?, positions, wide))
+}
+
+fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option<usize>) -> Result<usize, Error> {
+    if shape.is_empty() {
+        return Err(Error::ZeroDimensional { index });
+    }
+    if shape.contains(&0) {
+        return Err(Error::EmptySample { index, shape: shape.to_vec() });
+    }
+    let found = shape[channel_axis_of(shape, axis)];
+    match expected {
+        Some(expected) if expected != found => Err(Error::Channels { index, found, expected }),
+        _ => Ok(found),
+    }
+}
+
+/// Sums per tap and channel of one sample, (*K * C) in C order, and whether it is float64.
+///
+/// `windows` has (taps, stride, dilation, pad, outputs) for each spatial axis.
+#[pyfunction]
+#[pyo3(signature = (sample, channel_axis, windows))]
+fn tap_sums<'py>(
+    py: Python<'py>, sample: &Bound<'py, PyAny>, channel_axis: isize, windows: Vec<(usize, usize, usize, isize, usize)>,
+) -> PyResult<(PySums<'py>, bool)> {
+    let view = AnyView::new(sample, 0)?;
+    let channels = checked_channels(view.shape(), channel_axis, 0, None)?;
+    if windows.is_empty() || windows.len() + 2 != view.shape().len() {
+        let (axes, shape) = (windows.len(), view.shape());
+        return Err(PyValueError::new_err(format!("windows: {axes} for a sample of shape {shape:?}")));
+    }
+    let window = |(taps, stride, dilation, pad, outputs)| AxisWindow { taps, stride, dilation, pad, outputs };
+    let windows: Vec<AxisWindow> = windows.into_iter().map(window).collect();
+    if windows.iter().any(|w| w.taps == 0 || w.stride == 0 || w.dilation == 0) {
+        return Err(PyValueError::new_err("windows: taps, strides and dilations are at least 1"));
+    }
+    let mut sums = Sums::new(channels * windows.iter().map(|window| window.taps).product::<usize>());
+    view.add_tap_sums(py, channel_axis, &windows, &mut sums)?;
+    Ok((into_python(py, sums)?, matches!(view, AnyView::F64(_))))
+}
+
+/// The shift of each output channel in f64, and whether the weights are float64.
+#[pyfunction]
+#[pyo3(signature = (weights, fake_quantized_weights, mean, groups, layout))]
+fn weight_error<'py>(
+    py: Python<'py>, weights: &Bound<'py, PyAny>, fake_quantized_weights: &Bound<'py, PyAny>,
+    mean: PyReadonlyArrayDyn<'py, f64>, groups: usize, layout: &str,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
+    let shift = match Weights::new(weights, fake_quantized_weights)? {
+        Weights::F32([w, q]) => {
+            let (w, q) = (w.tensor(), q.tensor());
+            detached(py, 8 * w.len(), || shift_of(&w, &q, &mean, groups, layout))?
+        }
+        Weights::F64([w, q]) => {
+            let (w, q) = (w.tensor(), q.tensor());
+            detached(py, 16 * w.len(), || shift_of(&w, &q, &mean, groups, layout))?
+        }
+    };
+    Ok(shift.into_pyarray(py))
+}
+
+/// The grids that quantize along an axis of an array: scales, zero points, bits, channels, elements per channel step.
+type PyGrids<'py> = (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>, u32, usize, usize);
+
+fn grids_of((scale, zero_point, bits, channels, inner): &PyGrids<'_>) -> PyResult<Grids> {
+    Ok(Grids::new(scale.as_slice()?, zero_point.as_slice()?, *bits, *channels, *inner)?)
+}
+
+fn quantize_as<'py, T: Real + Element, Q: Quantized + Element>(
+    array: &PyReadonlyArrayDyn<'py, T>, grids: &Grids,
+) -> PyResult<Bound<'py, PyAny>> {
+    let out = PyArrayDyn::<Q>::zeros(array.py(), array.as_array().shape(), false);
+    let (xs, mut qs) = (array.as_slice()?, out.try_readwrite()?);
+    let qs = qs.as_slice_mut()?;
+    detached(array.py(), size_of_val(xs), || fake_quantize::quantize(xs, grids, qs))?;
+    Ok(out.into_any())
+}
+
+fn quantize_real<'py, T: Real + Element>(
+    array: &PyReadonlyArrayDyn<'py, T>, grids: &PyGrids<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let typed = grids_of(grids)?;
+    match grids.2 {
+        ..=8 => quantize_as::<T, i8>(array, &typed),
+        9..=16 => quantize_as::<T, i16>(array, &typed),
+        _ => quantize_as::<T, i32>(array, &typed),
+    }
+}
+
+/// Quantized values of a contiguous float32 or float64 array, in the smallest signed integers that hold them.
+#[pyfunction]
+#[pyo3(signature = (array, grids))]
+fn quantize<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+    if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, f32>>() {
+        return quantize_real(&array, &grids);
+    }
+    quantize_real(&array.extract::<PyReadonlyArrayDyn<'py, f64>>()?, &grids)
+}
+
+fn dequantize_as<'py, Q: Quantized + Element, T: Real + Element>(
+    array: &PyReadonlyArrayDyn<'py, Q>, grids: &PyGrids<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let grids = grids_of(grids)?;
+    let out = PyArrayDyn::<T>::zeros(array.py(), array.as_array().shape(), false);
+    let (qs, mut xs) = (array.as_slice()?, out.try_readwrite()?);
+    let xs = xs.as_slice_mut()?;
+    detached(array.py(), size_of_val(qs), || fake_quantize::dequantize(qs, &grids, xs))?;
+    Ok(out.into_any())
+}
+
+/// Real values of a contiguous integer array: float32 for 8 and 16 bits, float64 for 32.
+#[pyfunction]
+#[pyo3(signature = (array, grids))]
+fn dequantize<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+    macro_rules! try_each {
+        ($($integer:ty => $real:ty),*) => {$(
+            if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, $integer>>() {
+                return dequantize_as::<$integer, $real>(&array, &grids);
+            }
+        )*};
+    }
+    try_each!(i8 => f32, u8 => f32, i16 => f32, u16 => f32, i32 => f64, u32 => f64);
+    Err(PyTypeError::new_err("array: expected integers of 8, 16 or 32 bits"))
+}
+
+fn fake_quantize_as<'py, T: Real + Element>(
+    array: &PyReadonlyArrayDyn<'py, T>, grids: &PyGrids<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let grids = grids_of(grids)?;
+    let out = PyArrayDyn::<T>::zeros(array.py(), array.as_array().shape(), false);
+    let (xs, mut ys) = (array.as_slice()?, out.try_readwrite()?);
+    let ys = ys.as_slice_mut()?;
+    detached(array.py(), size_of_val(xs), || fake_quantize::fake_quantize(xs, &grids, ys))?;
+    Ok(out.into_any())
+}
+
+/// A contiguous float32 or float64 array on its grid.
+#[pyfunction]
+#[pyo3(signature = (array, grids))]
+fn fake_quantize_array<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+    if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, f32>>() {
+        return fake_quantize_as(&array, &grids);
+    }
+    fake_quantize_as(&array.extract::<PyReadonlyArrayDyn<'py, f64>>()?, &grids)
+}
+
+/// Sets the number of threads of this process.
+#[pyfunction]
+fn set_num_threads(num_threads: usize) -> PyResult<()> {
+    Ok(parallel::set_num_threads(num_threads)?)
+}
+
+/// The number of threads that large work is spread over.
+#[pyfunction]
+fn get_num_threads() -> usize {
+    parallel::num_threads()
+}
+
+/// Version, CPU tier in use, build profile.
+#[pyfunction]
+fn build_info() -> (&'static str, &'static str, &'static str) {
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    (env!("CARGO_PKG_VERSION"), simd::tier().name(), profile)
+}
+
+#[pymodule(gil_used = false)]
+mod _kernels {
+    #[pymodule_export]
+    use super::{
+        build_info, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantize, set_num_threads,
+        tap_sums, weight_error,
+    };
+}

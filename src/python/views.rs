@@ -1,0 +1,214 @@
+//! numpy arrays as checked views.
+//!
+//! An array whose dtype a kernel knows, aligned and in native byte order, is borrowed as it is, whatever its strides. Anything
+//! else goes once through `biascorr.reference.native`, which copies it into such an array or raises TypeError.
+
+use std::mem::discriminant;
+
+use half::{bf16, f16};
+use numpy::{
+    Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::detach::detached;
+use crate::channel_mean::{AxisWindow, Compensated, Sample, TotalOf, channel_sums, tap_sums};
+use crate::layout::Elements;
+use crate::weight_error::Tensor;
+
+/// A borrowed array: the borrow, and what numpy does not have in elements.
+pub struct View<'py, T: NumpyElement, E = T> {
+    array: PyReadonlyArrayDyn<'py, T>,
+    strides: Vec<isize>,
+    element: std::marker::PhantomData<E>,
+}
+
+impl<'py, T: NumpyElement, E: Copy> View<'py, T, E> {
+    /// `E` is `T`, or has its bits (a bfloat16 seen as u16).
+    fn new(array: &Bound<'py, PyArrayDyn<T>>) -> PyResult<Self> {
+        const { assert!(size_of::<T>() == size_of::<E>() && align_of::<T>() == align_of::<E>()) };
+        let strides = array.strides().iter().map(|bytes| bytes / size_of::<T>() as isize).collect();
+        let array = array.try_readonly().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(View { array, strides, element: std::marker::PhantomData })
+    }
+
+    fn elements(&self) -> Elements<'_, E> {
+        #[expect(unsafe_code, reason = "numpy owns the memory")]
+        // SAFETY: `untyped` has checked dtype, byte order and alignment; the read-only borrow in `self` keeps the memory
+        // alive and, among users of rust-numpy, unchanged; all bit patterns of E are values.
+        unsafe {
+            Elements::from_raw(self.array.data().cast::<E>(), self.array.shape(), &self.strides)
+        }
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        self.array.shape()
+    }
+
+    /// The array as a sample with channels along `channel_axis`, counted from the end where negative.
+    pub fn sample(&self, channel_axis: isize) -> Sample<'_, E> {
+        let channel_axis = channel_axis_of(self.shape(), channel_axis);
+        Sample { elements: self.elements(), shape: self.shape(), strides: &self.strides, channel_axis }
+    }
+
+    pub fn tensor(&self) -> Tensor<'_, E> {
+        Tensor { elements: self.elements(), shape: self.shape(), strides: &self.strides }
+    }
+}
+
+pub fn channel_axis_of(shape: &[usize], axis: isize) -> usize {
+    axis.rem_euclid(shape.len().max(1) as isize) as usize
+}
+
+/// Sums of samples of any dtypes: exact for the integers among them, double-double for the rest. Empty where there were none.
+pub struct Sums {
+    channels: usize,
+    pub integers: Vec<i128>,
+    pub reals: Vec<Compensated>,
+}
+
+impl Sums {
+    pub fn new(channels: usize) -> Self {
+        Sums { channels, integers: Vec::new(), reals: Vec::new() }
+    }
+}
+
+/// The one of both sums that a total adds to.
+trait SumOf: Sized {
+    fn of(sums: &mut Sums) -> &mut Vec<Self>;
+}
+
+impl SumOf for i128 {
+    fn of(sums: &mut Sums) -> &mut Vec<i128> {
+        sums.integers.resize(sums.channels, 0);
+        &mut sums.integers
+    }
+}
+
+impl SumOf for Compensated {
+    fn of(sums: &mut Sums) -> &mut Vec<Compensated> {
+        sums.reals.resize(sums.channels, Compensated::default());
+        &mut sums.reals
+    }
+}
+
+macro_rules! any_view {
+    ($($name:ident($stored:ty, $element:ty): $($char:literal)|+;)*) => {
+        /// A view of any dtype that [`crate::channel_mean`] sums.
+        pub enum AnyView<'py> {
+            $($name(View<'py, $stored, $element>),)*
+        }
+
+        impl<'py> AnyView<'py> {
+            /// `index` is the number that errors give the sample.
+            pub fn new(object: &Bound<'py, PyAny>, index: usize) -> PyResult<Self> {
+                let array = untyped(object, || format!("samples[{index}]"))?;
+                match array.dtype().char() {
+                    $($($char)|+ => Ok(AnyView::$name(View::new(array.cast()?)?)),)*
+                    _ => bfloat16(&array),
+                }
+            }
+
+            pub fn shape(&self) -> &[usize] {
+                match self {
+                    $(AnyView::$name(view) => view.shape(),)*
+                }
+            }
+
+            fn bytes(&self) -> usize {
+                match self {
+                    $(AnyView::$name(view) => view.array.len() * size_of::<$stored>(),)*
+                }
+            }
+
+            /// Adds the sums per channel of each sample, in order.
+            pub fn add_channel_sums<'a>(
+                py: Python<'py>, views: &'a [Self], axis: isize, sums: &mut Sums,
+            ) -> PyResult<()> {
+                for alike in views.chunk_by(|a, b| discriminant(a) == discriminant(b)) {
+                    let bytes = alike.iter().map(Self::bytes).sum();
+                    match &alike[0] {
+                        $(AnyView::$name(_) => {
+                            let typed = |view: &'a Self| match view {
+                                AnyView::$name(view) => Some(view.sample(axis)),
+                                _ => None,
+                            };
+                            let samples: Vec<_> = alike.iter().filter_map(typed).collect();
+                            let totals = TotalOf::<$element>::of(sums);
+                            detached(py, bytes, || channel_sums(&samples, totals))?;
+                        })*
+                    }
+                }
+                Ok(())
+            }
+
+            /// Adds the sums per tap and channel of this sample.
+            pub fn add_tap_sums(
+                &self, py: Python<'py>, axis: isize, windows: &[AxisWindow], sums: &mut Sums,
+            ) -> PyResult<()> {
+                match self {
+                    $(AnyView::$name(view) => {
+                        let sample = view.sample(axis);
+                        *TotalOf::<$element>::of(sums) = detached(py, self.bytes(), || tap_sums(&sample, windows))?;
+                    })*
+                }
+                Ok(())
+            }
+        }
+    };
+}
+any_view! {
+    I8(i8, i8): b'b';
+    U8(u8, u8): b'B';
+    I16(i16, i16): b'h';
+    U16(u16, u16): b'H';
+    I32(i32, i32): b'i';
+    U32(u32, u32): b'I';
+    I64(i64, i64): b'l' | b'q';
+    U64(u64, u64): b'L' | b'Q';
+    F16(f16, f16): b'e';
+    BF16(u16, bf16): b'\0';
+    F32(f32, f32): b'f';
+    F64(f64, f64): b'd';
+}
+
+/// bfloat16 is a dtype of ml_dtypes; numpy knows its bits only.
+fn bfloat16<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<AnyView<'py>> {
+    let bits = array.call_method1("view", ("uint16",))?;
+    Ok(AnyView::BF16(View::new(bits.cast()?)?))
+}
+
+/// Both weight tensors in the one type they are subtracted in.
+pub enum Weights<'py> {
+    F32([View<'py, f32>; 2]),
+    F64([View<'py, f64>; 2]),
+}
+
+impl<'py> Weights<'py> {
+    pub fn new(weights: &Bound<'py, PyAny>, fake_quantized: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let pair = [
+            untyped(weights, || "weights".to_owned())?,
+            untyped(fake_quantized, || "fake_quantized_weights".to_owned())?,
+        ];
+        if let [Ok(w), Ok(q)] = pair.each_ref().map(|array| array.cast::<PyArrayDyn<f32>>()) {
+            return Ok(Weights::F32([View::new(w)?, View::new(q)?]));
+        }
+        let [w, q] = pair.map(|array| array.call_method1("astype", ("float64",)));
+        Ok(Weights::F64([View::new(w?.cast()?)?, View::new(q?.cast()?)?]))
+    }
+}
+
+/// The object as an array that is aligned, in native byte order, and of a dtype in the table above.
+fn untyped<'py>(object: &Bound<'py, PyAny>, name: impl Fn() -> String) -> PyResult<Bound<'py, PyUntypedArray>> {
+    if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
+        let dtype = array.dtype();
+        let known = b"bBhHiIlqLQefd".contains(&dtype.char());
+        if known && array.is_aligned() && dtype.is_native_byteorder() != Some(false) {
+            return Ok(array.clone());
+        }
+    }
+    let native = object.py().import("biascorr.reference")?.call_method1("native", (object, name()))?;
+    Ok(native.cast_into::<PyUntypedArray>()?)
+}
