@@ -13,7 +13,8 @@ from biascorr.correctors import (
     MeanBiasCorrector,
     NullBiasCorrector,
 )
-from biascorr.model.correction import Correction, LayerReport, correct
+from biascorr.model.correction import Correction, correct
+from biascorr.model.network import LayerReport
 from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantize
 from biascorr.statistics import ChannelMean, prepare_input_mean
 

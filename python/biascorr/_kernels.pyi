@@ -4,15 +4,13 @@ from typing import Any
 from numpy import float64
 from numpy.typing import NDArray
 
+__all__: list[str]
+
 _Sums = tuple[NDArray[Any] | None, NDArray[float64] | None]
 _Grids = tuple[NDArray[float64], NDArray[float64], int, int, int]
 
-def channel_sums(
-    samples: Sequence[Any], channel_axis: int, first: int, channels: int | None
-) -> tuple[_Sums, int, bool]: ...
-def tap_sums(
-    sample: Any, channel_axis: int, windows: Sequence[tuple[int, int, int, int, int]]
-) -> tuple[_Sums, bool]: ...
+def channel_sums(samples: Sequence[Any], channel_axis: int, first: int, channels: int | None) -> tuple[_Sums, int, bool]: ...
+def tap_sums(sample: Any, channel_axis: int, windows: Sequence[tuple[int, int, int, int, int]]) -> tuple[_Sums, bool]: ...
 def weight_error(
     weights: Any, fake_quantized_weights: Any, mean: NDArray[float64], groups: int, layout: str
 ) -> NDArray[float64]: ...

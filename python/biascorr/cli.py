@@ -21,18 +21,7 @@ _INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def main() -> None:
-    """The command line. Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C."""
-    try:
-        status = app(prog_name="biascorr", standalone_mode=False)
-    except typer.Abort:
-        _fail("interrupted, nothing was written", _INTERRUPTED)
-    except typer.TyperException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    sys.exit(status or 0)
+"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C."""
 
 
 def _fail(message: object, status: int = 1) -> NoReturn:
@@ -48,7 +37,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def biascorr(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
@@ -60,7 +49,9 @@ def correct(
     model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
     data: Annotated[
         Path,
-        typer.Option(metavar="DIR_OR_NPZ", help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each."),
+        typer.Option(
+            metavar="DIR_OR_NPZ", help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the corrected model goes.")],
     quantized: Annotated[

@@ -190,4 +190,4 @@ class EmpiricalBiasCorrector(BiasCorrector):
 
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:  # noqa: ARG002
         """reference_mean - quantized_mean, whatever the weights: float64 if either mean is, else float32."""
-        return self._correction.copy()
+        return np.array(self._correction)

@@ -42,11 +42,11 @@ def native(array: Any, name: str) -> NDArray[Any]:
     if dtype.name == "bfloat16":
         return np.require(array, requirements="A")
     if dtype.kind == "f" and dtype.isbuiltin:  # longdouble
-        return array.astype(np.float64)
+        return np.asarray(array, dtype=np.float64)
     if dtype.name in _PACKED:
-        return array.astype(_PACKED[dtype.name])
+        return np.asarray(array, dtype=_PACKED[dtype.name])
     if dtype.name.startswith(("float8", "float6", "float4")):
-        return array.astype(np.float32)
+        return np.asarray(array, dtype=np.float32)
     raise TypeError(f"{name}: dtype {dtype}, expected integers, booleans or real numbers")
 
 
@@ -102,9 +102,7 @@ def _positions(tap: int, window: AxisWindow, size: int) -> list[int]:
     return [position for position in at if 0 <= position < size]
 
 
-def mean_from_sums(
-    integers: NDArray[Any] | None, reals: NDArray[np.float64] | None, count: int
-) -> NDArray[np.float64]:
+def mean_from_sums(integers: NDArray[Any] | None, reals: NDArray[np.float64] | None, count: int) -> NDArray[np.float64]:
     """Sums over a count, in float64.
 
     Parameters
@@ -143,21 +141,21 @@ def quantize(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: in
 def dequantize(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike) -> NDArray[Any]:
     """(q - zero_point) / scale in float64, as float32 for integers of up to 16 bits, else float64."""
     array = np.asarray(array)
-    r = (array.astype(np.float64) - zero_point) / np.asarray(scale, dtype=np.float64)
+    r = np.subtract(array, zero_point, dtype=np.float64) / np.asarray(scale, dtype=np.float64)
     return np.asarray(r, dtype=np.result_type(array.dtype, np.float32))
 
 
 def fake_quantize(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int) -> NDArray[Any]:
     """The nearest values on the grid, in the dtype of the array."""
     array = np.asarray(array)
-    r = (_grid(array, scale, zero_point, bits) - zero_point) / np.asarray(scale, dtype=np.float64)
+    r = np.subtract(_grid(array, scale, zero_point, bits), zero_point) / np.asarray(scale, dtype=np.float64)
     return np.asarray(r, dtype=array.dtype)
 
 
 def _grid(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int) -> NDArray[np.float64]:
     half = 2.0 ** (bits - 1)
     with np.errstate(over="ignore"):
-        steps = np.asarray(array, dtype=np.float64) * scale
+        steps = np.multiply(array, scale, dtype=np.float64)
     return np.asarray(np.clip(np.rint(steps) + zero_point, -half, half - 1))
 
 

@@ -10,6 +10,7 @@ samples is applied once, at the end.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ class TapMean:
         self._sums.add(*sums, wide)
         self._outputs += len(sample) * math.prod(window[-1] for window in windows)
         counts = [_positions_seen(window, size) for window, size in zip(windows, space)]
-        self._seen += len(sample) * math.prod(np.ix_(*counts))[..., None]
+        self._seen += len(sample) * functools.reduce(np.multiply.outer, counts)[..., None]
 
     def mean(self, quantization: Any = None) -> NDArray[Any]:
         """The mean in real units, (*K, C): float64 if any sample was float64, else float32."""
@@ -277,9 +278,7 @@ def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
     return scale, zero_point
 
 
-def clipped_normal_mean(
-    beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf, high: float = np.inf
-) -> NDArray[np.float64]:
+def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf, high: float = np.inf) -> NDArray[np.float64]:
     """E[clip(x, low, high)] for x ~ N(beta, gamma^2).
 
     Parameters
@@ -300,8 +299,8 @@ def clipped_normal_mean(
 
     Notes
     -----
-    beta (Phi(t_b) - Phi(t_a)) + abs(gamma) (phi(t_a) - phi(t_b)) + a Phi(t_a) + b (1 - Phi(t_b)), t = (bound - beta) / abs(gamma):
-    arXiv 1906.04721, appendix C.
+    beta (Phi(t_b) - Phi(t_a)) + abs(gamma) (phi(t_a) - phi(t_b)) + a Phi(t_a) + b (1 - Phi(t_b)) with
+    t = (bound - beta) / abs(gamma): arXiv 1906.04721, appendix C.
 
     Examples
     --------

@@ -93,8 +93,8 @@ def correct(
     TypeError
         The model or the data is of a kind that is not understood; a sample has another dtype than the input.
     ValueError
-        The method is unknown; a model is invalid; the quantized model is not of this float model; there are no samples; a sample has
-        other names or shapes than the inputs, or nan.
+        The method is unknown; a model is invalid; the quantized model is not of this float model; there are no samples; a
+        sample has other names or shapes than the inputs, or nan.
     """
     if method != "mean":
         raise ValueError(f"method: {method!r}, expected 'mean'")

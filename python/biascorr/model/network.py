@@ -56,7 +56,7 @@ class Layer:
     @property
     def channels(self) -> int:
         """Output channels, of all groups."""
-        return self.weights.shape[self.layout.index("O")]
+        return int(self.weights.shape[self.layout.index("O")])
 
 
 @dataclass(frozen=True)

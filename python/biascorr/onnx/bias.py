@@ -1,9 +1,9 @@
 """Where the bias of a layer is kept, and how a shift is added to it.
 
 A bias is an input of the layer, or the constant of an Add that alone reads the layer's output, directly or behind a
-QuantizeLinear and DequantizeLinear. Either is float, or integers behind DequantizeLinear, which are rounded again with their own
-step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized like ONNX quantizers do it where the layer is
-quantized; an Add behind a MatMul.
+QuantizeLinear and DequantizeLinear. Either is float, or integers behind DequantizeLinear, which are rounded again with
+their own step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized as ONNX quantizers do it where the
+layer is quantized; an Add behind a MatMul.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[
     constants = {"_quantized": values, "_scale": step, "_zero_point": np.zeros(step.shape, np.int32)}
     inputs = [graph.add_initializer(name + suffix, array) for suffix, array in constants.items()]
     output = graph.fresh_name(name)
-    axis = {"axis": 0} if step.size > 1 else {}
-    dequantize = helper.make_node("DequantizeLinear", inputs, [output], f"{output}_DequantizeLinear", **axis)
+    dequantize = helper.make_node("DequantizeLinear", inputs, [output], f"{output}_DequantizeLinear")
+    if step.size > 1:
+        dequantize.attribute.append(helper.make_attribute("axis", 0))
     graph.set_input(node, 2, output)
     graph.insert(dequantize, node, after=False)
     return BiasChange(values * step.astype(np.float64), _ADDED)

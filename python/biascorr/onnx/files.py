@@ -114,11 +114,14 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, force: bool = 
     external = onnx.ModelProto()
     external.CopyFrom(model)
     convert_model_to_external_data(external, location=data.name)
-    with _whole_file(path, force) as temporary, _whole_file(data, force) as temporary_data:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".biascorr-") as folder:
-            onnx.save(external, Path(folder) / path.name)
-            os.replace(Path(folder) / data.name, temporary_data)
-            os.replace(Path(folder) / path.name, temporary)
+    with (
+        _whole_file(path, force) as temporary,
+        _whole_file(data, force) as temporary_data,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".biascorr-") as folder,
+    ):
+        onnx.save(external, Path(folder) / path.name)
+        (Path(folder) / data.name).replace(temporary_data)
+        (Path(folder) / path.name).replace(temporary)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""An ONNX graph that can be asked who makes and who reads a tensor, what is constant, and that keeps its names when edited."""
+"""An ONNX graph: who makes and who reads a tensor, what is constant; edits that keep every name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Graph:
 
     @property
     def nodes(self) -> Sequence[onnx.NodeProto]:
-        return self.model.graph.node
+        nodes: Sequence[onnx.NodeProto] = self.model.graph.node
+        return nodes
 
     def is_constant(self, name: str) -> bool:
         return name in self._constant
@@ -142,7 +143,7 @@ class Graph:
         """Puts a node next to another; returns it as it is in the graph."""
         index = next(k for k, each in enumerate(self.nodes) if each is beside) + after
         self.model.graph.node.insert(index, node)
-        inserted = self.model.graph.node[index]
+        inserted: onnx.NodeProto = self.model.graph.node[index]
         self._add_reader(inserted)
         self.producer.update(dict.fromkeys(inserted.output, inserted))
         if all(name in self._constant for name in inserted.input):

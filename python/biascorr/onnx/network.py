@@ -24,8 +24,8 @@ from biascorr.statistics import Window
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
 
 _WEIGHTED = {
-    "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU", "LSTM",
-    "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
+    "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
+    "LSTM", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
 }  # fmt: skip
 """Operators that multiply with weights and are not corrected."""
 

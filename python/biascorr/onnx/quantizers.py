@@ -55,7 +55,7 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     if not all(map(graph.is_constant, parameters)):
         return None
     step, *rest = (graph.value(parameter) for parameter in parameters)
-    if step.size > 1 and step.ndim != 1 or not (np.isfinite(step) & (step > 0)).all():
+    if (step.size > 1 and step.ndim != 1) or not (np.isfinite(step) & (step > 0)).all():
         return None
     zero_point = rest[0] if rest else np.zeros((), dtype=np.int32)
     return Dequantizer(node, step, zero_point, attributes(node).get("axis", 1) if step.size > 1 else 0)
