@@ -4,7 +4,17 @@ from typing import Any
 from numpy import float64
 from numpy.typing import NDArray
 
-__all__: list[str]
+__all__ = [
+    "build_info",
+    "channel_sums",
+    "dequantize",
+    "fake_quantize_array",
+    "get_num_threads",
+    "quantize",
+    "set_num_threads",
+    "tap_sums",
+    "weight_error",
+]
 
 _Sums = tuple[NDArray[Any] | None, NDArray[float64] | None]
 _Grids = tuple[NDArray[float64], NDArray[float64], int, int, int]
