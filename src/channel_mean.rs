@@ -155,6 +155,9 @@ const TILE_BYTES: usize = 512 << 10;
 /// ... but into no more than these, which bounds the memory that the tiles' sums take.
 const MAX_TILES: usize = 64;
 
+/// Channels that are worth a tile of their own: 1024 f64 fill two pages.
+const MANY_CHANNELS: usize = 1024;
+
 tiered! {
     /// Adds row after row of `acc.len()` elements to `acc`; the last row may be shorter.
     fn add_rows<T: Element>(rows: &[T], acc: &mut [T::Partial]) = add_rows_body
@@ -267,7 +270,8 @@ struct Tile<'a, T> {
 
 /// Adds the sums per channel of each sample to `totals`, sample by sample in order.
 ///
-/// Reads each element once. Takes at most [`MAX_TILES`] times the memory of `totals` beside it.
+/// Reads each element once. Takes at most [`MAX_TILES`] times the memory of `totals` beside it, and no more than twice where
+/// there are many channels.
 pub fn channel_sums<T: Element>(samples: &[Sample<T>], totals: &mut [TotalOf<T>]) -> Result<(), Error> {
     let mut waiting = Vec::new();
     for (index, sample) in samples.iter().enumerate() {
@@ -284,19 +288,27 @@ fn tiles<'a, T>(index: usize, sample: &Sample<'a, T>) -> Vec<Tile<'a, T>> {
     let axes = axes.map(|(k, (&len, &stride))| Axis { len, strides: [stride, isize::from(k == sample.channel_axis)] });
     let nest = Nest::new(axes.collect()).normalized();
     let parts = (nest.len() * size_of::<T>() / TILE_BYTES).clamp(1, MAX_TILES);
-    let longest = (0..nest.axes.len()).max_by_key(|&k| (nest.axes[k].strides[1] == 0, nest.axes[k].len.min(parts)));
-    let pieces = nest.split(longest.unwrap_or(0), parts);
+    let pieces = nest.split(axis_to_cut(&nest, parts), parts);
     pieces.into_iter().map(|nest| Tile { sample: index, elements: sample.elements, nest }).collect()
 }
 
+/// The channel axis where each part keeps many channels, so that tiles share none; else the longest other axis.
+fn axis_to_cut(nest: &Nest<2>, parts: usize) -> usize {
+    let worth = |k: &usize| {
+        let axis = nest.axes[*k];
+        let channels = axis.strides[1] != 0;
+        (channels && axis.len >= parts * MANY_CHANNELS, !channels, axis.len)
+    };
+    (0..nest.axes.len()).max_by_key(worth).unwrap_or(0)
+}
+
 fn fold_tiles<T: Element>(tiles: Vec<Tile<T>>, totals: &mut [TotalOf<T>]) -> Result<(), Error> {
-    let channels = totals.len();
     let bytes = tiles.iter().map(|tile| tile.nest.len() * size_of::<T>()).sum();
-    let sums = parallel::map(tiles, bytes, |tile| (tile.sample, tile_sums(&tile, channels)))?;
+    let sums = parallel::map(tiles, bytes, |tile| (tile.sample, tile.channels().start, tile.sums()))?;
     for sample in sums.chunk_by(|a, b| a.0 == b.0) {
-        let mut sum = vec![TotalOf::<T>::default(); channels];
-        for (_, tile) in sample {
-            merge(&mut sum, tile);
+        let mut sum = vec![TotalOf::<T>::default(); totals.len()];
+        for (_, start, tile) in sample {
+            merge(&mut sum[*start..], tile);
         }
         merge(totals, &sum);
     }
@@ -309,32 +321,6 @@ fn merge<A: Total>(totals: &mut [A], others: &[A]) {
     }
 }
 
-fn tile_sums<T: Element>(tile: &Tile<T>, channels: usize) -> Vec<TotalOf<T>> {
-    let nest = &tile.nest;
-    let depth = nest.axes.len() - 1;
-    let inner = nest.axes[depth];
-    if inner.strides[1] == 0 {
-        return run_sums(tile, channels);
-    }
-    // The channel axis is innermost: rows of channels.
-    let mut totals = vec![Default::default(); channels];
-    let slab = depth > 0 && inner.strides[0] == 1 && nest.axes[depth - 1].strides[0] == inner.len as isize;
-    let fold = if slab { virtual_rows(inner.len, nest.axes[depth - 1].len) } else { 1 };
-    let mut block = Block::<T>::new(inner.len * fold, inner.len);
-    if slab {
-        let len = inner.len * nest.axes[depth - 1].len;
-        nest.walk(depth - 1, |[x, _]| block.add_slab(tile.elements.run(x, len)));
-    } else if inner.strides[0] == 1 {
-        nest.walk(depth, |[x, _]| block.add_row(0, tile.elements.run(x, inner.len)));
-    } else {
-        nest.walk(depth, |[x, _]| block.add_strided(0, strided(tile.elements, x, inner)));
-    }
-    for (step, sum) in block.finish().into_iter().enumerate() {
-        totals[(nest.origin[1] + step as isize * inner.strides[1]) as usize] = sum;
-    }
-    totals
-}
-
 /// Rows of `channels` that make up one row of lanes: enough to fill registers evenly, few enough to be worth folding.
 fn virtual_rows(channels: usize, rows: usize) -> usize {
     match channels {
@@ -344,25 +330,62 @@ fn virtual_rows(channels: usize, rows: usize) -> usize {
     }
 }
 
-/// The innermost axis is summed over: runs of one channel.
-fn run_sums<T: Element>(tile: &Tile<T>, channels: usize) -> Vec<TotalOf<T>> {
-    let nest = &tile.nest;
-    let depth = nest.axes.len() - 1;
-    let inner = nest.axes[depth];
-    let mut totals: Vec<TotalOf<T>> = vec![Default::default(); channels];
-    // Short runs get few lanes: each lane has to be cleared and folded.
-    let lanes = if inner.len >= 4 * LANES { LANES } else { 8 };
-    let mut block = Block::<T>::new(lanes, 1);
-    nest.walk(depth, |[x, channel]| {
-        if inner.strides[0] == 1 {
-            block.add_slab(tile.elements.run(x, inner.len));
+impl<T: Element> Tile<'_, T> {
+    /// The channels that this tile has a part of.
+    fn channels(&self) -> std::ops::Range<usize> {
+        let moving = self.nest.axes.iter().find(|axis| axis.strides[1] != 0);
+        let (len, stride) = moving.map_or((1, 1), |axis| (axis.len, axis.strides[1]));
+        let (first, last) = (self.nest.origin[1], self.nest.origin[1] + (len - 1) as isize * stride);
+        first.min(last) as usize..first.max(last) as usize + 1
+    }
+
+    /// The sums of those channels.
+    fn sums(&self) -> Vec<TotalOf<T>> {
+        let inner = self.nest.axes[self.nest.axes.len() - 1];
+        if inner.strides[1] == 0 { self.run_sums(inner) } else { self.row_sums(inner) }
+    }
+
+    /// The channel axis is innermost: rows of channels, or slabs of rows where they follow each other.
+    fn row_sums(&self, inner: Axis<2>) -> Vec<TotalOf<T>> {
+        let Tile { elements, nest, .. } = self;
+        let depth = nest.axes.len() - 1;
+        let rows = if depth > 0 { nest.axes[depth - 1] } else { Axis { len: 1, strides: [0, 0] } };
+        let slab = inner.strides[0] == 1 && rows.strides[0] == inner.len as isize;
+        let fold = if slab { virtual_rows(inner.len, rows.len) } else { 1 };
+        let mut block = Block::<T>::new(inner.len * fold, inner.len);
+        if slab {
+            nest.walk(depth - 1, |[x, _]| block.add_slab(elements.run(x, inner.len * rows.len)));
+        } else if inner.strides[0] == 1 {
+            nest.walk(depth, |[x, _]| block.add_row(0, elements.run(x, inner.len)));
         } else {
-            strided(tile.elements, x, inner).for_each(|x| block.add_strided(0, std::iter::once(x)));
+            nest.walk(depth, |[x, _]| block.add_strided(0, strided(*elements, x, inner)));
         }
-        block.carry_over();
-        totals[channel as usize].merge(std::mem::take(&mut block.totals[0]));
-    });
-    totals
+        let mut sums = block.finish();
+        if inner.strides[1] < 0 {
+            sums.reverse();
+        }
+        sums
+    }
+
+    /// The innermost axis is summed over: runs of one channel.
+    fn run_sums(&self, inner: Axis<2>) -> Vec<TotalOf<T>> {
+        let Tile { elements, nest, .. } = self;
+        let channels = self.channels();
+        let mut sums: Vec<TotalOf<T>> = vec![Default::default(); channels.len()];
+        // Short runs get few lanes: each lane has to be cleared and folded.
+        let lanes = if inner.len >= 4 * LANES { LANES } else { 8 };
+        let mut block = Block::<T>::new(lanes, 1);
+        nest.walk(nest.axes.len() - 1, |[x, channel]| {
+            if inner.strides[0] == 1 {
+                block.add_slab(elements.run(x, inner.len));
+            } else {
+                strided(*elements, x, inner).for_each(|x| block.add_strided(0, std::iter::once(x)));
+            }
+            block.carry_over();
+            sums[channel as usize - channels.start].merge(std::mem::take(&mut block.totals[0]));
+        });
+        sums
+    }
 }
 
 fn strided<T: Copy, const N: usize>(elements: Elements<'_, T>, start: isize, axis: Axis<N>) -> impl Iterator<Item = T> {
@@ -432,6 +455,11 @@ pub fn tap_sums<T: Element>(sample: &Sample<T>, windows: &[AxisWindow]) -> Resul
     let classes: Vec<Classes> = spatial.iter().zip(windows).map(|(&k, w)| Classes::new(axis(k).len, w)).collect();
     let plane = Plane { elements: sample.elements, batch: axis(0), space: spatial.into_iter().map(axis).collect() };
     let channels = axis(sample.channel_axis);
+    let taps: usize = windows.iter().map(|window| window.taps).product();
+    let mut totals = vec![TotalOf::<T>::default(); taps * channels.len];
+    if classes.iter().any(|axis| axis.taps.is_empty()) {
+        return Ok(totals); // no tap sees anything
+    }
     let starts: Vec<usize> = (0..channels.len).step_by(CHANNELS_PER_TASK).collect();
     let bytes = sample.shape.iter().product::<usize>() * size_of::<T>();
     let parts = parallel::map(starts.clone(), bytes, |start| {
@@ -439,8 +467,6 @@ pub fn tap_sums<T: Element>(sample: &Sample<T>, windows: &[AxisWindow]) -> Resul
         let offset = start as isize * channels.strides[0];
         plane.class_sums(offset, Axis { len, ..channels }, &classes)
     })?;
-    let taps: usize = windows.iter().map(|window| window.taps).product();
-    let mut totals = vec![TotalOf::<T>::default(); taps * channels.len];
     for (start, part) in starts.into_iter().zip(parts) {
         scatter(&part, &classes, windows, &mut totals, start, channels.len);
     }
@@ -532,9 +558,6 @@ fn scatter<A: Total>(
             axis.taps.iter().map(with).collect::<Vec<_>>()
         };
         taps_of = taps_of.iter().flat_map(combine).collect();
-    }
-    if taps_of.is_empty() {
-        return;
     }
     for (channel, sums) in sums.chunks(taps_of.len()).enumerate() {
         for (taps, &sum) in taps_of.iter().zip(sums) {

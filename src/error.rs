@@ -93,8 +93,11 @@ pub enum Error {
     #[error("array: contains nan, which has no quantized value")]
     Nan,
     /// At least one thread is needed.
-    #[error("num_threads: 0, expected at least 1")]
-    NoThreads,
+    #[error("num_threads: {found}, expected at least 1")]
+    NoThreads {
+        /// The number asked for.
+        found: isize,
+    },
     /// The operating system refused to start the pool.
     #[error("cannot start {threads} threads: {reason}")]
     ThreadPool {

@@ -4,7 +4,7 @@
 //! A forked child has none of its parent's threads; it builds a pool of its own at first use.
 
 use std::process;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -24,8 +24,7 @@ static STATE: Mutex<State> = Mutex::new(State { process: 0, threads: None, pool:
 
 /// Threads that large work is spread over: what was set, else `RAYON_NUM_THREADS`, else the CPUs of this process.
 pub fn num_threads() -> usize {
-    let set = STATE.lock().unwrap_or_else(PoisonError::into_inner).threads;
-    set.unwrap_or_else(default_threads)
+    own_state().threads.unwrap_or_else(default_threads)
 }
 
 fn default_threads() -> usize {
@@ -34,23 +33,28 @@ fn default_threads() -> usize {
 }
 
 /// Sets the number of threads of this process.
-pub fn set_num_threads(threads: usize) -> Result<(), Error> {
-    if threads == 0 {
-        return Err(Error::NoThreads);
+pub fn set_num_threads(threads: isize) -> Result<(), Error> {
+    if threads < 1 {
+        return Err(Error::NoThreads { found: threads });
     }
-    let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
-    state.threads = Some(threads);
+    let mut state = own_state();
+    state.threads = Some(threads.unsigned_abs());
     state.pool = None;
     Ok(())
 }
 
-fn pool() -> Result<Arc<ThreadPool>, Error> {
+/// The state, without the pool of a parent process: its workers do not exist here, joining them would wait for ever.
+fn own_state() -> MutexGuard<'static, State> {
     let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
     if state.process != process::id() {
-        // The parent's workers do not exist here; joining them would wait for ever.
         std::mem::forget(state.pool.take());
         state.process = process::id();
     }
+    state
+}
+
+fn pool() -> Result<Arc<ThreadPool>, Error> {
+    let mut state = own_state();
     if let Some(pool) = &state.pool {
         return Ok(Arc::clone(pool));
     }
@@ -82,6 +86,6 @@ mod tests {
 
     #[test]
     fn no_threads_is_an_error() {
-        assert_eq!(set_num_threads(0), Err(Error::NoThreads));
+        assert_eq!(set_num_threads(0), Err(Error::NoThreads { found: 0 }));
     }
 }

@@ -37,11 +37,11 @@ def native(array: Any, name: str) -> NDArray[Any]:
     dtype = array.dtype
     if dtype.kind == "b":
         return np.array(array.view(np.uint8))
-    if dtype.kind in "iu" or (dtype.kind == "f" and dtype.itemsize <= 8 and dtype.isbuiltin):
+    if issubclass(dtype.type, (np.float16, np.float32, np.float64)) or dtype.char in "bBhHiIlLqQ":
         return np.array(array, dtype=dtype.newbyteorder("="))
     if dtype.name == "bfloat16":
         return np.require(array, requirements="A")
-    if dtype.kind == "f" and dtype.isbuiltin:  # longdouble
+    if dtype.type is np.longdouble:
         return np.asarray(array, dtype=np.float64)
     if dtype.name in _PACKED:
         return np.asarray(array, dtype=_PACKED[dtype.name])
@@ -187,7 +187,7 @@ def weight_error(
     layout = layout.translate(_CANONICAL)
     if "G" not in layout:
         axis = 0 if layout[0] == "I" else layout.index("O")
-        error = error.reshape(*error.shape[:axis], groups, -1, *error.shape[axis + 1 :])
+        error = error.reshape(*error.shape[:axis], groups, error.shape[axis] // groups, *error.shape[axis + 1 :])
         layout = f"{layout[:axis]}G{layout[axis:]}"
     if "I" not in layout:
         error, layout = error[..., None], f"{layout}I"

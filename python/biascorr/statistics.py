@@ -313,8 +313,9 @@ def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf,
     if low > high:
         raise ValueError(f"low, high: {low}, {high}, expected low <= high")
     spread = np.where(gamma > 0, gamma, 1.0)
-    below, density_low = _tail_and_density((low - beta) / spread)
-    above, density_high = _tail_and_density((beta - high) / spread)
+    with np.errstate(over="ignore"):  # a bound that many deviations away is at infinity
+        below, density_low = _tail_and_density((low - beta) / spread)
+        above, density_high = _tail_and_density((beta - high) / spread)
     mean = beta * (1.0 - below - above) + gamma * (density_low - density_high)
     mean += (low * below if np.isfinite(low) else 0.0) + (high * above if np.isfinite(high) else 0.0)
     return np.where(gamma > 0, mean, np.clip(beta, low, high))

@@ -31,7 +31,7 @@ impl From<Error> for PyErr {
             | Error::MeanShape { .. }
             | Error::PerChannel { .. }
             | Error::Nan
-            | Error::NoThreads => PyValueError::new_err(message),
+            | Error::NoThreads { .. } => PyValueError::new_err(message),
             Error::ThreadPool { .. } => PyRuntimeError::new_err(message),
         }
     }

@@ -209,7 +209,7 @@ fn fake_quantize_array<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> P
 
 /// Sets the number of threads of this process.
 #[pyfunction]
-fn set_num_threads(num_threads: usize) -> PyResult<()> {
+fn set_num_threads(num_threads: isize) -> PyResult<()> {
     Ok(parallel::set_num_threads(num_threads)?)
 }
 

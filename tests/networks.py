@@ -1,0 +1,148 @@
+"""Small ONNX models with seeded weights, and what tests ask of them.
+
+Weights and samples are multiples of small powers of two, so that every sum of products of a layer is exact in float32: what is
+left of a shift after a correction is the rounding of the bias, not that of the convolution.
+"""
+
+import logging
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from biascorr import Quantization, fake_quantize
+from onnx import helper, numpy_helper, parser
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BITS = 4
+"""Bits that weights are quantized to: few, so that shifts are large."""
+
+
+def model_from_text(text: str, *, opset: int = 17, ir_version: int = 8, **constants: Array) -> onnx.ModelProto:
+    """A graph in ONNX's textual form with initializers; below ir_version 4 they are listed as inputs too."""
+    header = f'<ir_version: {ir_version}, opset_import: ["" : {opset}], producer_name: "tests", metadata_props: ["author": "me"]>'
+    model = parser.parse_model(f"{header} {text}")
+    for name, array in constants.items():
+        tensor = numpy_helper.from_array(array, name)
+        model.graph.initializer.append(tensor)
+        if ir_version < 4:
+            model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    return model
+
+
+def weights(*shape: int, axis: int = 0, dtype: str = "float32", seed: int = 0) -> Array:
+    """Weights between the values of a grid of BITS bits, whose ends are reached in each output channel (`axis`)."""
+    limit = 2 ** (BITS - 1) - 1
+    steps = np.random.default_rng([seed, *shape]).integers(-32 * limit, 32 * limit, shape, endpoint=True) / 32
+    first = np.moveaxis(steps, axis, 0).reshape(shape[axis], -1)[:, 0].copy()
+    np.moveaxis(steps, axis, 0)[(slice(None), *[0] * (len(shape) - 1))] = np.where(first < 0, -limit, limit)
+    return (steps / 2**BITS).astype(dtype)
+
+
+def biases(*shape: int, dtype: str = "float32", seed: int = 1) -> Array:
+    return (np.random.default_rng([seed, *shape]).integers(-64, 64, shape) / 32).astype(dtype)
+
+
+def samples(*shape: int, dtype: str = "float32", seed: int = 2) -> Array:
+    """Values from -0.5 to 2.5: means far from zero, other ones in each channel and position."""
+    rng = np.random.default_rng([seed, *shape])
+    return ((rng.integers(-4, 12, shape) + rng.integers(0, 8, shape[1:])) / 8).astype(dtype)
+
+
+def fake_quantized(array: Array, axis: int | None, bits: int = BITS) -> Array:
+    """Weights on a symmetric grid: one per index along `axis`, or one in all."""
+    others = None if axis is None else tuple(k for k in range(array.ndim) if k != axis % array.ndim)
+    quantization = Quantization.from_range(array.min(axis=others), array.max(axis=others), bits, asymmetric=False)
+    return fake_quantize(array, quantization, axis=-1 if axis is None else axis)
+
+
+def two_layers(*, image: int = 6) -> onnx.ModelProto:
+    """Conv, Relu, Conv, Relu, mean over space, Gemm: what a first model looks like."""
+    text = f"""g (float[N,3,{image},{image}] x) => (float[N,5] y) {{
+        [first] a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+        [relu] r = Relu(a)
+        [second] c = Conv(r, w2, b2)
+        [mean] m = GlobalAveragePool(c)
+        [flatten] f = Flatten(m)
+        [last] y = Gemm<transB=1>(f, w3, b3)
+    }}"""
+    constants = {"w1": weights(4, 3, 3, 3), "w2": weights(6, 4, 3, 3), "w3": weights(5, 6)}
+    return model_from_text(text, **constants, b1=biases(4), b2=biases(6), b3=biases(5))
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, Array]:
+    """Initializers by name."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def with_constants(model: onnx.ModelProto, **arrays: Array) -> onnx.ModelProto:
+    """A copy in which initializers, or the outputs of Constant nodes, have other values."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    tensors |= {node.output[0]: node.attribute[0].t for node in copy.graph.node if node.op_type == "Constant"}
+    for name, array in arrays.items():
+        tensors[name].CopyFrom(numpy_helper.from_array(array, tensors[name].name))
+    return copy
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, Array], names: Sequence[str] = ()) -> list[Array]:
+    """The named tensors, or the outputs, as the graph says: without any optimization."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    known = {output.name for output in model.graph.output}
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(list(names) or None, dict(feeds))
+
+
+def channel_mean(array: Array, axis: int) -> Array:
+    """The mean over every other axis, in float64."""
+    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]).mean(axis=0, dtype=np.float64)
+
+
+def stripped(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """A copy without the values of the named initializers and Constant nodes: what must not change when they do."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    names = set(names)
+    for tensor in copy.graph.initializer:
+        if tensor.name in names:
+            tensor.ClearField("raw_data")
+            tensor.ClearField("dims")
+    for node in copy.graph.node:
+        if node.op_type == "Constant" and node.output[0] in names:
+            node.ClearField("attribute")
+    return copy
+
+
+class Reader(CalibrationDataReader):
+    """Batches, as onnxruntime's quantizer and calibration take them."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Array]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> Any:
+        return next(self._batches, None)
+
+
+def quantized(model: onnx.ModelProto, batches: Iterable[Mapping[str, Array]], **options: Any) -> onnx.ModelProto:
+    """The model as onnxruntime quantizes it, in QDQ format unless `quant_format` says otherwise."""
+    options = {"quant_format": QuantFormat.QDQ, **options}
+    level = logging.root.level
+    logging.disable(logging.WARNING)  # it advises to preprocess the model
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "quantized.onnx"
+            quantize_static(model, str(path), Reader(batches), **options)
+            return onnx.load(path)
+    finally:
+        logging.disable(level if level < logging.WARNING else logging.NOTSET)

@@ -1,0 +1,139 @@
+"""Means per kernel tap: against the twin, and exact under padding, stride and dilation."""
+
+import numpy as np
+import pytest
+from arrays import LAYOUTS, random_array
+from biascorr import MeanBiasCorrector, Quantization
+from biascorr.statistics import TapMean, Window
+from comparisons import COMPARISONS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TAPS = COMPARISONS["tap_sums"]
+
+
+def window_of(taps, strides=None, dilations=None, pads=None, auto_pad="NOTSET"):
+    ones = (1,) * len(taps)
+    return Window(taps, strides or ones, dilations or ones, pads or ((0, 0),) * len(taps), auto_pad)
+
+
+CASES = {
+    "1x1": ((1, 1), window_of((1, 1))),
+    "pointwise strided": ((7, 9), window_of((1, 1), (2, 3))),
+    "3x3 same": ((7, 9), window_of((3, 3), pads=((1, 1), (1, 1)))),
+    "3x3 strided": ((8, 9), window_of((3, 3), (2, 2), pads=((0, 1), (1, 1)))),
+    "5x3 dilated": ((11, 13), window_of((5, 3), (1, 2), (2, 3), ((4, 4), (3, 2)))),
+    "kernel as large as the input": ((4, 4), window_of((4, 4))),
+    "padding beyond the kernel": ((3, 3), window_of((2, 2), pads=((3, 4), (5, 2)))),
+    "cropping": ((6, 6), window_of((3, 3), pads=((-1, 0), (-2, -1)))),
+    "stride beyond the kernel": ((9, 9), window_of((2, 2), (4, 5))),
+    "no output": ((2, 2), window_of((3, 3))),
+    "same upper": ((6, 7), window_of((4, 3), (2, 2), auto_pad="SAME_UPPER")),
+    "same lower": ((6, 7), window_of((4, 3), (2, 2), auto_pad="SAME_LOWER")),
+    "1-D": ((17,), window_of((5,), (2,), (2,), ((3, 1),))),
+    "3-D": ((4, 5, 6), window_of((3, 2, 3), (1, 2, 1), (1, 1, 2), ((1, 1), (0, 1), (2, 2)))),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_equals_twin(case, layout):
+    space, window = CASES[case]
+    for dtype in ("int8", "uint16", "int64", "float32", "float64", "bfloat16"):
+        for channels in (1, 5, 70):
+            values = random_array((2, channels, *space), dtype)
+            windows = window.along(space)
+            expected = TAPS.twin(values, windows)
+            found = TAPS.fast(LAYOUTS[layout](values), windows)
+            if expected.dtype == object:
+                assert found.tolist() == expected.tolist()
+            else:
+                np.testing.assert_allclose(found, expected, rtol=0, atol=TAPS.rtol * np.abs(values.astype(float)).sum())
+
+
+def test_channels_may_be_last():
+    values = random_array((2, 7, 9, 5), "int8")
+    windows = CASES["3x3 same"][1].along((7, 9))
+    expected = TAPS.twin(values, windows, -1)
+    np.testing.assert_array_equal(TAPS.fast(values, windows, -1), expected)
+    np.testing.assert_array_equal(TAPS.fast(np.moveaxis(values, -1, 1), windows, 1), expected)
+
+
+def test_a_large_sample_is_cut_into_tasks():
+    values = random_array((3, 200, 40, 40), "int8")
+    windows = CASES["3x3 strided"][1].along((40, 40))
+    np.testing.assert_array_equal(TAPS.fast(values, windows), TAPS.twin(values, windows))
+
+
+def convolve(x, weights, window):
+    """Direct convolution of (N, C, H, W) by (O, C, KH, KW), from the definition."""
+    (_, sh, dh, ph, oh), (_, sw, dw, pw, ow) = window.along(x.shape[2:])
+    y = np.zeros((len(x), len(weights), oh, ow))
+    for o_h, o_w, k_h, k_w in np.ndindex(oh, ow, *weights.shape[2:]):
+        h, w = o_h * sh + k_h * dh - ph, o_w * sw + k_w * dw - pw
+        if 0 <= h < x.shape[2] and 0 <= w < x.shape[3]:
+            y[:, :, o_h, o_w] += x[:, :, h, w] @ weights[:, :, k_h, k_w].T
+    return y
+
+
+@pytest.mark.parametrize("case", [name for name, (space, _) in CASES.items() if len(space) == 2 and name != "no output"])
+def test_the_shift_of_a_convolution_is_exact(case):
+    space, window = CASES[case]
+    x = [random_array((2, 3, *space), "float64", seed) + 1.0 for seed in range(2)]
+    weights, quantized = (random_array((4, 3, *window.taps), "float64", seed) for seed in (5, 6))
+    mean = TapMean(window)
+    for batch in x:
+        mean.update(batch)
+    y, y_quantized = (np.concatenate([convolve(batch, w, window) for batch in x]) for w in (weights, quantized))
+    shift = MeanBiasCorrector(mean.mean(), layout="OIHW").calculate(weights, quantized)
+    np.testing.assert_allclose(shift, (y - y_quantized).mean(axis=(0, 2, 3)), rtol=1e-10, atol=1e-12)
+
+
+def test_padding_of_quantized_samples_is_real_zero():
+    window = CASES["3x3 same"][1]
+    quantization = Quantization(scale=[4.0, 8.0], zero_point=[-3, 7])
+    codes = random_array((2, 2, 7, 9), "int8")
+    by_codes, by_values = TapMean(window), TapMean(window)
+    by_codes.update(codes)
+    by_values.update(np.moveaxis(quantization.dequantize(np.moveaxis(codes, 1, -1)), -1, 1).astype(np.float64))
+    np.testing.assert_allclose(by_codes.mean(quantization), by_values.mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_samples_may_differ_in_size():
+    window = CASES["3x3 strided"][1]
+    mean = TapMean(window)
+    sums, outputs = 0, 0
+    for size in ((8, 9), (5, 30), (3, 3)):
+        sample = random_array((1, 4, *size), "int16")
+        mean.update(sample)
+        windows = window.along(size)
+        sums = sums + TAPS.twin(sample, windows)
+        outputs += windows[0][-1] * windows[1][-1]
+    np.testing.assert_allclose(mean.mean(), (sums / outputs).astype(np.float64), rtol=1e-6)
+
+
+def test_no_output_position_has_no_mean():
+    mean = TapMean(CASES["no output"][1])
+    mean.update(np.ones((1, 3, 2, 2), np.float32))
+    with pytest.raises(ValueError, match="samples: none with an output position"):
+        mean.mean()
+
+
+@pytest.mark.parametrize("windows", [[], [(1, 1, 1, 0, 2)], [(1, 0, 1, 0, 2)] * 2, [(0, 1, 1, 0, 2)] * 2])
+def test_windows_that_do_not_fit(windows):
+    with pytest.raises(ValueError, match="windows: "):
+        TAPS.fast(np.ones((1, 2, 3, 3), np.int8), windows)
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 30),
+    taps=st.integers(1, 6),
+    stride=st.integers(1, 5),
+    dilation=st.integers(1, 4),
+    pads=st.tuples(st.integers(-2, 6), st.integers(-2, 6)),
+)
+def test_any_window_equals_the_twin(size, taps, stride, dilation, pads):
+    windows = window_of((taps,), (stride,), (dilation,), (pads,)).along((size,))
+    values = random_array((2, 3, size), "int8", size)
+    assert TAPS.fast(values, windows).tolist() == TAPS.twin(values, windows).tolist()
