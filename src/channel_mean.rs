@@ -37,6 +37,8 @@ pub trait Partial: Copy + Default + Send + Sync {
 pub trait Total: Copy + Default + Send + Sync + std::fmt::Debug {
     /// Adds another sum.
     fn merge(&mut self, other: Self);
+    /// The sum, rounded to f64.
+    fn value(self) -> f64;
 }
 
 /// The unevaluated sum of two f64 (double-double): the rounding error of every addition is kept.
@@ -58,12 +60,20 @@ impl Total for Compensated {
         let error = (self.sum - (sum - other_rounded)) + (other.sum - other_rounded);
         *self = Compensated { sum, error: self.error + other.error + error };
     }
+
+    fn value(self) -> f64 {
+        if self.sum.is_finite() { self.sum + self.error } else { self.sum }
+    }
 }
 
 impl Total for i128 {
     #[inline(always)]
     fn merge(&mut self, other: Self) {
         *self += other;
+    }
+
+    fn value(self) -> f64 {
+        self as f64
     }
 }
 
@@ -149,6 +159,10 @@ const BLOCK_ROWS: usize = 4096;
 /// order of float sums.
 const LANES: usize = 64;
 
+/// Four rows are added together, so that each accumulator is loaded and stored once for all of them, where they are no more
+/// than these: leaping to and fro over more defeats the hardware prefetcher (measured: f32 at 256 channels halves).
+const GROUP_BYTES: usize = 1 << 10;
+
 /// A sample is cut into tiles of about this size (half of a common L2 cache) ...
 const TILE_BYTES: usize = 512 << 10;
 
@@ -166,20 +180,34 @@ tiered! {
 #[inline(always)]
 fn add_rows_body<T: Element>(rows: &[T], acc: &mut [T::Partial]) {
     let width = acc.len();
-    if width == LANES {
-        // A fixed width lets the accumulators stay in registers.
-        let mut lanes = [T::Partial::default(); LANES];
-        lanes.copy_from_slice(acc);
-        let (whole, rest) = rows.as_chunks::<LANES>();
-        for row in whole {
-            add_row(row, &mut lanes);
+    if let Ok(acc) = <&mut [T::Partial; LANES]>::try_from(&mut *acc) {
+        return add_lanes(rows, acc);
+    }
+    let four_rows = 4 * width;
+    let (groups, rest) = if size_of::<T>() * four_rows <= GROUP_BYTES {
+        rows.split_at(rows.len() / four_rows * four_rows)
+    } else {
+        rows.split_at(0)
+    };
+    for group in groups.chunks_exact(four_rows) {
+        let [a, b, c, d] = std::array::from_fn(|k| &group[k * width..(k + 1) * width]);
+        for ((((partial, a), b), c), d) in acc.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+            for x in [a, b, c, d] {
+                x.add_to(partial);
+            }
         }
-        add_row(rest, &mut lanes);
-        return acc.copy_from_slice(&lanes);
     }
-    for row in rows.chunks(width) {
-        add_row(row, acc);
-    }
+    rest.chunks(width).for_each(|row| add_row(row, acc));
+}
+
+/// A fixed width lets the accumulators stay in registers.
+#[inline(always)]
+fn add_lanes<T: Element>(rows: &[T], acc: &mut [T::Partial; LANES]) {
+    let mut lanes = *acc;
+    let (whole, rest) = rows.as_chunks::<LANES>();
+    whole.iter().for_each(|row| add_row(row, &mut lanes));
+    add_row(rest, &mut lanes);
+    *acc = lanes;
 }
 
 #[inline(always)]

@@ -80,7 +80,7 @@ pub enum Error {
         per_tap: Vec<usize>,
     },
     /// A per-channel parameter must have the length of its axis.
-    #[error("{name}: {found} values, expected 1 or {expected}, the channels of the array")]
+    #[error("{name}: {found} values, expected 1 or {expected}, the number of channels")]
     PerChannel {
         /// Name of the parameter.
         name: &'static str,

@@ -135,10 +135,15 @@ fn mean_strides(shape: &[usize], roles: &[Role], mean: &Mean, channels: usize) -
 }
 
 /// Accumulators of a dot product. Fixed: they decide the order of the sum.
-const LANES: usize = 16;
+const LANES: usize = 8;
 
-/// A long output axis is cut into blocks whose accumulators stay in the L1 cache: 2048 f64 are 16 KB.
-const OUTPUT_BLOCK: usize = 2048;
+/// Rows of weights that share one pass over their means or shifts, so that these cost a quarter of the traffic. More rows than
+/// four of each tensor would fall into the same sets of the L1 cache where a row is a power of two long.
+const ROWS: usize = 4;
+
+/// A longer output axis is cut into blocks, so that their accumulators stay in the L2 cache. Up to there rows are read whole:
+/// leaping from block to block halves what memory delivers.
+const OUTPUT_BLOCK: usize = 16384;
 
 /// A contraction is cut into no more parts than these, which bounds the memory of their partial shifts.
 const MAX_PARTS: usize = 16;
@@ -146,21 +151,57 @@ const MAX_PARTS: usize = 16;
 /// Weights of one part, about: 512 KB of f32.
 const PART: usize = 128 << 10;
 
+/// A row of both tensors.
+#[derive(Clone, Copy)]
+struct Row<'a, T> {
+    w: &'a [T],
+    q: &'a [T],
+}
+
+/// The dot products of up to [`ROWS`] rows with one mean.
 #[inline(always)]
-fn error_dot_body<T: Real>(w: &[T], q: &[T], mean: &[f64]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (w_whole, w_rest) = w.as_chunks::<LANES>();
-    let (q_whole, q_rest) = q.as_chunks::<LANES>();
-    let (mean_whole, mean_rest) = mean.as_chunks::<LANES>();
-    for ((w, q), mean) in w_whole.iter().zip(q_whole).zip(mean_whole) {
-        for k in 0..LANES {
-            lanes[k] += (w[k].widen() - q[k].widen()) * mean[k];
+fn error_dots_body<T: Real>(rows: &[Row<T>], mean: &[f64]) -> [f64; ROWS] {
+    let mut dots = [0.0; ROWS];
+    if let Ok(rows) = <&[Row<T>; ROWS]>::try_from(rows) {
+        let whole = mean.len() / LANES;
+        let chunks = rows.map(|row| (&row.w.as_chunks::<LANES>().0[..whole], &row.q.as_chunks::<LANES>().0[..whole]));
+        let mut lanes = [[0.0; LANES]; ROWS];
+        for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
+            for (lanes, (w, q)) in lanes.iter_mut().zip(&chunks) {
+                add_errors_of(&w[k], &q[k], mean, lanes);
+            }
         }
+        for ((dot, lanes), row) in dots.iter_mut().zip(lanes).zip(rows) {
+            *dot = finished(row, mean, lanes);
+        }
+        return dots;
     }
-    for (k, ((w, q), mean)) in w_rest.iter().zip(q_rest).zip(mean_rest).enumerate() {
-        lanes[k] += (w.widen() - q.widen()) * mean;
+    for (dot, row) in dots.iter_mut().zip(rows) {
+        let mut lanes = [0.0; LANES];
+        let chunks = row.w.as_chunks::<LANES>().0.iter().zip(row.q.as_chunks::<LANES>().0);
+        for ((w, q), mean) in chunks.zip(mean.as_chunks::<LANES>().0) {
+            add_errors_of(w, q, mean, &mut lanes);
+        }
+        *dot = finished(row, mean, lanes);
     }
-    for half in [8, 4, 2, 1] {
+    dots
+}
+
+#[inline(always)]
+fn add_errors_of<T: Real>(w: &[T; LANES], q: &[T; LANES], mean: &[f64; LANES], lanes: &mut [f64; LANES]) {
+    for k in 0..LANES {
+        lanes[k] += (w[k].widen() - q[k].widen()) * mean[k];
+    }
+}
+
+/// Adds the rest of a row that fills no chunk, then the lanes pair by pair.
+#[inline(always)]
+fn finished<T: Real>(row: &Row<T>, mean: &[f64], mut lanes: [f64; LANES]) -> f64 {
+    let start = mean.len() / LANES * LANES;
+    for (k, lane) in lanes.iter_mut().enumerate().take(mean.len() - start) {
+        *lane += (row.w[start + k].widen() - row.q[start + k].widen()) * mean[start + k];
+    }
+    for half in [4, 2, 1] {
         for k in 0..half {
             lanes[k] += lanes[k + half];
         }
@@ -168,15 +209,30 @@ fn error_dot_body<T: Real>(w: &[T], q: &[T], mean: &[f64]) -> f64 {
     lanes[0]
 }
 
+/// Adds the errors of up to [`ROWS`] rows times a mean each, one after the other.
 #[inline(always)]
-fn add_error_body<T: Real>(w: &[T], q: &[T], mean: f64, shift: &mut [f64]) {
-    for ((shift, w), q) in shift.iter_mut().zip(w).zip(q) {
-        *shift += (w.widen() - q.widen()) * mean;
+fn add_errors_body<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) {
+    let len = shift.len();
+    if let (Ok(rows), Ok(means)) = (<&[Row<T>; ROWS]>::try_from(rows), <&[f64; ROWS]>::try_from(means)) {
+        let (w, q) = (rows.map(|row| &row.w[..len]), rows.map(|row| &row.q[..len]));
+        for k in 0..len {
+            let mut sum = shift[k];
+            for r in 0..ROWS {
+                sum += (w[r][k].widen() - q[r][k].widen()) * means[r];
+            }
+            shift[k] = sum;
+        }
+        return;
+    }
+    for (Row { w, q }, mean) in rows.iter().zip(means) {
+        for ((shift, w), q) in shift.iter_mut().zip(*w).zip(*q) {
+            *shift += (w.widen() - q.widen()) * mean;
+        }
     }
 }
 
-tiered! { fn error_dot<T: Real>(w: &[T], q: &[T], mean: &[f64]) -> f64 = error_dot_body }
-tiered! { fn add_error<T: Real>(w: &[T], q: &[T], mean: f64, shift: &mut [f64]) = add_error_body }
+tiered! { fn error_dots<T: Real>(rows: &[Row<T>], mean: &[f64]) -> [f64; ROWS] = error_dots_body }
+tiered! { fn add_errors<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) = add_errors_body }
 
 /// The shift of each output channel, (G*O,), group by group.
 ///
@@ -240,27 +296,63 @@ struct Operands<'a, T> {
 
 impl<T: Real> Operands<'_, T> {
     fn contract(&self, nest: &Nest<4>, shift_len: usize) -> Vec<f64> {
-        let depth = nest.axes.len() - 1;
-        let Axis { len, strides } = nest.axes[depth];
         let mut shift = vec![0.0; shift_len];
-        nest.walk(depth, |[w, q, m, s]| match strides {
-            [1, 1, 1, 0] => {
-                let mean = self.mean.run(m, len);
-                shift[s as usize] += error_dot(self.w.run(w, len), self.q.run(q, len), mean);
-            }
-            [1, 1, 0, 1] => {
-                let row = &mut shift[s as usize..s as usize + len];
-                add_error(self.w.run(w, len), self.q.run(q, len), self.mean.get(m), row);
-            }
-            _ => {
-                for step in 0..len as isize {
-                    let at = |operand: usize, start: isize| start + step * strides[operand];
-                    let error = self.w.get(at(0, w)).widen() - self.q.get(at(1, q)).widen();
-                    shift[at(3, s) as usize] += error * self.mean.get(at(2, m));
-                }
-            }
-        });
+        match nest.axes[nest.axes.len() - 1].strides {
+            [1, 1, 1, 0] => self.dots(nest, &mut shift),
+            [1, 1, 0, 1] => self.rows(nest, &mut shift),
+            _ => self.elements(nest, &mut shift),
+        }
         shift
+    }
+
+    /// The innermost axis is reduced: dot products, of rows gathered as long as they meet the same mean.
+    fn dots(&self, nest: &Nest<4>, shift: &mut [f64]) {
+        let depth = nest.axes.len() - 1;
+        let len = nest.axes[depth].len;
+        let (mut rows, mut places, mut mean) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[2]);
+        let mut finish = |rows: &mut Vec<Row<T>>, places: &mut Vec<isize>, mean: isize| {
+            for (place, dot) in places.drain(..).zip(error_dots(rows, self.mean.run(mean, len))) {
+                shift[place as usize] += dot;
+            }
+            rows.clear();
+        };
+        nest.walk(depth, |[w, q, m, s]| {
+            if rows.len() == ROWS || mean != m {
+                finish(&mut rows, &mut places, mean);
+            }
+            mean = m;
+            places.push(s);
+            rows.push(Row { w: self.w.run(w, len), q: self.q.run(q, len) });
+        });
+        finish(&mut rows, &mut places, mean);
+    }
+
+    /// The innermost axis is the output: rows, gathered as long as they go to the same place.
+    fn rows(&self, nest: &Nest<4>, shift: &mut [f64]) {
+        let depth = nest.axes.len() - 1;
+        let len = nest.axes[depth].len;
+        let (mut rows, mut means, mut place) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[3]);
+        let mut finish = |rows: &mut Vec<Row<T>>, means: &mut Vec<f64>, place: isize| {
+            add_errors(rows, means, &mut shift[place as usize..place as usize + len]);
+            rows.clear();
+            means.clear();
+        };
+        nest.walk(depth, |[w, q, m, s]| {
+            if rows.len() == ROWS || place != s {
+                finish(&mut rows, &mut means, place);
+            }
+            place = s;
+            means.push(self.mean.get(m));
+            rows.push(Row { w: self.w.run(w, len), q: self.q.run(q, len) });
+        });
+        finish(&mut rows, &mut means, place);
+    }
+
+    /// Any strides, element by element.
+    fn elements(&self, nest: &Nest<4>, shift: &mut [f64]) {
+        nest.walk(nest.axes.len(), |[w, q, m, s]| {
+            shift[s as usize] += (self.w.get(w).widen() - self.q.get(q).widen()) * self.mean.get(m);
+        });
     }
 }
 

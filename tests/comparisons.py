@@ -37,6 +37,10 @@ def _channel_sums(sample: Any, channel_axis: int = -1) -> NDArray[Any]:
     return totals(sums)
 
 
+def _channel_mean(samples: Any, scale: Any, zero_point: Any) -> NDArray[Any]:
+    return _kernels.channel_mean(samples, -1, np.ravel(scale).tolist(), np.ravel(zero_point).tolist())
+
+
 def _tap_sums(sample: Any, windows: Sequence[reference.AxisWindow], channel_axis: int = 1) -> NDArray[Any]:
     sums, _ = _kernels.tap_sums(sample, channel_axis, windows)
     return totals(sums).reshape(*(window[0] for window in windows), -1)
@@ -60,6 +64,7 @@ def _weight_error(weights: Any, fake_quantized: Any, mean: Any, groups: int, lay
 
 COMPARISONS = {
     "channel_sums": Comparison(_channel_sums, reference.channel_sums, 1e-13),
+    "channel_mean": Comparison(_channel_mean, reference.channel_mean, 1e-7),
     "tap_sums": Comparison(_tap_sums, reference.tap_sums, 1e-13),
     "quantize": Comparison(_quantize, reference.quantize, 0),
     "dequantize": Comparison(_dequantize, reference.dequantize, 0),

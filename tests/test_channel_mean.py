@@ -123,6 +123,22 @@ def test_list_and_iterator_give_the_same_bits(dtype):
     assert streamed.count == sum(sample.size // 13 for sample in samples)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS + FLOATS)
+def test_channel_mean_equals_twin(dtype):
+    comparison = COMPARISONS["channel_mean"]
+    samples = [random_array((2, 3 + k, 5), dtype, k) for k in range(4)]
+    for scale, zero_point in [(1.0, 0), (37.5, -3), (np.linspace(0.5, 9.0, 5), np.arange(5))]:
+        expected = comparison.twin(samples, scale, zero_point)
+        np.testing.assert_allclose(comparison.fast(samples, scale, zero_point), expected, rtol=comparison.rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(37.5, -3), Quantization(np.linspace(0.5, 9.0, 5), np.arange(5))])
+def test_list_and_accumulator_agree_on_mixed_dtypes(quantization):
+    samples = [random_array((7, 5), dtype, k) for k, dtype in enumerate(["int8", "float32", "uint16", "float16"])]
+    expected = prepare_input_mean(iter(samples), quantization)
+    assert prepare_input_mean(samples, quantization).tobytes() == expected.tobytes()
+
+
 def test_an_iterator_is_consumed_once_with_one_sample_alive():
     alive, most = [], []
 

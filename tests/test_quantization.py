@@ -164,7 +164,7 @@ def test_nan_has_no_quantized_value_and_stays_nan_otherwise():
 @pytest.mark.parametrize("method", ["quantize", "dequantize", "fake_quantize"])
 def test_bad_arrays_are_named(method):
     quantization = Quantization(scale=[1.0, 2.0])
-    with pytest.raises(ValueError, match="scale: 2 values, expected 1 or 3, the channels of the array"):
+    with pytest.raises(ValueError, match="scale: 2 values, expected 1 or 3, the number of channels"):
         getattr(quantization, method)(np.ones((4, 3), np.int8))
     with pytest.raises(TypeError, match="array: dtype complex128"):
         getattr(quantization, method)(np.ones(2, complex))

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "build_info",
+    "channel_mean",
     "channel_sums",
     "dequantize",
     "fake_quantize_array",
@@ -20,6 +21,9 @@ _Sums = tuple[NDArray[Any] | None, NDArray[float64] | None]
 _Grids = tuple[NDArray[float64], NDArray[float64], int, int, int]
 
 def channel_sums(samples: Sequence[Any], channel_axis: int, first: int, channels: int | None) -> tuple[_Sums, int, bool]: ...
+def channel_mean(
+    samples: Sequence[Any], channel_axis: int, scale: Sequence[float], zero_point: Sequence[float]
+) -> NDArray[Any]: ...
 def tap_sums(sample: Any, channel_axis: int, windows: Sequence[tuple[int, int, int, int, int]]) -> tuple[_Sums, bool]: ...
 def weight_error(
     weights: Any, fake_quantized_weights: Any, mean: NDArray[float64], groups: int, layout: str

@@ -121,6 +121,14 @@ def mean_from_sums(integers: NDArray[Any] | None, reals: NDArray[np.float64] | N
     return np.asarray(total / count, dtype=np.float64)
 
 
+def channel_mean(samples: Sequence[ArrayLike], scale: ArrayLike, zero_point: ArrayLike) -> NDArray[np.float64]:
+    """(sum / count - zero_point) / scale over every axis but the last of all samples together, (C,), in float64."""
+    sums = [channel_sums(sample) for sample in samples]
+    count = sum(np.size(sample) for sample in samples) // len(sums[0])
+    mean = np.add.reduce(sums, axis=0).astype(np.float64) / count
+    return np.asarray((mean - zero_point) / np.asarray(scale, dtype=np.float64), dtype=np.float64)
+
+
 def merge_reals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of two unevaluated sums (2, L) as one (Knuth, TAOCP vol. 2, 4.2.2, TwoSum)."""
     with np.errstate(invalid="ignore", over="ignore"):

@@ -20,8 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels
-from biascorr.quantization import affine_parameters
+from biascorr.quantization import Quantization, affine_parameters
 from biascorr.reference import AxisWindow, mean_from_sums, merge_reals
+
+
+_IDENTITY = ((1.0,), (0.0,))
 
 
 class _Sums:
@@ -178,15 +181,24 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
     array([ 2., 20.], dtype=float32)
     """
-    mean = ChannelMean()
     if isinstance(calibration_input, np.ndarray):
         calibration_input = [calibration_input]
     if isinstance(calibration_input, (list, tuple)):
-        mean._add(calibration_input)
-    else:
-        for sample in calibration_input:
-            mean.update(sample)
+        return _kernels.channel_mean(calibration_input, -1, *_affine(quantization))
+    mean = ChannelMean()
+    for sample in calibration_input:
+        mean.update(sample)
     return mean.mean(quantization)
+
+
+def _affine(quantization: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Scale and zero point as the kernel takes them: one value each, or one per channel."""
+    if quantization is None:
+        return _IDENTITY
+    if type(quantization) is Quantization and type(quantization.scale) is float and type(quantization.zero_point) is int:
+        return (quantization.scale,), (quantization.zero_point,)  # checked when it was made
+    scale, zero_point = affine_parameters(quantization)
+    return scale.ravel().tolist(), zero_point.ravel().tolist()
 
 
 @dataclass(frozen=True)
@@ -274,7 +286,7 @@ def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
     scale, zero_point = affine_parameters(quantization)
     for name, values in (("scale", scale), ("zero_point", zero_point)):
         if values.ndim and len(values) != channels:
-            raise ValueError(f"{name}: {len(values)} values, expected 1 or {channels}, the channels of the samples")
+            raise ValueError(f"{name}: {len(values)} values, expected 1 or {channels}, the number of channels")
     return scale, zero_point
 
 

@@ -39,14 +39,17 @@ fn reals_into_python<'py>(py: Python<'py>, totals: &[Compensated]) -> PyResult<B
     Ok(PyArray1::from_iter(py, sums_then_errors.collect::<Vec<_>>()).reshape([2, totals.len()])?.into_any())
 }
 
-/// Sums per channel of all samples, the positions summed over, and whether any sample was float64.
-///
+/// What samples come to: their sums, the positions summed over, whether any was float64.
+struct Summed {
+    sums: Sums,
+    positions: usize,
+    wide: bool,
+}
+
 /// `first` is the number that errors give the first sample, `channels` what they must agree with, if anything.
-#[pyfunction]
-#[pyo3(signature = (samples, channel_axis, first, channels))]
-fn channel_sums<'py>(
-    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, first: usize, channels: Option<usize>,
-) -> PyResult<(PySums<'py>, usize, bool)> {
+fn summed(
+    py: Python<'_>, samples: &[Bound<'_, PyAny>], channel_axis: isize, first: usize, channels: Option<usize>,
+) -> PyResult<Summed> {
     let mut expected = channels;
     let mut positions = 0;
     let mut views = Vec::with_capacity(samples.len());
@@ -60,7 +63,40 @@ fn channel_sums<'py>(
     let mut sums = Sums::new(expected.ok_or(Error::NoSamples)?);
     AnyView::add_channel_sums(py, &views, channel_axis, &mut sums)?;
     let wide = views.iter().any(|view| matches!(view, AnyView::F64(_)));
+    Ok(Summed { sums, positions, wide })
+}
+
+/// Sums per channel of all samples, the positions summed over, and whether any sample was float64.
+#[pyfunction]
+#[pyo3(signature = (samples, channel_axis, first, channels))]
+fn channel_sums<'py>(
+    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, first: usize, channels: Option<usize>,
+) -> PyResult<(PySums<'py>, usize, bool)> {
+    let Summed { sums, positions, wide } = summed(py, &samples, channel_axis, first, channels)?;
     Ok((into_python(py, sums)?, positions, wide))
+}
+
+/// The mean per channel of all samples, (sum / count - zero_point) / scale, as float64 if any sample is, else float32.
+#[pyfunction]
+#[pyo3(signature = (samples, channel_axis, scale, zero_point))]
+fn channel_mean<'py>(
+    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, scale: Vec<f64>, zero_point: Vec<f64>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let Summed { sums, positions, wide } = summed(py, &samples, channel_axis, 0, None)?;
+    let totals = sums.values();
+    for (name, found) in [("scale", scale.len()), ("zero_point", zero_point.len())] {
+        if found != 1 && found != totals.len() {
+            return Err(Error::PerChannel { name, found, expected: totals.len() }.into());
+        }
+    }
+    let of = |values: &[f64], channel: usize| values[channel % values.len()];
+    let mean = |(c, total): (usize, f64)| (total / positions as f64 - of(&zero_point, c)) / of(&scale, c);
+    let means = totals.into_iter().enumerate().map(mean);
+    if wide {
+        Ok(means.collect::<Vec<f64>>().into_pyarray(py).into_any())
+    } else {
+        Ok(means.map(|mean| mean as f32).collect::<Vec<f32>>().into_pyarray(py).into_any())
+    }
 }
 
 fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option<usize>) -> Result<usize, Error> {
@@ -230,7 +266,7 @@ fn build_info() -> (&'static str, &'static str, &'static str) {
 mod _kernels {
     #[pymodule_export]
     use super::{
-        build_info, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantize, set_num_threads,
-        tap_sums, weight_error,
+        build_info, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantize,
+        set_num_threads, tap_sums, weight_error,
     };
 }

@@ -14,7 +14,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::detach::detached;
-use crate::channel_mean::{AxisWindow, Compensated, Sample, TotalOf, channel_sums, tap_sums};
+use crate::channel_mean::{AxisWindow, Compensated, Sample, Total, TotalOf, channel_sums, tap_sums};
 use crate::layout::Elements;
 use crate::weight_error::Tensor;
 
@@ -72,6 +72,13 @@ pub struct Sums {
 impl Sums {
     pub fn new(channels: usize) -> Self {
         Sums { channels, integers: Vec::new(), reals: Vec::new() }
+    }
+
+    /// Both together, rounded to f64.
+    pub fn values(&self) -> Vec<f64> {
+        let integer = |k: usize| self.integers.get(k).map_or(0.0, |sum| sum.value());
+        let real = |k: usize| self.reals.get(k).map_or(0.0, |sum| sum.value());
+        (0..self.channels).map(|k| integer(k) + real(k)).collect()
     }
 }
 
