@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from biascorr import MeanBiasCorrector, Quantization, fake_quantize, get_num_threads, prepare_input_mean, set_num_threads
 from numpy.typing import NDArray
+
+from biascorr import MeanBiasCorrector, Quantization, fake_quantize, get_num_threads, prepare_input_mean, set_num_threads
 
 Array = NDArray[Any]
 Expression = Callable[[], Array]
 
 SAMPLE_BYTES = 256 << 20
-SECONDS = 0.6
-"""Time given to each expression, at least 3 calls."""
+BURSTS, BURST_SECONDS = 5, 0.1
 
 QUANTIZATION = Quantization(scale=37.5, zero_point=-3)
 
@@ -41,20 +41,24 @@ class Row:
     atol: float = 1e-5
 
 
-def seconds(expression: Expression) -> float:
-    """Median time of a call; calls of microseconds are timed in batches."""
-    expression()
-    start = time.perf_counter()
-    expression()
-    batch = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-9)))
-    times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(batch):
+def seconds(expressions: dict[str, Expression]) -> dict[str, float]:
+    """Median time of a call of each expression, measured in bursts that take turns, so that noise meets them alike.
+
+    The first call of a burst warms up and does not count; calls of microseconds are timed in batches.
+    """
+    times: dict[str, list[float]] = {name: [] for name in expressions}
+    for _ in range(BURSTS):
+        for name, expression in expressions.items():
+            start = time.perf_counter()
             expression()
-        times.append((time.perf_counter() - start) / batch)
-    return statistics.median(times)
+            batch = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-9)))
+            end = time.perf_counter() + BURST_SECONDS
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                for _ in range(batch):
+                    expression()
+                times[name].append((time.perf_counter() - start) / batch)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def quantized_mean(name: str, sample: Array) -> Row:
@@ -156,9 +160,9 @@ def measured(row: Row) -> str:
     expected = row.twin()
     for name, expression in {"ours": row.ours, **row.numpy}.items():
         np.testing.assert_allclose(expression(), expected, rtol=0, atol=row.atol, err_msg=f"{row.name}: {name}")
-    ours, twin = seconds(row.ours), seconds(row.twin)
-    times = {name: seconds(expression) for name, expression in row.numpy.items()}
-    best = min(times, key=times.__getitem__)
+    times = seconds({"ours": row.ours, "twin": row.twin, **row.numpy})
+    ours, twin = times["ours"], times["twin"]
+    best = min(row.numpy, key=times.__getitem__)
     rate = f"{row.bytes_read / ours / 1e9:6.1f} GB/s" if row.bytes_read > 1 << 20 else f"{ours * 1e6:8.2f} us"
     return f"{row.name:<34}{rate:>12}{twin / ours:>10.1f}x{times[best] / ours:>10.2f}x  {best}"
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from biascorr import Quantization, _kernels, fake_quantize, reference
 from numpy.typing import NDArray
+
+from biascorr import Quantization, _kernels, fake_quantize, reference
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from arrays import FLOATS, INTEGERS, LAYOUTS, SMALL_FLOATS, random_array
 from biascorr import ChannelMean, Quantization, prepare_input_mean
 from comparisons import COMPARISONS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CHANNELS = COMPARISONS["channel_sums"]
 SHAPES = [

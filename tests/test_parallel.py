@@ -7,9 +7,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import biascorr
 import numpy as np
 import pytest
+
+import biascorr
 from arrays import random_array
 
 DIGEST = """

@@ -4,11 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from arrays import LAYOUTS, random_array
 from biascorr import Quantization, fake_quantize
 from comparisons import COMPARISONS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIZES = [0, 1, 7, 8, 9, 1000, 65_537, 300_001]
 
@@ -93,7 +94,10 @@ def test_a_quantization_is_a_value():
         first.scale[0] = 3.0
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(2, "int8"), (8, "int8"), (9, "int16"), (16, "int16"), (17, "int32"), (32, "int32")])
+BITS = [(2, "int8"), (8, "int8"), (9, "int16"), (16, "int16"), (17, "int32"), (32, "int32")]
+
+
+@pytest.mark.parametrize(("bits", "dtype"), BITS)
 def test_quantized_values_have_the_smallest_dtype_and_saturate(bits, dtype):
     quantization = Quantization(1.0, 0, bits)
     found = quantization.quantize([-1e30, -np.inf, -0.5, 0.5, 1.5, 2.5, np.inf])
@@ -115,7 +119,8 @@ def test_kernels_equal_twins(bits, dtype, per_channel):
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
         codes = COMPARISONS["quantize"].twin(values, scale, zero_point, bits)
-        found, expected = (f(codes, scale, zero_point) for f in (COMPARISONS["dequantize"].fast, COMPARISONS["dequantize"].twin))
+        comparison = COMPARISONS["dequantize"]
+        found, expected = comparison.fast(codes, scale, zero_point), comparison.twin(codes, scale, zero_point)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
 

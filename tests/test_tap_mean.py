@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from arrays import LAYOUTS, random_array
 from biascorr import MeanBiasCorrector, Quantization
 from biascorr.statistics import TapMean, Window
 from comparisons import COMPARISONS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TAPS = COMPARISONS["tap_sums"]
 

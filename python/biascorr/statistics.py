@@ -23,7 +23,6 @@ from biascorr import _kernels
 from biascorr.quantization import Quantization, affine_parameters
 from biascorr.reference import AxisWindow, mean_from_sums, merge_reals
 
-
 _IDENTITY = ((1.0,), (0.0,))
 
 
