@@ -42,7 +42,8 @@ def number_of_batches(data: Any) -> int | None:
     if isinstance(data, (str, PathLike)):
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
-    return len(data) if isinstance(data, Sized) and not isinstance(data, (np.ndarray, Mapping)) else None
+    one_batch_each = isinstance(data, Sized) and not isinstance(data, (np.ndarray, Mapping)) and not hasattr(data, "get_next")
+    return len(data) if one_batch_each else None
 
 
 def batches_from_data(data: Any, inputs: Sequence[ModelInput]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -126,7 +127,7 @@ def _has_batch_axis(array: NDArray[Any], model_input: ModelInput) -> bool:
 
 
 def _part(array: NDArray[Any], model_input: ModelInput, start: int, size: int) -> NDArray[Any]:
-    return array[start : start + size] if _has_batch_axis(array, model_input) else array[start]
+    return array[start : start + size] if _has_batch_axis(array, model_input) else np.asarray(array[start])
 
 
 def _from_path(path: Path, inputs: Sequence[ModelInput]) -> Batches:
@@ -134,8 +135,8 @@ def _from_path(path: Path, inputs: Sequence[ModelInput]) -> Batches:
         yield from _from_file(path, inputs)
         return
     for file in _files(path):
-        arrays = _read(file)
-        yield str(file), _by_name(arrays, inputs, str(file))
+        for name, arrays in _without_names(file, _read(file), inputs):
+            yield name, _by_name(arrays, inputs, name)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -143,13 +144,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _from_file(path: Path, inputs: Sequence[ModelInput]) -> Batches:
-    arrays = _read(path)
-    if isinstance(arrays, dict) and len(inputs) == 1 and arrays and all(key.startswith("arr_") for key in arrays):
-        # np.savez(path, *batches): arrays without names, one batch each.
-        for key, array in arrays.items():
-            yield from _samples({inputs[0].name: array}, inputs, f"{path}: {key}")
-        return
-    yield from _samples(_by_name(arrays, inputs, str(path)), inputs, str(path))
+    for name, arrays in _without_names(path, _read(path), inputs):
+        yield from _samples(_by_name(arrays, inputs, name), inputs, name)
+
+
+def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> list[tuple[str, Any]]:
+    """The contents of a file one by one: arrays of an .npz file that numpy has numbered (np.savez(path, *batches)), or all."""
+    numbered = isinstance(arrays, dict) and bool(arrays) and all(key.startswith("arr_") for key in arrays)
+    if numbered and len(inputs) == 1 and inputs[0].name not in arrays:
+        return [(f"{path}: {key}", array) for key, array in arrays.items()]
+    return [(str(path), arrays)]
 
 
 def _read(path: Path) -> Any:
@@ -161,9 +165,13 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        with path.open("rb") as file, zipfile.ZipFile(file):
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return dict(archive)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds at files that are damaged
         raise ValueError(f"data: {path} cannot be read: {error}") from None
 
 

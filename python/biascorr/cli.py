@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -65,14 +66,16 @@ def correct(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
 ) -> None:
     """Correct the biases of a quantized model, so that its layers' mean outputs are those of the float model."""
-    console = Console(stderr=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names of layers may have letters that the terminal has not
     columns = (TextColumn("measuring mean inputs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         if output.exists() and not force:
             raise FileExistsError(f"{output} exists; --force overwrites it")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
             result = correction.correct(
                 model,
@@ -89,6 +92,10 @@ def correct(
         _fail("interrupted, nothing was written", _INTERRUPTED)
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         _fail(error or type(error).__name__)
-    Console().print(table_from_report(result.report))
+    table = table_from_report(result.report)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
     corrected = sum(layer.method is not None for layer in result.report)
     print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} batches")

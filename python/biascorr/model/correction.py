@@ -98,6 +98,8 @@ def correct(
     """
     if method != "mean":
         raise ValueError(f"method: {method!r}, expected 'mean'")
+    if not 2 <= weight_bits <= 32:
+        raise ValueError(f"weight_bits: {weight_bits}, expected 2 to 32")
     reference = _network(model, "model")
     measured = _simulated(reference, weight_bits, per_channel) if quantized is None else _network(quantized, "quantized")
     weights = _matching_weights(reference, measured)
@@ -142,27 +144,40 @@ def _fake_quantized(layer: Layer, bits: int, per_channel: bool) -> NDArray[Any]:
 
 
 def _matching_weights(reference: Network, quantized: Network) -> dict[str, NDArray[Any]]:
-    """The float weights of each quantized layer that has a counterpart in the float model.
-
-    A quantizer that rounds each weight to a value of its grid, 0 among them, moves none further than 0 is away, so the error is
-    smaller than the weights. Weights of another model are not.
-    """
-    counterparts = {layer.name: layer for layer in reference.layers}
-    weights = {}
+    """The float weights of each quantized layer, by its name. Raises ValueError where they are not what was quantized."""
+    counterparts = _counterparts(reference.layers, quantized.layers)
     for layer in quantized.layers:
-        counterpart = counterparts.get(layer.name)
-        if counterpart is None:
-            continue
-        if counterpart.weights.shape != layer.weights.shape:
-            shapes = f"{layer.weights.shape}, expected {counterpart.weights.shape}"
-            raise ValueError(f"quantized: not of this float model: layer {layer.name} has weights of shape {shapes}")
-        error = np.linalg.norm(np.subtract(counterpart.weights, layer.weights, dtype=np.float64))
-        if error > np.linalg.norm(counterpart.weights.astype(np.float64)):
-            raise ValueError(f"quantized: not of this float model: layer {layer.name} has other weights")
-        weights[layer.name] = counterpart.weights
-    if quantized.layers and not weights:
+        if layer.name in counterparts:
+            _check_weights(layer, counterparts[layer.name].weights)
+    if quantized.layers and not counterparts:
         raise ValueError(f"quantized: not of this float model: no layer named {quantized.layers[0].name} in it")
-    return weights
+    return {name: layer.weights for name, layer in counterparts.items()}
+
+
+def _counterparts(reference: Sequence[Layer], quantized: Sequence[Layer]) -> dict[str, Layer]:
+    """Float layers by the name of the quantized one: of the same name; the rest in order, where they are alike one by one."""
+    by_name = {layer.name: layer for layer in reference}
+    found = {layer.name: by_name[layer.name] for layer in quantized if layer.name in by_name}
+    rest = [layer for layer in quantized if layer.name not in found]
+    left = [layer for layer in reference if layer.name not in found]
+    if [(layer.op, layer.weights.shape) for layer in rest] == [(layer.op, layer.weights.shape) for layer in left]:
+        found |= {layer.name: counterpart for layer, counterpart in zip(rest, left)}
+    return found
+
+
+def _check_weights(layer: Layer, weights: NDArray[Any]) -> None:
+    """Raises ValueError where no rounding can have made a layer's weights from these.
+
+    Rounding to a grid with 0 on it moves no weight further than 0 is away, so the error is smaller than the weights; and most
+    weights, those that do not saturate, move by less than a step.
+    """
+    of_another = f"quantized: not of this float model: layer {layer.name} has"
+    if weights.shape != layer.weights.shape:
+        raise ValueError(f"{of_another} weights of shape {layer.weights.shape}, expected {weights.shape}")
+    error = np.abs(np.subtract(weights, layer.weights, dtype=np.float64))
+    far = layer.weight_step is not None and error.size > 0 and np.median(error / layer.weight_step) > 1.0
+    if far or np.linalg.norm(error) > np.linalg.norm(weights.astype(np.float64)):
+        raise ValueError(f"{of_another} other weights (was a BatchNormalization folded, or the model scaled?)")
 
 
 def _split(network: Network, weights: Mapping[str, NDArray[Any]]) -> tuple[list[Layer], list[LayerReport]]:

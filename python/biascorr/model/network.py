@@ -40,6 +40,8 @@ class Layer:
         How a convolution's kernel moves; None for a matrix product.
     gain : float
         A constant factor on the product (alpha of a Gemm).
+    weight_step : ndarray or None
+        Distance between neighbouring quantized weights, broadcastable to the weights; None where it is not known.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     groups: int = 1
     window: Window | None = None
     gain: float = 1.0
+    weight_step: NDArray[Any] | None = None
 
     @property
     def channels(self) -> int:

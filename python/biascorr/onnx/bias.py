@@ -8,6 +8,7 @@ layer is quantized; an Add behind a MatMul.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
         return BiasChange(_per_channel(change.applied, axes_behind), change.note)
     if node.op_type == "MatMul":
         return _insert_add(graph, node, shift.reshape(-1, *[1] * axes_behind).astype(layer.weights.dtype))
-    return _add_input(graph, node, layer, shift / attributes(node).get("beta", 1.0))
+    factor = attributes(node).get("beta", 1.0)
+    change = _add_input(graph, node, layer, shift / factor)
+    return BiasChange(change.applied * factor, change.note)
 
 
 def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:
@@ -105,7 +108,8 @@ def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[
         bias = shift.astype(layer.weights.dtype)
         graph.set_input(node, 2, graph.add_initializer(name, bias))
         return BiasChange(bias.astype(np.float64), _ADDED)
-    step = np.prod([each.step for each in dequantizers if each is not None], axis=0, dtype=np.float32)
+    steps = [each.step.reshape(-1 if each.step.size > 1 else ()) for each in dequantizers if each is not None]
+    step = np.asarray(functools.reduce(np.multiply, steps), dtype=np.float32)
     limits = np.iinfo(np.int32)
     values = np.clip(np.rint(shift / step.astype(np.float64)), limits.min, limits.max).astype(np.int32)
     constants = {"_quantized": values, "_scale": step, "_zero_point": np.zeros(step.shape, np.int32)}

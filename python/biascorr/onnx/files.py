@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, convert_model_to_external_data, load_external_data_for_model
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import helper
+from onnx.checker import ValidationError
+from onnx.external_data_helper import ExternalDataInfo, convert_model_to_external_data, load_external_data_for_tensor
+
+_PACKED = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
+"""Bits of types that ONNX stores several of in a byte."""
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may have; beyond, tensors go to a file beside the model."""
@@ -68,8 +74,15 @@ def _with_data(model: onnx.ModelProto, folder: Path | None, name: str) -> onnx.M
     if folder is None:
         raise ValueError(f"{name}: tensor {external[0].name} is in an external file; give the path of the model")
     for tensor in external:
-        _check_location(tensor, folder, name)
-    load_external_data_for_model(model, str(folder))
+        try:
+            _check_location(tensor, folder)
+            load_external_data_for_tensor(tensor, str(folder))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: tensor {tensor.name}: {error}") from None
+        except (ValueError, ValidationError) as error:
+            raise ValueError(f"{name}: tensor {tensor.name}: {error}") from None
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
     return model
 
 
@@ -84,15 +97,24 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(subgraph)
 
 
-def _check_location(tensor: onnx.TensorProto, folder: Path, name: str) -> None:
+def _check_location(tensor: onnx.TensorProto, folder: Path) -> None:
     info = ExternalDataInfo(tensor)
     file = (folder / info.location).resolve()
     if not file.is_relative_to(folder.resolve()):
-        raise ValueError(f"{name}: tensor {tensor.name}: external data {info.location} is outside the model's folder")
+        raise ValueError(f"external data {info.location} is outside the model's folder")
     if not file.is_file():
-        raise FileNotFoundError(f"{name}: tensor {tensor.name}: external data {info.location} is missing")
-    if (info.offset or 0) + (info.length or 0) > file.stat().st_size:
-        raise ValueError(f"{name}: tensor {tensor.name}: external data {info.location} is truncated")
+        raise FileNotFoundError(f"external data {info.location} is missing")
+    size, length = _bytes_of(tensor), info.length
+    if length is not None and length != size:
+        raise ValueError(f"external data {info.location} has {length} bytes for it, expected {size}")
+    if (info.offset or 0) + size > file.stat().st_size:
+        raise ValueError(f"external data {info.location} is truncated")
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    bits = _PACKED.get(dtype.name, 8 * dtype.itemsize)
+    return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
 def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -106,22 +128,35 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, force: bool = 
         It cannot be written; nothing is left behind.
     """
     path = Path(path)
-    if model.ByteSize() <= PROTOBUF_LIMIT:
+    if fits_in_a_message(model):
         with _whole_file(path, force) as temporary:
             temporary.write_bytes(model.SerializeToString())
         return
     data = path.with_name(path.name + ".data")
-    external = onnx.ModelProto()
-    external.CopyFrom(model)
-    convert_model_to_external_data(external, location=data.name)
     with (
         _whole_file(path, force) as temporary,
         _whole_file(data, force) as temporary_data,
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".biascorr-") as folder,
     ):
-        onnx.save(external, Path(folder) / path.name)
+        write_with_external_data(model, Path(folder) / path.name)
         (Path(folder) / data.name).replace(temporary_data)
         (Path(folder) / path.name).replace(temporary)
+
+
+def fits_in_a_message(model: onnx.ModelProto) -> bool:
+    """Whether protobuf can write the model in one piece."""
+    try:
+        return bool(model.ByteSize() <= PROTOBUF_LIMIT)
+    except EncodeError:
+        return False
+
+
+def write_with_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a model whose tensors go to `<path>.data`; both are overwritten."""
+    external = onnx.ModelProto()
+    external.CopyFrom(model)
+    convert_model_to_external_data(external, location=f"{path.name}.data", convert_attribute=True)
+    onnx.save(external, path)
 
 
 @contextlib.contextmanager
@@ -139,11 +174,17 @@ def _whole_file(path: Path, force: bool) -> Iterator[Path]:
         if force:
             temporary.replace(path)
         else:
-            os.link(temporary, path)  # unlike a rename, fails where somebody was faster
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists; it is only overwritten when forced") from None
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Unlike a rename, fails where somebody else was faster."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists; it is only overwritten when forced") from None
 
 
 def _flush(path: Path) -> None:

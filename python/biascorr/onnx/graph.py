@@ -54,6 +54,14 @@ class Graph:
                 constant.update(node.output)
         return constant
 
+    def function_nodes(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """The nodes of the model's own function that a node calls, and of those that it calls."""
+        for function in self.model.functions:
+            if (function.domain, function.name) == (node.domain, node.op_type):
+                for inner in function.node:
+                    yield inner
+                    yield from self.function_nodes(inner)
+
     @property
     def nodes(self) -> Sequence[onnx.NodeProto]:
         nodes: Sequence[onnx.NodeProto] = self.model.graph.node
@@ -88,7 +96,9 @@ class Graph:
             [onnx.ValueInfoProto(name=name) for name in names],
             [self.initializers[name] for name in sorted(needed & set(self.initializers))],
         )
-        return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+        return helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
+        )
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads a tensor; None where others do, a subgraph or the model's caller among them."""
@@ -107,16 +117,28 @@ class Graph:
         """Makes an input of a node this constant: in place where it is the node's own, else under a fresh name."""
         name = node.input[index] if index < len(node.input) else ""
         if name and self.only_reader(name) is node:
-            if name in self.initializers:
-                self.initializers[name].CopyFrom(_tensor(array, name, self.initializers[name]))
+            own = self._own_tensor(name)
+            if own is not None:
+                own.CopyFrom(_tensor(array, own))
                 self._values.pop(name, None)
-                return
-            source = self.producer[name]
-            if source.op_type == "Constant" and source.attribute[0].name == "value":
-                source.attribute[0].t.CopyFrom(_tensor(array, source.attribute[0].t.name, source.attribute[0].t))
-                self._values.pop(name, None)
+                self._set_declared_shape(name, array.shape)
                 return
         self.set_input(node, index, self.add_initializer(base, array))
+
+    def _own_tensor(self, name: str) -> onnx.TensorProto | None:
+        """Where the values of a constant are kept; None where they are computed."""
+        if name in self.initializers:
+            initializer: onnx.TensorProto = self.initializers[name]
+            return initializer
+        node = self.producer[name]
+        is_tensor = node.op_type == "Constant" and node.attribute[0].name == "value"
+        tensor: onnx.TensorProto | None = node.attribute[0].t if is_tensor else None
+        return tensor
+
+    def _set_declared_shape(self, name: str, shape: Sequence[int]) -> None:
+        for value in (*self.model.graph.input, *self.model.graph.value_info):
+            if value.name == name and value.type.tensor_type.HasField("shape"):
+                value.CopyFrom(helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape))
 
     def add_initializer(self, base: str, array: NDArray[Any]) -> str:
         tensor = numpy_helper.from_array(np.asarray(array), self.fresh_name(base))
@@ -180,7 +202,7 @@ def _captured(graph: onnx.GraphProto) -> Iterator[str]:
             yield from (output.name for output in subgraph.output)
 
 
-def _tensor(array: NDArray[Any], name: str, like: onnx.TensorProto) -> onnx.TensorProto:
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+def _tensor(array: NDArray[Any], like: onnx.TensorProto) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(np.asarray(array, order="C"), like.name)
     tensor.doc_string = like.doc_string
     return tensor

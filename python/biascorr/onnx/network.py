@@ -59,7 +59,9 @@ class OnnxNetwork:
     @classmethod
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.onnx.files.load` for the errors."""
-        return cls(files.load(model, name), name)
+        loaded = files.load(model, name)
+        session(loaded, name)  # refuses what is no valid model before anything is read from it
+        return cls(loaded, name)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -102,10 +104,21 @@ class OnnxNetwork:
 
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
-        if any(inner.op_type in ("Conv", "Gemm", "MatMul", *_WEIGHTED) for inner in subgraph_nodes(node)):
+        layers = {"Conv", "Gemm", "MatMul", *_WEIGHTED}
+        if any(inner.op_type in layers for inner in subgraph_nodes(node)):
             return "its subgraphs have layers, which are not corrected"
+        if any(inner.op_type in layers for inner in self._graph.function_nodes(node)):
+            return "its function has layers, which are not corrected"
+        if self._graph.is_constant(node.output[0]):
+            return None
         if node.op_type in _WEIGHTED:
             return "operator is not supported"
+        if (
+            node.op_type in ("Conv", "Gemm")
+            and len(node.input) > 2
+            and not self._graph.is_constant(node.input[2] or node.input[1])
+        ):
+            return "its bias is computed at run time"
         if node.op_type == "Conv":
             return self._conv(name, node)
         if node.op_type == "Gemm":
@@ -131,7 +144,10 @@ class OnnxNetwork:
         )
         tensor, quantization = self._read(node.input[0])
         layout = f"OI{_SPACE[rank]}"
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, 1, given.get("group", 1), window)
+        step = self._weight_step(node.input[1], weights)
+        return Layer(
+            name, node.op_type, weights, layout, tensor, quantization, 1, given.get("group", 1), window, weight_step=step
+        )
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
         if not self._graph.is_constant(node.input[1]):
@@ -143,7 +159,8 @@ class OnnxNetwork:
         axis = 0 if given.get("transA", 0) else 1
         weights = self._graph.value(node.input[1])
         tensor, quantization = self._read(node.input[0])
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, gain=given.get("alpha", 1.0))
+        gain, step = given.get("alpha", 1.0), self._weight_step(node.input[1], weights)
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, gain=gain, weight_step=step)
 
     def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """x W contracts the last axis of x, W x the one before."""
@@ -156,7 +173,15 @@ class OnnxNetwork:
         weights = weights.reshape(weights.shape[-2:])
         tensor, quantization = self._read(node.input[1 - index])
         layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis)
+        step = self._weight_step(node.input[index], weights)
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, weight_step=step)
+
+    def _weight_step(self, name: str, weights: NDArray[Any]) -> NDArray[Any] | None:
+        dequantizer = dequantizer_of(self._graph, name)
+        if dequantizer is None:
+            return None
+        steps = dequantizer.steps_of(self._graph.value(name).ndim)
+        return steps.reshape(steps.shape[steps.ndim - weights.ndim :])
 
     def _read(self, name: str) -> tuple[str, Quantization | None]:
         """What a layer reads: quantized values and what they stand for where they are dequantized just before it."""
@@ -183,6 +208,8 @@ def _inputs(model: onnx.ModelProto) -> list[ModelInput]:
 
 def _input(value: onnx.ValueInfoProto) -> ModelInput:
     tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        raise ValueError(f"model: input {value.name} is not a tensor")
     sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)

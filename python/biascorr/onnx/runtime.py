@@ -11,9 +11,8 @@ from typing import Any
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx.external_data_helper import convert_model_to_external_data
 
-from biascorr.onnx.files import PROTOBUF_LIMIT
+from biascorr.onnx.files import fits_in_a_message, write_with_external_data
 
 _FATAL = 4
 
@@ -29,14 +28,11 @@ def session(model: onnx.ModelProto, name: str) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     providers = ["CPUExecutionProvider"]
     with _one_line(name):
-        if model.ByteSize() <= PROTOBUF_LIMIT:
+        if fits_in_a_message(model):
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
         with tempfile.TemporaryDirectory(prefix="biascorr-") as folder:
             path = Path(folder) / "model.onnx"
-            external = onnx.ModelProto()
-            external.CopyFrom(model)
-            convert_model_to_external_data(external, location="model.data")
-            onnx.save(external, path)
+            write_with_external_data(model, path)
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from biascorr.model.network import LayerReport
 
@@ -20,7 +21,8 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
     for layer in report:
         numbers = (_number(layer.shift_before), _number(layer.shift_after))
         channels = "" if layer.channels is None else str(layer.channels)
-        table.add_row(layer.name, layer.op, layer.method or "left alone", channels, *numbers, layer.reason)
+        cells = (layer.name, layer.op, layer.method or "left alone", channels, *numbers, layer.reason)
+        table.add_row(*map(Text, cells))  # names may look like markup
     return table
 
 
