@@ -5,7 +5,6 @@ left of a shift after a correction is the rounding of the bias, not that of the 
 """
 
 import logging
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from biascorr import Quantization, fake_quantize
 from onnx import helper, numpy_helper, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+from biascorr import Quantization, fake_quantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,7 +26,9 @@ BITS = 4
 
 def model_from_text(text: str, *, opset: int = 17, ir_version: int = 8, **constants: Array) -> onnx.ModelProto:
     """A graph in ONNX's textual form with initializers; below ir_version 4 they are listed as inputs too."""
-    header = f'<ir_version: {ir_version}, opset_import: ["" : {opset}], producer_name: "tests", metadata_props: ["author": "me"]>'
+    header = (
+        f'<ir_version: {ir_version}, opset_import: ["" : {opset}], producer_name: "tests", metadata_props: ["author": "me"]>'
+    )
     model = parser.parse_model(f"{header} {text}")
     for name, array in constants.items():
         tensor = numpy_helper.from_array(array, name)
@@ -37,12 +39,13 @@ def model_from_text(text: str, *, opset: int = 17, ir_version: int = 8, **consta
 
 
 def weights(*shape: int, axis: int = 0, dtype: str = "float32", seed: int = 0) -> Array:
-    """Weights between the values of a grid of BITS bits, whose ends are reached in each output channel (`axis`)."""
+    """Weights between the values of grids of BITS bits, of another range in neighbouring output channels (`axis`)."""
     limit = 2 ** (BITS - 1) - 1
     steps = np.random.default_rng([seed, *shape]).integers(-32 * limit, 32 * limit, shape, endpoint=True) / 32
-    first = np.moveaxis(steps, axis, 0).reshape(shape[axis], -1)[:, 0].copy()
-    np.moveaxis(steps, axis, 0)[(slice(None), *[0] * (len(shape) - 1))] = np.where(first < 0, -limit, limit)
-    return (steps / 2**BITS).astype(dtype)
+    channels = np.moveaxis(steps, axis, 0).reshape(shape[axis], -1)
+    channels[:, 0] = np.where(channels[:, 0] < 0, -limit, limit)  # an end of the grid
+    channels /= 2 ** (BITS + np.arange(shape[axis]) % 3)[:, None]
+    return np.moveaxis(channels.reshape(np.moveaxis(steps, axis, 0).shape), 0, axis).astype(dtype)
 
 
 def biases(*shape: int, dtype: str = "float32", seed: int = 1) -> Array:
@@ -92,6 +95,17 @@ def with_constants(model: onnx.ModelProto, **arrays: Array) -> onnx.ModelProto:
     return copy
 
 
+def as_constant_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with Constant nodes in place of initializers."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    nodes = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
+    copy.graph.ClearField("initializer")
+    copy.graph.ClearField("node")
+    copy.graph.node.extend([*nodes, *model.graph.node])
+    return copy
+
+
 def run(model: onnx.ModelProto, feeds: Mapping[str, Array], names: Sequence[str] = ()) -> list[Array]:
     """The named tensors, or the outputs, as the graph says: without any optimization."""
     probed = onnx.ModelProto()
@@ -109,18 +123,28 @@ def channel_mean(array: Array, axis: int) -> Array:
     return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]).mean(axis=0, dtype=np.float64)
 
 
+def output_shift(model: onnx.ModelProto, name: str, x: Array, error: Array, axis: int) -> Array:
+    """Per channel (`axis` of the output), how a weight error shifts the mean output of the named layer that reads `x`."""
+    node = onnx.NodeProto()
+    node.CopyFrom(next(each for each in model.graph.node if each.name == name))
+    del node.input[:], node.output[:]
+    node.input.extend(["x", "w"])
+    node.output.append("y")
+    tensor = numpy_helper.from_array(error.astype(np.float32), "w")
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)
+    graph = helper.make_graph([node], "layer", [value], [onnx.ValueInfoProto(name="y")], [tensor])
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return channel_mean(run(alone, {"x": x})[0], axis)
+
+
 def stripped(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """A copy without the values of the named initializers and Constant nodes: what must not change when they do."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    names = set(names)
-    for tensor in copy.graph.initializer:
-        if tensor.name in names:
-            tensor.ClearField("raw_data")
-            tensor.ClearField("dims")
-    for node in copy.graph.node:
-        if node.op_type == "Constant" and node.output[0] in names:
-            node.ClearField("attribute")
+    constants = {node.output[0]: node.attribute[0].t for node in copy.graph.node if node.op_type == "Constant"}
+    constants |= {tensor.name: tensor for tensor in copy.graph.initializer}
+    for name in names:
+        constants[name].CopyFrom(onnx.TensorProto(name=name))
     return copy
 
 
@@ -137,12 +161,13 @@ class Reader(CalibrationDataReader):
 def quantized(model: onnx.ModelProto, batches: Iterable[Mapping[str, Array]], **options: Any) -> onnx.ModelProto:
     """The model as onnxruntime quantizes it, in QDQ format unless `quant_format` says otherwise."""
     options = {"quant_format": QuantFormat.QDQ, **options}
-    level = logging.root.level
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
     logging.disable(logging.WARNING)  # it advises to preprocess the model
     try:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "quantized.onnx"
-            quantize_static(model, str(path), Reader(batches), **options)
+            quantize_static(copy, str(path), Reader(batches), **options)
             return onnx.load(path)
     finally:
-        logging.disable(level if level < logging.WARNING else logging.NOTSET)
+        logging.disable(logging.NOTSET)

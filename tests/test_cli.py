@@ -1,0 +1,371 @@
+"""The command line as a user runs it: what is written and printed, every mistake as one line, nothing left behind."""
+
+import contextlib
+import os
+import pty
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import biascorr
+from networks import biases, model_from_text, quantized, samples, two_layers, weights, with_constants
+
+COMMAND = Path(sys.executable).with_name("biascorr")
+X = samples(4, 3, 6, 6)
+
+
+def environment(**variables):
+    return os.environ | {"COLUMNS": "200", "TERM": "xterm"} | variables
+
+
+def run(*arguments, cwd, limit=None, **variables):
+    """The command with its output; `limit` is the size in bytes that a file may have."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**variables),
+        preexec_fn=limit_files if limit else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with good and bad models and samples; tests do not change it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    models = folder / "models"
+    data = folder / "data"
+    models.mkdir()
+    data.mkdir()
+    model = two_layers()
+    whole = model.SerializeToString()
+    (models / "float.onnx").write_bytes(whole)
+    onnx.save(quantized(model, [{"x": X}]), models / "quantized.onnx")
+    onnx.save(with_constants(model, w1=weights(4, 3, 5, 5)), models / "other.onnx")
+    (models / "empty.onnx").write_bytes(b"")
+    (models / "text.onnx").write_text("not a model\n" * 50)
+    (models / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
+    external = {"save_as_external_data": True, "size_threshold": 0}
+    onnx.save(two_layers(), models / "missing_data.onnx", location="gone.data", **external)
+    (models / "gone.data").unlink()
+    onnx.save(two_layers(), models / "outside_data.onnx", location="outside.data", **external)
+    (models / "outside.data").rename(folder / "outside.data")
+    (models / "outside.data").symlink_to(folder / "outside.data")
+    del model.graph.node[0].input[1:]
+    onnx.save(model, models / "no_weights.onnx")
+
+    np.savez(data / "good.npz", x=X)
+    np.save(data / "good.npy", X)
+    np.savez(data / "name.npz", z=X)
+    np.savez(data / "shape.npz", x=X[:, :2])
+    np.savez(data / "dtype.npz", x=X.astype(np.float64))
+    np.savez(data / "nan.npz", x=np.full_like(X, np.nan))
+    np.savez(data / "none.npz", x=X[:0])
+    np.savez(data / "objects.npz", x=np.array([X, None], object))
+    (data / "table.csv").write_text("1, 2, 3")
+    raw = (data / "good.npz").read_bytes()
+    (data / "truncated.npz").write_bytes(raw[:-100])
+    np.savez_compressed(data / "damaged.npz", x=X)
+    raw = bytearray((data / "damaged.npz").read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 20] = b"\xff" * 20
+    (data / "damaged.npz").write_bytes(raw)
+    (data / "empty").mkdir()
+    (data / "batches").mkdir()
+    for k in range(4):
+        np.save(data / "batches" / f"{k}.npy", X[k : k + 1])
+    return folder
+
+
+@pytest.fixture
+def folder(inputs, tmp_path):
+    """An empty folder with links to the inputs."""
+    for name in ("models", "data"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+GIVEN = ["data", "models"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_one_error(done, status=1):
+    """One line says what is wrong, the last one."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.startswith("error: ") for line in lines].count(True) == 1
+    assert lines[-1].startswith("error: ")
+    assert len(lines[-1]) > len("error: ")
+
+
+GOOD = {
+    "npz": ("--data", "data/good.npz"),
+    "npy": ("--data", "data/good.npy"),
+    "folder": ("--data", "data/batches"),
+    "options": ("--data", "data/good.npz", "--weight-bits", "4", "--per-channel", "--method", "mean"),
+    "quantized": ("--data", "data/good.npz", "--quantized", "models/quantized.onnx"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_corrected_model_is_written_and_the_report_printed(name, folder):
+    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert names_in(folder) == [*GIVEN, "out.onnx"]
+    options = {"weight_bits": 4, "per_channel": True} if name == "options" else {}
+    options |= {"quantized": folder / "models/quantized.onnx"} if name == "quantized" else {}
+    correction = biascorr.correct(two_layers(), folder / GOOD[name][1], **options)
+    assert onnx.load(folder / "out.onnx") == correction.model
+    for layer in correction.report:
+        row = next(line for line in done.stdout.splitlines() if layer.name in line)
+        for value in (layer.op, layer.method, layer.channels, f"{layer.shift_before:.3g}", f"{layer.shift_after:.3g}"):
+            assert str(value) in row
+    assert "out.onnx: 3 of 3 layers corrected from 4 batches" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_report_says_why_a_layer_is_left_alone(folder):
+    onnx.save(with_constants(two_layers(), w2=np.zeros((6, 4, 3, 3), np.float32)), folder / "zeros.onnx")
+    done = run("correct", "zeros.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "second" in line)
+    assert "left alone" in row
+    assert "weights are not quantized" in row
+    assert "2 of 3 layers corrected" in done.stdout
+
+
+def test_report_shows_names_of_layers_as_they_are(folder):
+    names = ["block[0]/conv", "conv[/a]", "[red]conv[/red]", "[bold]", "conv\\[a]", ":smile:", "Schicht für x", "层"]
+    layers = "".join(f" t{k + 1} = Gemm(t{k}, w, b)" for k in range(len(names)))
+    text = f"g (float[?,7] x) => (float[?,7] t{len(names)}) {{ t0 = Relu(x) {layers} }}"
+    model = model_from_text(text, w=weights(7, 7, axis=1), b=biases(7))
+    for node, name in zip(model.graph.node[1:], names):
+        node.name = name
+    onnx.save(model, folder / "named.onnx")
+    np.save(folder / "rows.npy", samples(6, 7))
+    done = run("correct", "named.onnx", "--data", "rows.npy", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in names if name not in done.stdout] == []
+
+
+def test_output_that_cannot_encode_a_name_is_no_failure(folder):
+    model = two_layers()
+    model.graph.node[0].name = "层"
+    onnx.save(model, folder / "named.onnx")
+    arguments = ("correct", "named.onnx", "--data", "data/good.npz", "-o", "out.onnx")
+    done = run(*arguments, cwd=folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "second" in done.stdout
+
+
+def test_existing_output_is_kept(folder):
+    (folder / "out.onnx").write_bytes(b"precious")
+    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert_one_error(done)
+    assert "out.onnx exists" in done.stderr
+    assert "--force" in done.stderr
+    assert (folder / "out.onnx").read_bytes() == b"precious"
+
+
+def test_existing_output_is_overwritten_when_forced(folder):
+    (folder / "out.onnx").write_bytes(b"precious")
+    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(onnx.load(folder / "out.onnx").graph.node) == 6
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_full_disk_leaves_no_output_and_no_temporary_file(existing, folder):
+    if existing:
+        (folder / "out.onnx").write_bytes(b"precious")
+    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force")
+    done = run(*arguments, cwd=folder, limit=600, PYTHONDONTWRITEBYTECODE="1")
+    assert_one_error(done)
+    assert names_in(folder) == GIVEN + ["out.onnx"] * existing
+    assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+BAD_MODELS = {
+    "none.onnx": "no such file",
+    "": "models",
+    "empty.onnx": "not an ONNX model",
+    "text.onnx": "not an ONNX model",
+    "truncated.onnx": "not an ONNX model, or a truncated one",
+    "missing_data.onnx": "gone.data is missing",
+    "outside_data.onnx": "outside.data is outside",
+    "no_weights.onnx": "model",
+}
+BAD_DATA = {
+    "gone.npz": "no such file",
+    "gone": "no such file",
+    "table.csv": "table.csv",
+    "name.npz": "has z, the model's inputs are x",
+    "shape.npz": "(1, 2, 6, 6)",
+    "dtype.npz": "float64",
+    "nan.npz": "nan.npz[0]: input x: contains nan",
+    "none.npz": "no samples",
+    "empty": "no samples",
+    "objects.npz": "objects.npz",
+    "truncated.npz": "truncated.npz",
+    "damaged.npz": "damaged.npz",
+}
+BAD_QUANTIZED = {
+    "none.onnx": "quantized: no such file",
+    "text.onnx": "text.onnx: not an ONNX model",
+    "other.onnx": "layer first has weights of shape",
+}
+BAD_INPUTS = [
+    *[(f"models/{name}", "data/good.npz", (), message) for name, message in BAD_MODELS.items()],
+    *[("models/float.onnx", f"data/{name}", (), message) for name, message in BAD_DATA.items()],
+    *[
+        ("models/float.onnx", "data/good.npz", ("--quantized", f"models/{name}"), message)
+        for name, message in BAD_QUANTIZED.items()
+    ],
+    ("models/float.onnx", "data/good.npz", ("--weight-bits", "1"), "bits"),
+    ("models/float.onnx", "data/good.npz", ("--weight-bits", "33"), "bits"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "message"), BAD_INPUTS, ids=[" ".join((*each[:2], *each[2])) for each in BAD_INPUTS]
+)
+def test_bad_input_is_one_line_and_nothing_is_written(model, data, options, message, folder):
+    done = run("correct", model, "--data", data, "-o", "out.onnx", *options, cwd=folder)
+    assert_one_error(done)
+    assert message in done.stderr.splitlines()[-1]
+    assert names_in(folder) == GIVEN
+
+
+BAD_OUTPUTS = {
+    "gone/out.onnx": ["-o", "gone/out.onnx"],
+    "file/out.onnx": ["-o", "file/out.onnx"],
+    "folder": ["-o", "folder"],
+    "folder, forced": ["-o", "folder", "--force"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+def test_output_that_cannot_be_written_is_one_line(name, folder):
+    (folder / "file").write_bytes(b"precious")
+    (folder / "folder").mkdir()
+    done = run("correct", "models/float.onnx", "--data", "data/good.npz", *BAD_OUTPUTS[name], cwd=folder)
+    assert_one_error(done)
+    assert BAD_OUTPUTS[name][1].split("/")[0] in done.stderr
+    assert names_in(folder) == ["data", "file", "folder", "models"]
+    assert names_in(folder / "folder") == []
+
+
+BAD_USAGE = {
+    "no model": ["correct", "--data", "data/good.npz", "-o", "out.onnx"],
+    "no data": ["correct", "models/float.onnx", "-o", "out.onnx"],
+    "no output": ["correct", "models/float.onnx", "--data", "data/good.npz"],
+    "an unknown option": ["correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--fast"],
+    "bits that are no number": [
+        "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--weight-bits", "x"
+    ],
+    "an argument too many": ["correct", "models/float.onnx", "other", "--data", "data/good.npz", "-o", "out.onnx"],
+    "an unknown command": ["improve"],
+    "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_USAGE, ids=lambda name: name.replace(" ", "_"))
+def test_bad_usage(name, folder):
+    done = run(*BAD_USAGE[name], cwd=folder)
+    assert done.returncode == 2
+    assert "Usage: biascorr" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN
+
+
+def test_unknown_method_is_refused(folder):
+    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--method", "magic")
+    done = run(*arguments, cwd=folder)
+    assert done.returncode in (1, 2)
+    assert "magic" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN
+
+
+def test_version(tmp_path):
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"biascorr {biascorr.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["correct", "--help"]])
+def test_help(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage: biascorr" in done.stdout
+    assert done.stderr == ""
+
+
+def read_until(terminal, pattern):
+    """What a process shows on a terminal, until it shows a pattern or ends."""
+    shown = b""
+    with contextlib.suppress(OSError):  # the process has ended
+        while not re.search(pattern, shown) and (part := os.read(terminal, 4096)):
+            shown += part
+    return shown
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("number", "status", "existing"), [*((*each, False) for each in SIGNALS), (signal.SIGINT, 130, True)])
+def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, status, existing, folder):
+    many = np.lib.format.open_memmap(folder / "many.npy", "w+", np.float32, (300_000, 3, 6, 6))
+    del many  # a sparse file of zeros
+    if existing:
+        (folder / "out.onnx").write_bytes(b"precious")
+    before = names_in(folder)
+    ours, theirs = pty.openpty()
+    arguments = ["correct", "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force"]
+    process = subprocess.Popen(
+        [COMMAND, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(theirs)
+    try:
+        shown = read_until(ours, rb"[1-9]\d*/")
+        process.send_signal(number)
+        shown += read_until(ours, rb"\0")
+        printed, _ = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert process.returncode == status, shown
+    assert b"Traceback" not in shown
+    assert printed == b""
+    assert (shown.count(b"error: interrupted") == 1) == (number is signal.SIGINT)
+    assert names_in(folder) == before
+    assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+def test_command_needs_no_writable_home(folder):
+    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder, HOME="/nonexistent")
+    assert done.returncode == 0, done.stderr
