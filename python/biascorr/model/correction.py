@@ -105,22 +105,15 @@ def correct(
     weights = _matching_weights(reference, measured)
     layers, untouched = _split(measured, weights)
     total = number_of_batches(data)
-    done = 0
-
-    def count(batches_done: int) -> None:
-        nonlocal done
-        done = batches_done
-        if progress is not None:
-            progress(done, total)
-
-    means = input_means(measured, layers, batches_from_data(data, measured.inputs), count)
+    on_batch = None if progress is None else lambda done: progress(done, total)
+    means, done = input_means(measured, layers, batches_from_data(data, measured.inputs), on_batch)
     corrected = reference if quantized is None else measured
     reports = {layer.name: _corrected(corrected, layer, weights[layer.name], means[layer.name]) for layer in layers}
     reports |= {report.name: report for report in (*untouched, *measured.left_alone)}
     return Correction(corrected, [reports[name] for name in measured.order if name in reports], done)
 
 
-def _network(model: Any, name: str) -> Any:
+def _network(model: Any, name: str) -> Network:
     try:
         from biascorr.onnx.network import OnnxNetwork
     except ImportError as error:
@@ -128,7 +121,7 @@ def _network(model: Any, name: str) -> Any:
     return OnnxNetwork.load(model, name)
 
 
-def _simulated(network: Network, bits: int, per_channel: bool) -> Any:
+def _simulated(network: Network, bits: int, per_channel: bool) -> Network:
     return network.with_weights({layer.name: _fake_quantized(layer, bits, per_channel) for layer in network.layers})
 
 

@@ -21,9 +21,9 @@ Progress = Callable[[int], None]
 
 
 def input_means(
-    network: Network, layers: Sequence[Layer], batches: Iterable[Feeds], progress: Progress
-) -> dict[str, NDArray[Any]]:
-    """The mean input of each layer by name, (C,) or (*K, C), from one pass; no activation is kept.
+    network: Network, layers: Sequence[Layer], batches: Iterable[Feeds], progress: Progress | None
+) -> tuple[dict[str, NDArray[Any]], int]:
+    """The mean input of each layer by name, (C,) or (*K, C), and the number of batches, from one pass that keeps no activation.
 
     Raises ValueError where there are no batches.
     """
@@ -35,10 +35,12 @@ def input_means(
     for done, tensors in enumerate(network.tensors(names, batches), start=1):
         for (name, *_), mean in means.items():
             mean.update(tensors[name])
-        progress(done)
+        if progress is not None:
+            progress(done)
     if done == 0:
         raise ValueError("data: no samples, at least one is needed")
-    return {layer.name: means[_what_is_averaged(layer)].mean(layer.input_quantization) for layer in layers}
+    by_layer = {layer.name: means[_what_is_averaged(layer)].mean(layer.input_quantization) for layer in layers}
+    return by_layer, done
 
 
 def _what_is_averaged(layer: Layer) -> tuple[Any, ...]:

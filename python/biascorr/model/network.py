@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from biascorr.calibration import ModelInput
 from biascorr.quantization import Quantization
 from biascorr.statistics import Window
 
@@ -112,6 +113,14 @@ class Network(Protocol):
     @property
     def model(self) -> Any:
         """The framework's own model."""
+
+    @property
+    def inputs(self) -> Sequence[ModelInput]:
+        """What a batch must have."""
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Names of layers, those left alone among them, in topological order; other names may stand between."""
 
     @property
     def layers(self) -> Sequence[Layer]:

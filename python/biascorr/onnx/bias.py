@@ -29,16 +29,19 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
         factor = attributes(node).get("beta", 1.0)  # of a Gemm: y = alpha A B + beta C
         change = _add_to_constant(graph, node, 2, shift / factor)
         return BiasChange(_per_channel(change.applied, 0) * factor, change.note)
+    if node.op_type == "Gemm":
+        factor = attributes(node).get("beta", 1.0)
+        change = _add_input(graph, node, layer, shift / factor)
+        return BiasChange(change.applied * factor, change.note)
     axes_behind = len(layer.layout) - 2 if node.op_type == "Conv" else int(layer.channel_axis == -2)
+    aligned = shift.reshape(-1, *[1] * axes_behind)
     add = _following_add(graph, node)
-    if add is not None and node.op_type != "Gemm":
-        change = _add_to_constant(graph, *add, shift.reshape(-1, *[1] * axes_behind))
+    if add is not None:
+        change = _add_to_constant(graph, *add, aligned)
         return BiasChange(_per_channel(change.applied, axes_behind), change.note)
     if node.op_type == "MatMul":
-        return _insert_add(graph, node, shift.reshape(-1, *[1] * axes_behind).astype(layer.weights.dtype))
-    factor = attributes(node).get("beta", 1.0)
-    change = _add_input(graph, node, layer, shift / factor)
-    return BiasChange(change.applied * factor, change.note)
+        return _insert_add(graph, node, aligned.astype(layer.weights.dtype))
+    return _add_input(graph, node, layer, shift)
 
 
 def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:

@@ -113,21 +113,16 @@ class OnnxNetwork:
             return None
         if node.op_type in _WEIGHTED:
             return "operator is not supported"
-        if (
-            node.op_type in ("Conv", "Gemm")
-            and len(node.input) > 2
-            and not self._graph.is_constant(node.input[2] or node.input[1])
-        ):
-            return "its bias is computed at run time"
-        if node.op_type == "Conv":
-            return self._conv(name, node)
-        if node.op_type == "Gemm":
-            return self._gemm(name, node)
-        return self._matmul(name, node) if node.op_type == "MatMul" else None
+        if node.op_type == "MatMul":
+            return self._matmul(name, node)
+        if node.op_type not in ("Conv", "Gemm"):
+            return None
+        for what, given in zip(("weights are", "its bias is"), node.input[1:3]):
+            if given and not self._graph.is_constant(given):
+                return f"{what} computed at run time"
+        return self._conv(name, node) if node.op_type == "Conv" else self._gemm(name, node)
 
     def _conv(self, name: str, node: onnx.NodeProto) -> Layer | str:
-        if not self._graph.is_constant(node.input[1]):
-            return "weights are computed at run time"
         weights = self._graph.value(node.input[1])
         rank = weights.ndim - 2
         if rank not in _SPACE:
@@ -150,8 +145,6 @@ class OnnxNetwork:
         )
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
-        if not self._graph.is_constant(node.input[1]):
-            return "weights are computed at run time"
         given = attributes(node)
         if given.get("beta", 1.0) == 0.0:
             return "its bias has no effect (beta is 0)"
