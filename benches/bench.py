@@ -23,8 +23,8 @@ from biascorr import MeanBiasCorrector, Quantization, fake_quantize, get_num_thr
 Array = NDArray[Any]
 Expression = Callable[[], Array]
 
-SAMPLE_BYTES = 256 << 20
-BURSTS, BURST_SECONDS = 5, 0.1
+SAMPLE_BYTES = 128 << 20
+BURSTS, BURST_SECONDS = 4, 0.1
 
 QUANTIZATION = Quantization(scale=37.5, zero_point=-3)
 

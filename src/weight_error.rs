@@ -141,6 +141,14 @@ const LANES: usize = 8;
 /// four of each tensor would fall into the same sets of the L1 cache where a row is a power of two long.
 const ROWS: usize = 4;
 
+/// Up to this length the means or shifts of a row stay in the L1 cache (8 KB), so that rows need not share a pass: one row after
+/// the other is what hardware prefetchers like best (measured: twice as fast at 512).
+const SHORT_ROW: usize = 1024;
+
+fn rows_together(len: usize) -> usize {
+    if len <= SHORT_ROW { 1 } else { ROWS }
+}
+
 /// A longer output axis is cut into blocks, so that their accumulators stay in the L2 cache. Up to there rows are read whole:
 /// leaping from block to block halves what memory delivers.
 const OUTPUT_BLOCK: usize = 16384;
@@ -275,7 +283,7 @@ fn mean_in_memory_order(mut nest: Nest<4>, mean: &[f64]) -> (Nest<4>, Vec<f64>) 
     (nest.normalized(), expanded)
 }
 
-/// Cuts a contraction by its size alone: along its longest axis, and a long innermost output axis into blocks.
+/// Cuts a contraction by its size alone: along its longest axis but the innermost, whose runs stay whole up to [`OUTPUT_BLOCK`].
 fn parts(nest: &Nest<4>) -> Vec<Nest<4>> {
     let inner = nest.axes.len() - 1;
     let blocks = if nest.axes[inner].strides[3] == 0 { 1 } else { nest.axes[inner].len.div_ceil(OUTPUT_BLOCK) };
@@ -283,7 +291,7 @@ fn parts(nest: &Nest<4>) -> Vec<Nest<4>> {
     if blocks >= count {
         return nest.split(inner, blocks);
     }
-    let longest = (0..=inner).max_by_key(|&k| (nest.axes[k].strides[3] != 0 && k != inner, nest.axes[k].len));
+    let longest = (0..=inner).max_by_key(|&k| (k != inner, nest.axes[k].len));
     let pieces = nest.split(longest.unwrap_or(0), count);
     pieces.into_iter().flat_map(|piece| piece.split(inner, blocks)).collect()
 }
@@ -309,6 +317,7 @@ impl<T: Real> Operands<'_, T> {
     fn dots(&self, nest: &Nest<4>, shift: &mut [f64]) {
         let depth = nest.axes.len() - 1;
         let len = nest.axes[depth].len;
+        let together = rows_together(len);
         let (mut rows, mut places, mut mean) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[2]);
         let mut finish = |rows: &mut Vec<Row<T>>, places: &mut Vec<isize>, mean: isize| {
             for (place, dot) in places.drain(..).zip(error_dots(rows, self.mean.run(mean, len))) {
@@ -317,7 +326,7 @@ impl<T: Real> Operands<'_, T> {
             rows.clear();
         };
         nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == ROWS || mean != m {
+            if rows.len() == together || mean != m {
                 finish(&mut rows, &mut places, mean);
             }
             mean = m;
@@ -331,6 +340,7 @@ impl<T: Real> Operands<'_, T> {
     fn rows(&self, nest: &Nest<4>, shift: &mut [f64]) {
         let depth = nest.axes.len() - 1;
         let len = nest.axes[depth].len;
+        let together = rows_together(len);
         let (mut rows, mut means, mut place) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[3]);
         let mut finish = |rows: &mut Vec<Row<T>>, means: &mut Vec<f64>, place: isize| {
             add_errors(rows, means, &mut shift[place as usize..place as usize + len]);
@@ -338,7 +348,7 @@ impl<T: Real> Operands<'_, T> {
             means.clear();
         };
         nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == ROWS || place != s {
+            if rows.len() == together || place != s {
                 finish(&mut rows, &mut means, place);
             }
             place = s;
@@ -401,6 +411,16 @@ mod tests {
         assert_eq!(shift(&w, &q, &[inputs, outputs], (&mean, &[inputs]), 1, "IO").unwrap(), io);
         let oi: Vec<f64> = (0..outputs).map(|o| expected(o, 1, inputs)).collect();
         assert_eq!(shift(&w, &q, &[outputs, inputs], (&mean, &[inputs]), 1, "OI").unwrap(), oi);
+    }
+
+    #[test]
+    fn rows_stay_whole_where_a_contraction_is_cut() {
+        let axes = |strides: [[isize; 4]; 2]| strides.map(|strides| Axis { len: 4096, strides });
+        for strides in [[[4096, 4096, 1, 0], [1, 1, 0, 1]], [[4096, 4096, 0, 1], [1, 1, 1, 0]]] {
+            let parts = parts(&Nest::new(axes(strides).to_vec()));
+            assert_eq!(parts.len(), MAX_PARTS);
+            assert!(parts.iter().all(|part| part.axes[1].len == 4096));
+        }
     }
 
     #[test]

@@ -176,6 +176,18 @@ def test_output_that_cannot_encode_a_name_is_no_failure(folder):
     assert "second" in done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_report_that_cannot_be_written_is_one_line(folder):
+    command = [COMMAND, "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+        )
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.returncode == 1
+
+
 def test_existing_output_is_kept(folder):
     (folder / "out.onnx").write_bytes(b"precious")
     done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)

@@ -367,6 +367,14 @@ def test_folder_is_not_overwritten(force, tmp_path):
     assert names_in(tmp_path / "out.onnx") == []
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # like /dev/null, which root could replace
+    with pytest.raises(OSError, match="pipe"):
+        correct(two_layers(), X).save(tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+    assert names_in(tmp_path) == ["pipe"]
+
+
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077])
 @pytest.mark.parametrize("force", [False, True])
 def test_permissions_follow_the_umask(mask, force, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -16,6 +17,7 @@ except ImportError as error:
 
 from biascorr import __version__
 from biascorr.model import correction
+from biascorr.model.correction import Correction
 from biascorr.report.table import table_from_report
 
 _INTERRUPTED = 130
@@ -92,10 +94,19 @@ def correct(
         _fail("interrupted, nothing was written", _INTERRUPTED)
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         _fail(error or type(error).__name__)
+    try:
+        _print_report(result, output)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
+        if not isinstance(error, BrokenPipeError):  # who reads along may leave
+            _fail(f"{output} is written, but the report cannot be printed: {error}")
+
+
+def _print_report(result: Correction, output: Path) -> None:
     table = table_from_report(result.report)
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, console.measure(table).maximum)
     console.print(table)
     corrected = sum(layer.method is not None for layer in result.report)
-    print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} batches")
+    print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} batches", flush=True)

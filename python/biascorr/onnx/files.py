@@ -162,8 +162,11 @@ def write_with_external_data(model: onnx.ModelProto, path: Path) -> None:
 @contextlib.contextmanager
 def _whole_file(path: Path, force: bool) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends without an error."""
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; it is only overwritten when forced")
+        raise _existing(path)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     os.close(descriptor)
     temporary = Path(name)
@@ -180,11 +183,19 @@ def _whole_file(path: Path, force: bool) -> Iterator[Path]:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Unlike a rename, fails where somebody else was faster."""
+    """Unlike a rename, fails where somebody else was faster; where files cannot be linked, a rename has to do."""
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
-        raise FileExistsError(f"{path} exists; it is only overwritten when forced") from None
+        raise _existing(path) from None
+    except OSError:
+        if path.exists():
+            raise _existing(path) from None
+        temporary.replace(path)
+
+
+def _existing(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} exists; it is only overwritten when forced")
 
 
 def _flush(path: Path) -> None:

@@ -45,7 +45,7 @@ class OnnxNetwork:
         self._graph = Graph(model)
         self._name = name
         self._nodes = _named_nodes(model)
-        self.inputs = _inputs(model)
+        self.inputs = _inputs(model, name)
         self.layers: list[Layer] = []
         self.left_alone: list[LayerReport] = []
         self._graph.values(_weights_of(node, self._graph) for node in self._nodes.values() if _has_weights(node, self._graph))
@@ -194,15 +194,17 @@ def _named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return nodes
 
 
-def _inputs(model: onnx.ModelProto) -> list[ModelInput]:
+def _inputs(model: onnx.ModelProto, name: str) -> list[ModelInput]:
     defaults = {tensor.name for tensor in model.graph.initializer}
-    return [_input(value) for value in model.graph.input if value.name not in defaults]
+    inputs = [value for value in model.graph.input if value.name not in defaults]
+    for value in inputs:
+        if not value.type.tensor_type.elem_type:
+            raise ValueError(f"{name}: input {value.name} is not a tensor")
+    return [_input(value) for value in inputs]
 
 
 def _input(value: onnx.ValueInfoProto) -> ModelInput:
     tensor = value.type.tensor_type
-    if not tensor.elem_type:
-        raise ValueError(f"model: input {value.name} is not a tensor")
     sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
