@@ -24,7 +24,7 @@ Array = NDArray[Any]
 Expression = Callable[[], Array]
 
 SAMPLE_BYTES = 128 << 20
-BURSTS, BURST_SECONDS = 4, 0.1
+BURSTS, BURST_SECONDS, REST_SECONDS = 4, 0.1, 0.05
 
 QUANTIZATION = Quantization(scale=37.5, zero_point=-3)
 
@@ -44,11 +44,13 @@ class Row:
 def seconds(expressions: dict[str, Expression]) -> dict[str, float]:
     """Median time of a call of each expression, measured in bursts that take turns, so that noise meets them alike.
 
-    The first call of a burst warms up and does not count; calls of microseconds are timed in batches.
+    Before each burst the threads of numpy's BLAS get time to stop spinning; its first call warms up and does not count; calls of
+    microseconds are timed in batches.
     """
     times: dict[str, list[float]] = {name: [] for name in expressions}
     for _ in range(BURSTS):
         for name, expression in expressions.items():
+            time.sleep(REST_SECONDS)
             start = time.perf_counter()
             expression()
             batch = max(1, int(1e-3 / max(time.perf_counter() - start, 1e-9)))

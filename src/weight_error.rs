@@ -145,9 +145,8 @@ const ROWS: usize = 4;
 /// the other is what hardware prefetchers like best (measured: twice as fast at 512).
 const SHORT_ROW: usize = 1024;
 
-fn rows_together(len: usize) -> usize {
-    if len <= SHORT_ROW { 1 } else { ROWS }
-}
+/// Rows that are gathered for one call of a leaf.
+const GATHERED: usize = 64;
 
 /// A longer output axis is cut into blocks, so that their accumulators stay in the L2 cache. Up to there rows are read whole:
 /// leaping from block to block halves what memory delivers.
@@ -166,33 +165,40 @@ struct Row<'a, T> {
     q: &'a [T],
 }
 
-/// The dot products of up to [`ROWS`] rows with one mean.
+/// The dot product of each row with one mean.
 #[inline(always)]
-fn error_dots_body<T: Real>(rows: &[Row<T>], mean: &[f64]) -> [f64; ROWS] {
-    let mut dots = [0.0; ROWS];
-    if let Ok(rows) = <&[Row<T>; ROWS]>::try_from(rows) {
-        let whole = mean.len() / LANES;
-        let chunks = rows.map(|row| (&row.w.as_chunks::<LANES>().0[..whole], &row.q.as_chunks::<LANES>().0[..whole]));
-        let mut lanes = [[0.0; LANES]; ROWS];
-        for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
-            for (lanes, (w, q)) in lanes.iter_mut().zip(&chunks) {
-                add_errors_of(&w[k], &q[k], mean, lanes);
-            }
-        }
-        for ((dot, lanes), row) in dots.iter_mut().zip(lanes).zip(rows) {
-            *dot = finished(row, mean, lanes);
-        }
-        return dots;
+fn error_dots_body<T: Real>(rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) {
+    let (fours, rest) = in_fours(rows, mean.len());
+    let (dots_of_fours, dots_of_rest) = dots.split_at_mut(fours.len() * ROWS);
+    for (rows, dots) in fours.iter().zip(dots_of_fours.as_chunks_mut::<ROWS>().0) {
+        *dots = four_dots(rows, mean);
     }
-    for (dot, row) in dots.iter_mut().zip(rows) {
-        let mut lanes = [0.0; LANES];
-        let chunks = row.w.as_chunks::<LANES>().0.iter().zip(row.q.as_chunks::<LANES>().0);
-        for ((w, q), mean) in chunks.zip(mean.as_chunks::<LANES>().0) {
-            add_errors_of(w, q, mean, &mut lanes);
-        }
-        *dot = finished(row, mean, lanes);
+    for (row, dot) in rest.iter().zip(dots_of_rest) {
+        *dot = one_dot(row, mean);
     }
-    dots
+}
+
+#[inline(always)]
+fn four_dots<T: Real>(rows: &[Row<T>; ROWS], mean: &[f64]) -> [f64; ROWS] {
+    let whole = mean.len() / LANES;
+    let chunks = rows.map(|row| (&row.w.as_chunks::<LANES>().0[..whole], &row.q.as_chunks::<LANES>().0[..whole]));
+    let mut lanes = [[0.0; LANES]; ROWS];
+    for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
+        for (lanes, (w, q)) in lanes.iter_mut().zip(&chunks) {
+            add_errors_of(&w[k], &q[k], mean, lanes);
+        }
+    }
+    std::array::from_fn(|r| finished(&rows[r], mean, lanes[r]))
+}
+
+#[inline(always)]
+fn one_dot<T: Real>(row: &Row<T>, mean: &[f64]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let chunks = row.w.as_chunks::<LANES>().0.iter().zip(row.q.as_chunks::<LANES>().0);
+    for ((w, q), mean) in chunks.zip(mean.as_chunks::<LANES>().0) {
+        add_errors_of(w, q, mean, &mut lanes);
+    }
+    finished(row, mean, lanes)
 }
 
 #[inline(always)]
@@ -217,29 +223,41 @@ fn finished<T: Real>(row: &Row<T>, mean: &[f64], mut lanes: [f64; LANES]) -> f64
     lanes[0]
 }
 
-/// Adds the errors of up to [`ROWS`] rows times a mean each, one after the other.
+/// Adds the errors of each row times a mean each, one row after the other.
 #[inline(always)]
 fn add_errors_body<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) {
-    let len = shift.len();
-    if let (Ok(rows), Ok(means)) = (<&[Row<T>; ROWS]>::try_from(rows), <&[f64; ROWS]>::try_from(means)) {
-        let (w, q) = (rows.map(|row| &row.w[..len]), rows.map(|row| &row.q[..len]));
-        for k in 0..len {
-            let mut sum = shift[k];
-            for r in 0..ROWS {
-                sum += (w[r][k].widen() - q[r][k].widen()) * means[r];
-            }
-            shift[k] = sum;
-        }
-        return;
+    let (fours, rest) = in_fours(rows, shift.len());
+    let (means_of_fours, means_of_rest) = means.split_at(fours.len() * ROWS);
+    for (rows, means) in fours.iter().zip(means_of_fours.as_chunks::<ROWS>().0) {
+        add_four(rows, means, shift);
     }
-    for (Row { w, q }, mean) in rows.iter().zip(means) {
+    for (Row { w, q }, mean) in rest.iter().zip(means_of_rest) {
         for ((shift, w), q) in shift.iter_mut().zip(*w).zip(*q) {
             *shift += (w.widen() - q.widen()) * mean;
         }
     }
 }
 
-tiered! { fn error_dots<T: Real>(rows: &[Row<T>], mean: &[f64]) -> [f64; ROWS] = error_dots_body }
+#[inline(always)]
+fn add_four<T: Real>(rows: &[Row<T>; ROWS], means: &[f64; ROWS], shift: &mut [f64]) {
+    let len = shift.len();
+    let (w, q) = (rows.map(|row| &row.w[..len]), rows.map(|row| &row.q[..len]));
+    for k in 0..len {
+        let mut sum = shift[k];
+        for r in 0..ROWS {
+            sum += (w[r][k].widen() - q[r][k].widen()) * means[r];
+        }
+        shift[k] = sum;
+    }
+}
+
+/// Rows that share a pass, and those that go one by one.
+#[inline(always)]
+fn in_fours<'a, 'b, T>(rows: &'b [Row<'a, T>], len: usize) -> (&'b [[Row<'a, T>; ROWS]], &'b [Row<'a, T>]) {
+    if len > SHORT_ROW { rows.as_chunks() } else { (&[], rows) }
+}
+
+tiered! { fn error_dots<T: Real>(rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) = error_dots_body }
 tiered! { fn add_errors<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) = add_errors_body }
 
 /// The shift of each output channel, (G*O,), group by group.
@@ -317,16 +335,16 @@ impl<T: Real> Operands<'_, T> {
     fn dots(&self, nest: &Nest<4>, shift: &mut [f64]) {
         let depth = nest.axes.len() - 1;
         let len = nest.axes[depth].len;
-        let together = rows_together(len);
-        let (mut rows, mut places, mut mean) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[2]);
+        let mut dots = [0.0; GATHERED];
+        let (mut rows, mut places, mut mean) =
+            (Vec::with_capacity(GATHERED), Vec::with_capacity(GATHERED), nest.origin[2]);
         let mut finish = |rows: &mut Vec<Row<T>>, places: &mut Vec<isize>, mean: isize| {
-            for (place, dot) in places.drain(..).zip(error_dots(rows, self.mean.run(mean, len))) {
-                shift[place as usize] += dot;
-            }
+            error_dots(rows, self.mean.run(mean, len), &mut dots[..rows.len()]);
+            places.drain(..).zip(dots).for_each(|(place, dot)| shift[place as usize] += dot);
             rows.clear();
         };
         nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == together || mean != m {
+            if rows.len() == GATHERED || mean != m {
                 finish(&mut rows, &mut places, mean);
             }
             mean = m;
@@ -340,15 +358,15 @@ impl<T: Real> Operands<'_, T> {
     fn rows(&self, nest: &Nest<4>, shift: &mut [f64]) {
         let depth = nest.axes.len() - 1;
         let len = nest.axes[depth].len;
-        let together = rows_together(len);
-        let (mut rows, mut means, mut place) = (Vec::with_capacity(ROWS), Vec::with_capacity(ROWS), nest.origin[3]);
+        let (mut rows, mut means, mut place) =
+            (Vec::with_capacity(GATHERED), Vec::with_capacity(GATHERED), nest.origin[3]);
         let mut finish = |rows: &mut Vec<Row<T>>, means: &mut Vec<f64>, place: isize| {
             add_errors(rows, means, &mut shift[place as usize..place as usize + len]);
             rows.clear();
             means.clear();
         };
         nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == together || place != s {
+            if rows.len() == GATHERED || place != s {
                 finish(&mut rows, &mut means, place);
             }
             place = s;
