@@ -163,6 +163,9 @@ const LANES: usize = 64;
 /// than these: leaping to and fro over more defeats the hardware prefetcher (measured: f32 at 256 channels halves).
 const GROUP_BYTES: usize = 1 << 10;
 
+/// They are added together too where the accumulators are more than these, and so leave the L1 cache with every row.
+const CACHED_BYTES: usize = 8 << 10;
+
 /// A sample is cut into tiles of about this size (half of a common L2 cache) ...
 const TILE_BYTES: usize = 512 << 10;
 
@@ -184,11 +187,8 @@ fn add_rows_body<T: Element>(rows: &[T], acc: &mut [T::Partial]) {
         return add_lanes(rows, acc);
     }
     let four_rows = 4 * width;
-    let (groups, rest) = if size_of::<T>() * four_rows <= GROUP_BYTES {
-        rows.split_at(rows.len() / four_rows * four_rows)
-    } else {
-        rows.split_at(0)
-    };
+    let together = size_of::<T>() * four_rows <= GROUP_BYTES || size_of_val(acc) > CACHED_BYTES;
+    let (groups, rest) = rows.split_at(if together { rows.len() / four_rows * four_rows } else { 0 });
     for group in groups.chunks_exact(four_rows) {
         let [a, b, c, d] = std::array::from_fn(|k| &group[k * width..(k + 1) * width]);
         for ((((partial, a), b), c), d) in acc.iter_mut().zip(a).zip(b).zip(c).zip(d) {
