@@ -44,8 +44,8 @@ class Row:
 def seconds(expressions: dict[str, Expression]) -> dict[str, float]:
     """Median time of a call of each expression, measured in bursts that take turns, so that noise meets them alike.
 
-    Before each burst the threads of numpy's BLAS get time to stop spinning; its first call warms up and does not count; calls of
-    microseconds are timed in batches.
+    Before each burst the threads of numpy's BLAS get time to stop spinning; its first call warms up and does not count; calls
+    of microseconds are timed in batches.
     """
     times: dict[str, list[float]] = {name: [] for name in expressions}
     for _ in range(BURSTS):
