@@ -42,9 +42,12 @@ impl<'a, T> Elements<'a, T> {
     /// Every element of the array is aligned, initialized and unchanged during `'a`.
     #[expect(unsafe_code, reason = "the one door for memory that Rust does not own")]
     pub unsafe fn from_raw(base: *const T, shape: &[usize], strides: &[isize]) -> Self {
+        if shape.contains(&0) {
+            return Elements { base, lowest: 0, highest: 0, lifetime: PhantomData };
+        }
         let (mut lowest, mut highest) = (0, 1);
         for (&len, &stride) in shape.iter().zip(strides) {
-            let reach = (len.max(1) - 1) as isize * stride;
+            let reach = (len - 1) as isize * stride;
             if reach < 0 { lowest += reach } else { highest += reach }
         }
         Elements { base, lowest, highest, lifetime: PhantomData }
