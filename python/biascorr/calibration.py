@@ -5,6 +5,7 @@ Whatever the source, batches come out one by one, checked against the inputs of 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from os import PathLike
@@ -161,8 +162,6 @@ def _read(path: Path) -> Any:
         raise FileNotFoundError(f"data: no such file: {path}")
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"data: {path}: expected an .npy or .npz file, or a folder of them")
-    import zipfile  # costs as much as the rest of the package to import
-
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
