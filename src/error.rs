@@ -14,6 +14,16 @@ pub enum Error {
         /// Position of the sample in the sequence.
         index: usize,
     },
+    /// A channel axis that the sample does not have, or that counts the batch.
+    #[error("samples[{index}]: {rank} axes, none of which is channel axis {axis}")]
+    ChannelAxis {
+        /// Position of the sample in the sequence.
+        index: usize,
+        /// Number of its axes.
+        rank: usize,
+        /// The axis asked for.
+        axis: isize,
+    },
     /// A sample with a zero-size axis has no mean.
     #[error("samples[{index}]: shape {shape:?} has no elements")]
     EmptySample {
@@ -92,9 +102,11 @@ pub enum Error {
     /// An integer cannot hold nan.
     #[error("array: contains nan, which has no quantized value")]
     Nan,
-    /// At least one thread is needed.
-    #[error("num_threads: {found}, expected at least 1")]
-    NoThreads {
+    /// At least one thread is needed, and no more than a machine can have.
+    #[error("num_threads: {found}, expected 1 to {limit}")]
+    Threads {
+        /// The most that is allowed.
+        limit: usize,
         /// The number asked for.
         found: isize,
     },

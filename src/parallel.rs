@@ -14,6 +14,9 @@ use crate::error::Error;
 /// Bytes below which waking a thread costs more than it saves (measured: two threads break even near 200 KB of int8).
 const SERIAL_BYTES: usize = 256 << 10;
 
+/// More threads than any machine has cores for; starting some ten thousand takes minutes.
+const MAX_THREADS: usize = 1024;
+
 struct State {
     process: u32,
     threads: Option<usize>,
@@ -29,16 +32,14 @@ pub fn num_threads() -> usize {
 
 fn default_threads() -> usize {
     let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&n| n > 0);
-    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).min(MAX_THREADS)
 }
 
 /// Sets the number of threads of this process.
 pub fn set_num_threads(threads: isize) -> Result<(), Error> {
-    if threads < 1 {
-        return Err(Error::NoThreads { found: threads });
-    }
+    let found = usize::try_from(threads).ok().filter(|threads| (1..=MAX_THREADS).contains(threads));
     let mut state = own_state();
-    state.threads = Some(threads.unsigned_abs());
+    state.threads = Some(found.ok_or(Error::Threads { found: threads, limit: MAX_THREADS })?);
     state.pool = None;
     Ok(())
 }
@@ -86,6 +87,6 @@ mod tests {
 
     #[test]
     fn no_threads_is_an_error() {
-        assert_eq!(set_num_threads(0), Err(Error::NoThreads { found: 0 }));
+        assert_eq!(set_num_threads(0), Err(Error::Threads { found: 0, limit: MAX_THREADS }));
     }
 }

@@ -93,7 +93,11 @@ fn plan(shape: &[usize], strides: [&[isize]; 2], mean: &Mean, groups: usize, lay
     let shared = if roles[0] == Role::Input { Role::Input } else { Role::Output };
     let length_of = |wanted| roles.iter().position(|&role| role == wanted).map(|k| shape[k]);
     let (axis_groups, shared_len) = (length_of(Role::Group), length_of(shared).unwrap_or(1));
-    let fits = if axis_groups.is_some() { groups == 1 } else { groups > 0 && shared_len % groups == 0 };
+    let fits = if axis_groups.is_some() {
+        groups == 1
+    } else {
+        (1..=shared_len.max(1)).contains(&groups) && shared_len % groups == 0
+    };
     if !fits {
         return Err(Error::Groups { groups, shape: shape.to_vec(), layout: layout.to_owned() });
     }

@@ -60,7 +60,7 @@ def _fake_quantize(array: Any, scale: Any, zero_point: Any, bits: int) -> NDArra
 
 
 def _weight_error(weights: Any, fake_quantized: Any, mean: Any, groups: int, layout: str) -> NDArray[Any]:
-    return _kernels.weight_error(weights, fake_quantized, np.asarray(mean, dtype=np.float64), groups, layout)
+    return _kernels.weight_error(weights, fake_quantized, np.asarray(mean, dtype=np.float64), groups, layout, True)
 
 
 COMPARISONS = {

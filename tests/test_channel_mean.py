@@ -229,6 +229,32 @@ def test_quantization_that_does_not_fit(scale, zero_point, message):
         prepare_input_mean([np.ones((2, 3))], quantization)
 
 
+@pytest.mark.parametrize("axis", [3, 7, -4, -9])
+def test_a_channel_axis_that_the_sample_does_not_have(axis):
+    mean = ChannelMean(channel_axis=axis)
+    with pytest.raises(ValueError, match=rf"samples\[0\]: 3 axes, none of which is channel axis {axis}"):
+        mean.update(np.ones((2, 3, 4)))
+
+
+def test_booleans_count_as_one_whatever_their_byte():
+    np.testing.assert_array_equal(prepare_input_mean([np.array([2, 1, 0], np.uint8).view(bool)], None), [1, 1, 0])
+
+
+def test_one_value_serves_all_channels_in_every_form():
+    class Affine:
+        scale, zero_point = [2.0], 1
+
+    samples = [np.array([[3, 5, 7]])]
+    np.testing.assert_array_equal(prepare_input_mean(samples, Affine()), [1, 2, 3])
+    np.testing.assert_array_equal(prepare_input_mean(iter(samples), Affine()), [1, 2, 3])
+
+
+def test_beyond_float32_is_inf_in_every_form():
+    samples = [np.full((1, 2), 1e38, np.float32)]
+    for form in (samples, iter(samples)):
+        np.testing.assert_array_equal(prepare_input_mean(form, Quantization(scale=1e-10)), [np.inf, np.inf])
+
+
 def test_a_failed_update_changes_nothing():
     mean = ChannelMean()
     mean.update(np.array([[1.0, 2.0]]))

@@ -186,6 +186,48 @@ def test_weights_that_are_not_real(which):
         MeanBiasCorrector(np.ones(3)).calculate(**arrays)
 
 
+@pytest.mark.parametrize("groups", [2.0, True, "2", None])
+def test_groups_that_are_no_integer(groups):
+    with pytest.raises(TypeError, match="groups: .*, expected an integer"):
+        MeanBiasCorrector([1.0], groups=groups)
+
+
+def test_groups_and_layouts_that_cannot_be():
+    with pytest.raises(ValueError, match="groups: "):
+        MeanBiasCorrector([1.0], groups=2**70)
+    with pytest.raises(ValueError, match="groups: 1048576 does not fit"):
+        MeanBiasCorrector(np.ones(0), groups=2**20, layout="IO").calculate(np.zeros((0, 4)), np.zeros((0, 4)))
+    with pytest.raises(TypeError, match="layout: int, expected a string"):
+        MeanBiasCorrector([1.0], layout=5)
+    with pytest.raises(ValueError, match='layout: "" is not understood'):
+        MeanBiasCorrector(np.ones(3), layout="").calculate(np.ones((3, 4)), np.ones((3, 4)))
+
+
+def test_masked_and_ragged_statistics_are_refused():
+    masked = np.ma.masked_array([1.0, 2.0], [True, False])
+    with pytest.raises(TypeError, match="input_mean: a masked array"):
+        MeanBiasCorrector(masked)
+    with pytest.raises(TypeError, match="quantized_mean: a masked array"):
+        EmpiricalBiasCorrector([1.0, 2.0], masked)
+    with pytest.raises(TypeError, match="beta: a masked array"):
+        AnalyticalBiasCorrector(masked, [1.0, 1.0])
+    with pytest.raises(ValueError, match="weights: not an array"):
+        MeanBiasCorrector([1.0]).calculate([[1.0], [2.0, 3.0]], [[1.0]])
+
+
+def test_a_clipped_normal_mean_at_the_edges():
+    beta, gamma = [np.inf, -np.inf, 1.0, 0.0, np.nan], [1.0, 1.0, np.nan, np.inf, 1.0]
+    np.testing.assert_array_equal(clipped_normal_mean(beta[:2], gamma[:2], 0.0, 6.0), [6.0, 0.0])
+    np.testing.assert_array_equal(clipped_normal_mean(beta[:2], gamma[:2], 0.0), [np.inf, 0.0])
+    assert np.isnan(clipped_normal_mean([beta[2], beta[4]], [gamma[2], gamma[4]], 0.0, 6.0)).all()
+    np.testing.assert_array_equal(clipped_normal_mean([0.3], [2.0], 1.5, 1.5), [1.5])
+    with pytest.raises(ValueError, match="low, high: nan, 1.0"):
+        clipped_normal_mean([0.0], [1.0], np.nan, 1.0)
+    for activation in ((0.0,), [0.0, 1.0, 2.0]):
+        with pytest.raises(ValueError, match="activation: "):
+            AnalyticalBiasCorrector([0.0], [1.0], activation)
+
+
 def test_null_corrector_leaves_the_bias_alone():
     assert NullBiasCorrector().calculate(np.ones((2, 2)), np.zeros((2, 2))) is None
 

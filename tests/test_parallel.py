@@ -72,8 +72,8 @@ def test_number_of_threads():
     try:
         biascorr.set_num_threads(3)
         assert biascorr.get_num_threads() == 3
-        for wrong in (0, -1):
-            with pytest.raises(ValueError, match=f"num_threads: {wrong}, expected at least 1"):
+        for wrong in (0, -1, 1025, 10**9):
+            with pytest.raises(ValueError, match=f"num_threads: {wrong}, expected 1 to 1024"):
                 biascorr.set_num_threads(wrong)
     finally:
         biascorr.set_num_threads(before)

@@ -1,5 +1,6 @@
 """The quantizer: its parameters, its arithmetic, and kernels against twins."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -59,6 +60,10 @@ def test_from_step_is_the_reciprocal():
         ({"zero_point": 0.5}, "zero_point: 0.5, expected integers"),
         ({"zero_point": np.nan}, "zero_point: nan"),
         ({"scale": [1.0, 2.0], "zero_point": [1, 2, 3]}, "lengths 2 and 3"),
+        ({"scale": []}, "no values"),
+        ({"zero_point": 2.0**51}, r"expected integers of no more than 2\^50"),
+        ({"zero_point": 1e30}, r"expected integers of no more than 2\^50"),
+        ({"bits": float("inf")}, "bits: inf"),
         ({"bits": 1}, "bits: 1, expected an integer from 2 to 32"),
         ({"bits": 33}, "bits: 33"),
         ({"bits": 7.5}, "bits: 7.5"),
@@ -79,6 +84,23 @@ def test_ranges_that_are_none(low, high):
 def test_steps_that_are_none(step):
     with pytest.raises(ValueError, match="step: "):
         Quantization.from_step(step)
+
+
+@pytest.mark.parametrize("bits", [-5, 0, 1, 8.5, 2000])
+def test_bits_of_a_range_are_checked_first(bits):
+    with pytest.raises(ValueError, match=f"bits: {bits}, expected"):
+        Quantization.from_range(-1, 2, bits)
+
+
+def test_large_zero_points_leave_room_for_every_step():
+    quantization = Quantization(1.0, -(2**50))
+    assert quantization.quantize([2.0**50 + 5, 2.0**50 - 3]).tolist() == [5, -3]
+
+
+def test_a_copy_is_as_frozen_as_its_original():
+    copied = copy.deepcopy(Quantization([1.0, 2.0]))
+    with pytest.raises(ValueError, match="read-only"):
+        copied.scale[0] = 3.0
 
 
 def test_a_quantization_is_a_value():
@@ -173,6 +195,27 @@ def test_bad_arrays_are_named(method):
         getattr(quantization, method)(np.ones((4, 3), np.int8))
     with pytest.raises(TypeError, match="array: dtype complex128"):
         getattr(quantization, method)(np.ones(2, complex))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float32"])
+def test_what_takes_the_slow_path_is_not_broadcast(dtype):
+    with pytest.raises(ValueError, match="scale: 3 values, expected 1 or 1"):
+        Quantization([1.0, 2.0, 3.0]).dequantize(np.zeros((4, 1), dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_narrow_dtypes_are_kept_and_rounded_once(dtype):
+    values, quantization = random_array((40, 40), dtype), Quantization(428123.5578310375, bits=30)
+    found = fake_quantize(values, quantization)
+    assert found.dtype == values.dtype
+    expected = COMPARISONS["fake_quantize"].twin(values.astype(np.float64), quantization.scale, 0, 30).astype(values.dtype)
+    np.testing.assert_array_equal(found.astype(np.float64), expected.astype(np.float64))
+
+
+@pytest.mark.parametrize("axis", [2, 5, -3])
+def test_an_axis_that_the_array_does_not_have(axis):
+    with pytest.raises(ValueError, match=f"axis: {axis}, the array has 2 axes"):
+        fake_quantize(np.ones((2, 3)), Quantization(), axis=axis)
 
 
 def test_wide_integers_are_dequantized_too():

@@ -113,6 +113,41 @@ def test_samples_may_differ_in_size():
     np.testing.assert_allclose(mean.mean(), (sums / outputs).astype(np.float64), rtol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [1, -3, -1, 3])
+def test_any_axis_but_the_first_can_hold_the_channels(axis):
+    window = CASES["3x3 same"][1]
+    sample = random_array((2, 3, 7, 9), "int8")
+    expected, mean = TapMean(window), TapMean(window, channel_axis=axis)
+    expected.update(sample)
+    mean.update(np.moveaxis(sample, 1, axis))
+    np.testing.assert_array_equal(mean.mean(), expected.mean())
+
+
+@pytest.mark.parametrize("axis", [0, -4, 4, -5])
+def test_a_channel_axis_that_is_none(axis):
+    with pytest.raises(ValueError, match="expected 4 axes with the channels along axis"):
+        TapMean(CASES["3x3 same"][1], channel_axis=axis).update(np.ones((2, 3, 8, 9)))
+    with pytest.raises(ValueError, match=f"none of which is channel axis {axis}"):
+        TAPS.fast(np.ones((2, 3, 8, 9)), CASES["3x3 same"][1].along((8, 9)), axis)
+
+
+def test_samples_of_another_rank_or_number_of_channels():
+    mean = TapMean(CASES["3x3 same"][1])
+    mean.update(np.ones((1, 4, 5, 5)))
+    with pytest.raises(ValueError, match="sample: 1 channels, expected 4 as in those before"):
+        mean.update(np.ones((1, 1, 5, 5)))
+    for shape in ((4, 5, 5), (1, 4, 5, 5, 5)):
+        with pytest.raises(ValueError, match="expected 4 axes"):
+            mean.update(np.ones(shape))
+    np.testing.assert_array_equal(mean.mean()[1, 1], 1.0)
+
+
+def test_lists_are_samples():
+    mean = TapMean(CASES["1x1"][1])
+    mean.update([[[[1, 3]]]])
+    assert mean.mean().item() == 2.0
+
+
 def test_no_output_position_has_no_mean():
     mean = TapMean(CASES["no output"][1])
     mean.update(np.ones((1, 3, 2, 2), np.float32))

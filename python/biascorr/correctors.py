@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biascorr import _kernels
+from biascorr import _kernels, reference
 from biascorr.statistics import clipped_normal_mean
 
 _LAYOUT_OF_RANK = {2: "IO", 3: "WIO", 4: "HWIO", 5: "HWIGO", 6: "DHWIGO"}
@@ -80,15 +80,17 @@ class MeanBiasCorrector(BiasCorrector):
     """
 
     def __init__(self, input_mean: ArrayLike, *, groups: int = 1, layout: str | None = None) -> None:
-        mean = np.asarray(input_mean)
-        if not np.can_cast(mean.dtype, np.float64, "same_kind"):
-            raise TypeError(f"input_mean: dtype {mean.dtype}, expected real numbers")
+        mean = reference.native(input_mean, "input_mean")
         if mean.ndim == 0:
             raise ValueError("input_mean: 0-dimensional, expected (input channels,) or (*taps, input channels)")
-        if groups < 1:
-            raise ValueError(f"groups: {groups}, expected at least 1")
+        if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
+            raise TypeError(f"groups: {type(groups).__name__}, expected an integer")
+        if not 1 <= groups < 2**31:
+            raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
+        if layout is not None and not isinstance(layout, str):
+            raise TypeError(f"layout: {type(layout).__name__}, expected a string of axes")
         self._mean = np.array(mean, dtype=np.float64, order="C")
-        self._groups = groups
+        self._groups = int(groups)
         self._layout = layout
 
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:
@@ -114,13 +116,13 @@ class MeanBiasCorrector(BiasCorrector):
             The shapes of the weights differ; the layout has unknown letters or another rank; the groups do not divide the
             channels; the mean has another shape than the weights call for.
         """
-        weights = np.asanyarray(weights)
-        layout = self._layout or _LAYOUT_OF_RANK.get(weights.ndim)
+        if not isinstance(weights, np.ndarray):
+            weights = reference.native(weights, "weights")
+        layout = _LAYOUT_OF_RANK.get(weights.ndim) if self._layout is None else self._layout
         if layout is None:
             raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
-        shift = _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout)
         wide = weights.dtype.kind == "f" and weights.dtype.itemsize >= 8
-        return shift if wide else shift.astype(np.float32)
+        return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
 
 
 class AnalyticalBiasCorrector(MeanBiasCorrector):
@@ -154,8 +156,8 @@ class AnalyticalBiasCorrector(MeanBiasCorrector):
         groups: int = 1,
         layout: str | None = None,
     ) -> None:
-        bounds = activation if isinstance(activation, tuple) else _BOUNDS.get(activation)
-        if bounds is None:
+        bounds = _BOUNDS.get(activation) if activation is None or isinstance(activation, str) else activation
+        if bounds is None or len(bounds) != 2:
             raise ValueError(f"activation: {activation!r}, expected None, 'relu', 'relu6' or (low, high)")
         super().__init__(clipped_normal_mean(beta, gamma, *bounds), groups=groups, layout=layout)
 
@@ -180,13 +182,12 @@ class EmpiricalBiasCorrector(BiasCorrector):
     """
 
     def __init__(self, reference_mean: ArrayLike, quantized_mean: ArrayLike) -> None:
-        reference, quantized = np.asarray(reference_mean), np.asarray(quantized_mean)
-        if reference.shape != quantized.shape or reference.ndim != 1:
-            raise ValueError(
-                f"reference_mean, quantized_mean: shapes {reference.shape} and {quantized.shape}, expected one equal axis"
-            )
-        dtype = np.result_type(reference, quantized, np.float32)
-        self._correction = np.subtract(reference, quantized, dtype=np.float64).astype(dtype)
+        means = reference.native(reference_mean, "reference_mean"), reference.native(quantized_mean, "quantized_mean")
+        shapes = [mean.shape for mean in means]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            raise ValueError(f"reference_mean, quantized_mean: shapes {shapes[0]} and {shapes[1]}, expected one equal axis")
+        wide = any(mean.dtype == np.float64 for mean in means)
+        self._correction = np.subtract(*means, dtype=np.float64).astype(np.float64 if wide else np.float32)
 
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:  # noqa: ARG002
         """reference_mean - quantized_mean, whatever the weights: float64 if either mean is, else float32."""

@@ -62,8 +62,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         scale, zero_point = affine_parameters(self)
-        if isinstance(self.bits, bool) or int(self.bits) != self.bits or not 2 <= self.bits <= 32:
-            raise ValueError(f"bits: {self.bits}, expected an integer from 2 to 32")
+        _check_bits(self.bits)
         object.__setattr__(self, "scale", _frozen(scale))
         object.__setattr__(self, "zero_point", _frozen(zero_point.astype(np.int64)))
         object.__setattr__(self, "bits", int(self.bits))
@@ -98,6 +97,7 @@ class Quantization:
         Quantization(scale=63.5, zero_point=0, bits=8)
         """
         low, high = np.asarray(min, dtype=np.float64), np.asarray(max, dtype=np.float64)
+        _check_bits(bits)
         if not (np.isfinite(low) & np.isfinite(high)).all() or (low > high).any():
             raise ValueError(f"min, max: {low}, {high}, expected finite and min <= max")
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
@@ -126,12 +126,16 @@ class Quantization:
         """Real values of quantized ones: float32 for integers of up to 16 bits, else float64."""
         array = np.require(reference.native(array, "array"), requirements="C")
         if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+            _check_channels(self, array.shape[-1] if array.ndim else 1)
             return reference.dequantize(array, self.scale, self.zero_point)
         return _kernels.dequantize(array, _grids(self, array, -1))
 
     def fake_quantize(self, array: ArrayLike) -> NDArray[Any]:
         """Real values moved to the nearest on the grid; see :func:`fake_quantize`."""
         return fake_quantize(array, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Quantization, (self.scale, self.zero_point, self.bits)
 
     def __repr__(self) -> str:
         scale, zero_point = (np.asarray(x).tolist() for x in (self.scale, self.zero_point))
@@ -178,11 +182,28 @@ def fake_quantize(array: ArrayLike, quantization: Quantization, *, axis: int = -
     >>> fake_quantize([0.1, 0.26], Quantization(scale=4))
     array([0.  , 0.25])
     """
-    given = getattr(array, "dtype", None)
-    array = _contiguous_reals(array)
+    given = getattr(array, "dtype", np.dtype(np.float64))
+    narrow = given.itemsize < 4 and given.name.startswith(("float", "bfloat"))
+    array = _contiguous_reals(np.asarray(array, dtype=np.float64) if narrow else array)
+    if not -max(array.ndim, 1) <= axis < max(array.ndim, 1):
+        raise ValueError(f"axis: {axis}, the array has {array.ndim} axes")
     result: NDArray[Any] = _kernels.fake_quantize_array(array, _grids(quantization, array, axis))
-    narrow = given is not None and (given.kind == "f" or given.name == "bfloat16") and given.itemsize < 4
     return result.astype(given) if narrow else result
+
+
+_LARGEST = 2.0**50
+"""Zero points up to here leave f64 room for every step of a grid."""
+
+
+def _check_bits(bits: Any) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 32:
+        raise ValueError(f"bits: {bits}, expected an integer from 2 to 32")
+
+
+def _check_channels(quantization: Quantization, channels: int) -> None:
+    for name, values in (("scale", quantization.scale), ("zero_point", quantization.zero_point)):
+        if np.size(values) not in (1, channels):
+            raise ValueError(f"{name}: {np.size(values)} values, expected 1 or {channels}, the number of channels")
 
 
 def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -191,8 +212,10 @@ def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[n
     zero_point = np.asarray(quantization.zero_point, dtype=np.float64)
     if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"scale: {scale}, expected positive and finite")
-    if not (np.isfinite(zero_point) & (np.rint(zero_point) == zero_point)).all():
-        raise ValueError(f"zero_point: {zero_point}, expected integers")
+    if not (np.isfinite(zero_point) & (np.rint(zero_point) == zero_point) & (np.abs(zero_point) <= _LARGEST)).all():
+        raise ValueError(f"zero_point: {zero_point}, expected integers of no more than 2^50")
+    if 0 in (scale.size, zero_point.size):
+        raise ValueError("scale, zero_point: no values, expected one, or one per channel")
     if scale.ndim > 1 or zero_point.ndim > 1:
         raise ValueError(f"scale, zero_point: {scale.ndim} and {zero_point.ndim} axes, expected at most 1")
     if scale.ndim and zero_point.ndim and scale.shape != zero_point.shape:

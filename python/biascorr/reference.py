@@ -36,7 +36,7 @@ def native(array: Any, name: str) -> NDArray[Any]:
         raise ValueError(f"{name}: not an array: {error}") from None
     dtype = array.dtype
     if dtype.kind == "b":
-        return np.array(array.view(np.uint8))
+        return np.asarray(array, dtype=np.uint8)
     if issubclass(dtype.type, (np.float16, np.float32, np.float64)) or dtype.char in "bBhHiIlLqQ":
         return np.array(array, dtype=dtype.newbyteorder("="))
     if dtype.name == "bfloat16":

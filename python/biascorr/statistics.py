@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels
 from biascorr.quantization import Quantization, affine_parameters
-from biascorr.reference import AxisWindow, mean_from_sums, merge_reals
+from biascorr.reference import AxisWindow, mean_from_sums, merge_reals, native
 
 _IDENTITY = ((1.0,), (0.0,))
 
@@ -143,7 +143,7 @@ class ChannelMean:
         if quantization is not None:
             scale, zero_point = _scale_and_zero_point(quantization, self._channels)
             mean = (mean - zero_point) / scale
-        return mean.astype(self._sums.dtype, copy=False)
+        return _rounded(mean, self._sums.dtype)
 
 
 def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> NDArray[Any]:
@@ -249,18 +249,31 @@ class TapMean:
         self._window = window
         self._channel_axis = channel_axis
         self._sums = _Sums()
+        self._channels: int | None = None
         self._seen = np.zeros((*window.taps, 1))
         self._outputs = 0
 
     def update(self, sample: Any) -> None:
-        """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size."""
-        space = [size for axis, size in enumerate(sample.shape) if axis not in (0, self._channel_axis)]
+        """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size.
+
+        Raises ValueError where its rank is not that of the window, or its number of channels not that of those before.
+        """
+        shape = np.shape(sample)
+        axis, rank = self._channel_axis, len(self._window.taps) + 2
+        if len(shape) != rank or not -rank <= axis < rank or axis % rank == 0:
+            raise ValueError(
+                f"sample: shape {shape}, expected {rank} axes with the channels along axis {axis} behind the batch"
+            )
+        if self._channels not in (None, shape[axis]):
+            raise ValueError(f"sample: {shape[axis]} channels, expected {self._channels} as in those before")
+        space = [size for k, size in enumerate(shape) if k not in (0, axis % rank)]
         windows = self._window.along(space)
         sums, wide = _kernels.tap_sums(sample, self._channel_axis, windows)
         self._sums.add(*sums, wide)
-        self._outputs += len(sample) * math.prod(window[-1] for window in windows)
+        self._channels = shape[axis]
+        self._outputs += shape[0] * math.prod(window[-1] for window in windows)
         counts = [_positions_seen(window, size) for window, size in zip(windows, space)]
-        self._seen += len(sample) * functools.reduce(np.multiply.outer, counts)[..., None]
+        self._seen += shape[0] * functools.reduce(np.multiply.outer, counts)[..., None]
 
     def mean(self, quantization: Any = None) -> NDArray[Any]:
         """The mean in real units, (*K, C): float64 if any sample was float64, else float32."""
@@ -271,7 +284,12 @@ class TapMean:
         if quantization is not None:
             scale, zero_point = _scale_and_zero_point(quantization, mean.shape[-1])
             mean = (mean - zero_point * (self._seen / self._outputs)) / scale
-        return mean.astype(self._sums.dtype, copy=False)
+        return _rounded(mean, self._sums.dtype)
+
+
+def _rounded(mean: NDArray[np.float64], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # beyond float32 is inf, as in the kernel
+        return mean.astype(dtype, copy=False)
 
 
 def _positions_seen(window: AxisWindow, size: int) -> NDArray[np.float64]:
@@ -284,7 +302,7 @@ def _positions_seen(window: AxisWindow, size: int) -> NDArray[np.float64]:
 def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
     scale, zero_point = affine_parameters(quantization)
     for name, values in (("scale", scale), ("zero_point", zero_point)):
-        if values.ndim and len(values) != channels:
+        if values.size not in (1, channels):
             raise ValueError(f"{name}: {len(values)} values, expected 1 or {channels}, the number of channels")
     return scale, zero_point
 
@@ -318,18 +336,20 @@ def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf,
     >>> clipped_normal_mean([0.0, 7.0], [1.0, -1.0], 0.0, 6.0).round(6)
     array([0.398942, 5.916685])
     """
-    beta, gamma = np.asarray(beta, dtype=np.float64), np.abs(np.asarray(gamma, dtype=np.float64))
+    beta, gamma = (np.asarray(native(x, name), dtype=np.float64) for name, x in (("beta", beta), ("gamma", gamma)))
+    gamma = np.abs(gamma)
     if beta.shape != gamma.shape:
         raise ValueError(f"beta, gamma: shapes {beta.shape} and {gamma.shape}, expected equal")
-    if low > high:
+    if not low <= high:
         raise ValueError(f"low, high: {low}, {high}, expected low <= high")
-    spread = np.where(gamma > 0, gamma, 1.0)
-    with np.errstate(over="ignore"):  # a bound that many deviations away is at infinity
+    spread = np.where(gamma == 0, 1.0, gamma)
+    with np.errstate(over="ignore", invalid="ignore"):  # a bound that many deviations away is at infinity
         below, density_low = _tail_and_density((low - beta) / spread)
         above, density_high = _tail_and_density((beta - high) / spread)
-    mean = beta * (1.0 - below - above) + gamma * (density_low - density_high)
+        mean = beta * (1.0 - below - above) + gamma * (density_low - density_high)
     mean += (low * below if np.isfinite(low) else 0.0) + (high * above if np.isfinite(high) else 0.0)
-    return np.where(gamma > 0, mean, np.clip(beta, low, high))
+    certain = (gamma == 0) | (np.isinf(beta) & np.isfinite(gamma)) | (low == high)
+    return np.where(certain, np.clip(beta, low, high), mean)
 
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])

@@ -31,7 +31,8 @@ impl From<Error> for PyErr {
             | Error::MeanShape { .. }
             | Error::PerChannel { .. }
             | Error::Nan
-            | Error::NoThreads { .. } => PyValueError::new_err(message),
+            | Error::ChannelAxis { .. }
+            | Error::Threads { .. } => PyValueError::new_err(message),
             Error::ThreadPool { .. } => PyRuntimeError::new_err(message),
         }
     }

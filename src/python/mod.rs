@@ -103,6 +103,10 @@ fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option
     if shape.is_empty() {
         return Err(Error::ZeroDimensional { index });
     }
+    let rank = shape.len() as isize;
+    if !(-rank..rank).contains(&axis) {
+        return Err(Error::ChannelAxis { index, rank: shape.len(), axis });
+    }
     if shape.contains(&0) {
         return Err(Error::EmptySample { index, shape: shape.to_vec() });
     }
@@ -123,6 +127,9 @@ fn tap_sums<'py>(
 ) -> PyResult<(PySums<'py>, bool)> {
     let view = AnyView::new(sample, 0)?;
     let channels = checked_channels(view.shape(), channel_axis, 0, None)?;
+    if channel_axis_of(view.shape(), channel_axis) == 0 {
+        return Err(Error::ChannelAxis { index: 0, rank: view.shape().len(), axis: channel_axis }.into());
+    }
     if windows.is_empty() || windows.len() + 2 != view.shape().len() {
         let (axes, shape) = (windows.len(), view.shape());
         return Err(PyValueError::new_err(format!("windows: {axes} for a sample of shape {shape:?}")));
@@ -137,13 +144,13 @@ fn tap_sums<'py>(
     Ok((into_python(py, sums)?, matches!(view, AnyView::F64(_))))
 }
 
-/// The shift of each output channel in f64, and whether the weights are float64.
+/// The shift of each output channel, as float64 if `wide`, else float32.
 #[pyfunction]
-#[pyo3(signature = (weights, fake_quantized_weights, mean, groups, layout))]
+#[pyo3(signature = (weights, fake_quantized_weights, mean, groups, layout, wide))]
 fn weight_error<'py>(
     py: Python<'py>, weights: &Bound<'py, PyAny>, fake_quantized_weights: &Bound<'py, PyAny>,
-    mean: PyReadonlyArrayDyn<'py, f64>, groups: usize, layout: &str,
-) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    mean: PyReadonlyArrayDyn<'py, f64>, groups: usize, layout: &str, wide: bool,
+) -> PyResult<Bound<'py, PyAny>> {
     let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
     let shift = match Weights::new(weights, fake_quantized_weights)? {
         Weights::F32([w, q]) => {
@@ -155,7 +162,10 @@ fn weight_error<'py>(
             detached(py, 16 * w.len(), || shift_of(&w, &q, &mean, groups, layout))?
         }
     };
-    Ok(shift.into_pyarray(py))
+    if wide {
+        return Ok(shift.into_pyarray(py).into_any());
+    }
+    Ok(PyArray1::from_iter(py, shift.into_iter().map(|shift| shift as f32)).into_any())
 }
 
 /// The grids that quantize along an axis of an array: scales, zero points, bits, channels, elements per channel step.
