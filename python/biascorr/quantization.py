@@ -126,7 +126,7 @@ class Quantization:
         """Real values of quantized ones: float32 for integers of up to 16 bits, else float64."""
         array = np.require(reference.native(array, "array"), requirements="C")
         if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
-            _check_channels(self, array.shape[-1] if array.ndim else 1)
+            check_channels(self.scale, self.zero_point, array.shape[-1] if array.ndim else 1)
             return reference.dequantize(array, self.scale, self.zero_point)
         return _kernels.dequantize(array, _grids(self, array, -1))
 
@@ -200,8 +200,9 @@ def _check_bits(bits: Any) -> None:
         raise ValueError(f"bits: {bits}, expected an integer from 2 to 32")
 
 
-def _check_channels(quantization: Quantization, channels: int) -> None:
-    for name, values in (("scale", quantization.scale), ("zero_point", quantization.zero_point)):
+def check_channels(scale: Any, zero_point: Any, channels: int) -> None:
+    """Raises ValueError where either has neither one value nor one per channel."""
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
         if np.size(values) not in (1, channels):
             raise ValueError(f"{name}: {np.size(values)} values, expected 1 or {channels}, the number of channels")
 

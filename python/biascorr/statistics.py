@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels
-from biascorr.quantization import Quantization, affine_parameters
+from biascorr.quantization import Quantization, affine_parameters, check_channels
 from biascorr.reference import AxisWindow, mean_from_sums, merge_reals, native
 
 _IDENTITY = ((1.0,), (0.0,))
@@ -301,9 +301,7 @@ def _positions_seen(window: AxisWindow, size: int) -> NDArray[np.float64]:
 
 def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
     scale, zero_point = affine_parameters(quantization)
-    for name, values in (("scale", scale), ("zero_point", zero_point)):
-        if values.size not in (1, channels):
-            raise ValueError(f"{name}: {len(values)} values, expected 1 or {channels}, the number of channels")
+    check_channels(scale, zero_point, channels)
     return scale, zero_point
 
 
