@@ -12,9 +12,11 @@
 //! 2. [`fake_quantize`]: weights -> quantized, dequantized
 //! 3. [`weight_error`]: weights, fake-quantized weights, means -> shift
 //!
-//! They stand on [`layout`] (any strided array as runs), [`parallel`] (the thread pool), [`simd`] (CPU tiers) and
+//! They stand on [`accumulate`] (what each dtype is summed in), [`layout`] (any strided array as runs), [`parallel`] (the thread
+//! pool), [`simd`] (CPU tiers) and
 //! [`error`]. Only the `python` module knows Python; everything else compiles and tests without it.
 
+pub mod accumulate;
 pub mod channel_mean;
 pub mod error;
 pub mod fake_quantize;

@@ -8,7 +8,8 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use crate::channel_mean::{AxisWindow, Compensated};
+use crate::accumulate::Compensated;
+use crate::channel_mean::AxisWindow;
 use crate::error::Error;
 use crate::fake_quantize::{self, Grids, Quantized, Real};
 use crate::weight_error::{Mean, weight_error as shift_of};

@@ -14,7 +14,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::detach::detached;
-use crate::channel_mean::{AxisWindow, Compensated, Sample, Total, TotalOf, channel_sums, tap_sums};
+use crate::accumulate::{Compensated, SumOf};
+use crate::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use crate::layout::Elements;
 use crate::weight_error::Tensor;
 
@@ -76,25 +77,25 @@ impl Sums {
 
     /// Both together, rounded to f64.
     pub fn values(&self) -> Vec<f64> {
-        let integer = |k: usize| self.integers.get(k).map_or(0.0, |sum| sum.value());
+        let integer = |k: usize| self.integers.get(k).map_or(0.0, |&sum| sum as f64);
         let real = |k: usize| self.reals.get(k).map_or(0.0, |sum| sum.value());
         (0..self.channels).map(|k| integer(k) + real(k)).collect()
     }
 }
 
 /// The one of both sums that a total adds to.
-trait SumOf: Sized {
+trait InSums: Sized {
     fn of(sums: &mut Sums) -> &mut Vec<Self>;
 }
 
-impl SumOf for i128 {
+impl InSums for i128 {
     fn of(sums: &mut Sums) -> &mut Vec<i128> {
         sums.integers.resize(sums.channels, 0);
         &mut sums.integers
     }
 }
 
-impl SumOf for Compensated {
+impl InSums for Compensated {
     fn of(sums: &mut Sums) -> &mut Vec<Compensated> {
         sums.reals.resize(sums.channels, Compensated::default());
         &mut sums.reals
@@ -143,7 +144,7 @@ macro_rules! any_view {
                                 _ => None,
                             };
                             let samples: Vec<_> = alike.iter().filter_map(typed).collect();
-                            let totals = TotalOf::<$element>::of(sums);
+                            let totals = SumOf::<$element>::of(sums);
                             detached(py, bytes, || channel_sums(&samples, totals))?;
                         })*
                     }
@@ -158,7 +159,7 @@ macro_rules! any_view {
                 match self {
                     $(AnyView::$name(view) => {
                         let sample = view.sample(axis);
-                        *TotalOf::<$element>::of(sums) = detached(py, self.bytes(), || tap_sums(&sample, windows))?;
+                        *SumOf::<$element>::of(sums) = detached(py, self.bytes(), || tap_sums(&sample, windows))?;
                     })*
                 }
                 Ok(())

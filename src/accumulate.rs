@@ -1,0 +1,551 @@
+//! Accumulators: what each element type is summed in, and the loops that add rows of elements to rows of accumulators.
+//!
+//! ```text
+//! lanes[j] += row[j]        for each row of a block; a lane cannot overflow there
+//! totals[j] += lanes[j]     between blocks
+//! ```
+//!
+//! | elements | lane | rows of a block | total | sum of a sample |
+//! |---|---|---|---|---|
+//! | i8, u8 | i16, u16 | 256 | i64 | i128 |
+//! | i16, u16 | i32 | 2^15 | i64 | i128 |
+//! | i32, u32 | i64 | 2^20 | i128 | i128 |
+//! | i64, u64 | i128 | 2^20 | i128 | i128 |
+//! | two int4 or uint4 in a byte | both in one i32 | 4096 | two i64 | two i64 |
+//! | f16, bf16, f32 | f64 | 4096 | double-double | double-double |
+//! | f64 | double-double | 4096 | double-double | double-double |
+//!
+//! Each element is read once. Lanes of real numbers add up in the order of the rows, whatever the tier.
+
+use half::{bf16, f16};
+
+use crate::simd::{Tier, tier, tiered};
+
+/// What an element type is summed in.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// The accumulator inside a block.
+    type Lane: Lane;
+    /// Additions to one lane before it is carried over.
+    const BLOCK_ROWS: usize;
+    /// Adds this element to a lane.
+    fn add_to(self, lane: &mut Self::Lane);
+    /// Adds a row to the lanes, one each.
+    #[inline(always)]
+    fn add_row(row: &[Self], lanes: &mut [Self::Lane], _tier: Tier) {
+        for (lane, &x) in lanes.iter_mut().zip(row) {
+            x.add_to(lane);
+        }
+    }
+}
+
+/// An accumulator inside a block.
+pub trait Lane: Copy + Default + Send + Sync {
+    /// The accumulator between blocks.
+    type Total: Total;
+    /// Carries the lane over.
+    fn total(self) -> Self::Total;
+    /// Carries the sum of up to 2^16 lanes over, added in an order given by their number.
+    fn fold(lanes: &[Self]) -> Self::Total;
+}
+
+/// An accumulator between blocks.
+pub trait Total: Copy + Default + Send + Sync {
+    /// The accumulator between samples.
+    type Sum: Total<Sum = Self::Sum> + std::fmt::Debug;
+    /// Adds another total.
+    fn merge(&mut self, other: Self);
+    /// Carries the total over.
+    fn sum(self) -> Self::Sum;
+}
+
+/// The sums of an element type between samples.
+pub type SumOf<T> = <TotalOf<T> as Total>::Sum;
+
+type TotalOf<T> = <<T as Element>::Lane as Lane>::Total;
+
+/// The unevaluated sum of two f64 (double-double): the rounding error of every addition is kept.
+///
+/// Source: Knuth, TAOCP vol. 2, 4.2.2, theorem B (TwoSum).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Compensated {
+    /// The sum as plain f64 addition gives it.
+    pub sum: f64,
+    /// What rounding took from it; meaningless where `sum` is not finite.
+    pub error: f64,
+}
+
+impl Compensated {
+    /// Rounded to f64.
+    pub fn value(self) -> f64 {
+        if self.sum.is_finite() { self.sum + self.error } else { self.sum }
+    }
+}
+
+impl Total for Compensated {
+    type Sum = Compensated;
+    #[inline(always)]
+    fn merge(&mut self, other: Self) {
+        let sum = self.sum + other.sum;
+        let other_rounded = sum - self.sum;
+        let error = (self.sum - (sum - other_rounded)) + (other.sum - other_rounded);
+        *self = Compensated { sum, error: self.error + other.error + error };
+    }
+    #[inline(always)]
+    fn sum(self) -> Compensated {
+        self
+    }
+}
+
+macro_rules! integer_total {
+    ($($total:ty => $sum:ty),*) => {$(
+        impl Total for $total {
+            type Sum = $sum;
+            #[inline(always)]
+            fn merge(&mut self, other: Self) {
+                *self += other;
+            }
+            #[inline(always)]
+            fn sum(self) -> $sum {
+                self.into()
+            }
+        }
+    )*};
+}
+integer_total!(i64 => i128, i128 => i128);
+
+/// Sums of the low and the high halves of bytes.
+impl Total for [i64; 2] {
+    type Sum = [i64; 2];
+    #[inline(always)]
+    fn merge(&mut self, other: Self) {
+        self[0] += other[0];
+        self[1] += other[1];
+    }
+    #[inline(always)]
+    fn sum(self) -> [i64; 2] {
+        self
+    }
+}
+
+macro_rules! integer_lane {
+    ($($lane:ty => $folded:ty => $total:ty),*) => {$(
+        impl Lane for $lane {
+            type Total = $total;
+            #[inline(always)]
+            fn total(self) -> $total {
+                self.into()
+            }
+            #[inline(always)]
+            fn fold(lanes: &[Self]) -> $total {
+                <$total>::from(lanes.iter().map(|&lane| <$folded>::from(lane)).sum::<$folded>())
+            }
+        }
+    )*};
+}
+integer_lane!(i16 => i32 => i64, u16 => u32 => i64, i32 => i64 => i64, i64 => i128 => i128, i128 => i128 => i128);
+
+impl Lane for Compensated {
+    type Total = Compensated;
+    #[inline(always)]
+    fn total(self) -> Compensated {
+        self
+    }
+    #[inline(always)]
+    fn fold(lanes: &[Self]) -> Compensated {
+        fold_all(lanes)
+    }
+}
+
+impl Lane for f64 {
+    type Total = Compensated;
+    #[inline(always)]
+    fn total(self) -> Compensated {
+        Compensated { sum: self, error: 0.0 }
+    }
+    /// Eight sums side by side, then pair by pair.
+    #[inline(always)]
+    fn fold(lanes: &[Self]) -> Compensated {
+        let (eights, rest) = lanes.as_chunks::<8>();
+        let mut sums = [0.0; 8];
+        for eight in eights {
+            for k in 0..8 {
+                sums[k] += eight[k];
+            }
+        }
+        sums.iter_mut().zip(rest).for_each(|(sum, lane)| *sum += lane);
+        for half in [4, 2, 1] {
+            for k in 0..half {
+                sums[k] += sums[k + half];
+            }
+        }
+        sums[0].total()
+    }
+}
+
+/// Two sums in one: `high << 16` plus `low`, both in the range of i16 or u16.
+#[derive(Clone, Copy, Default)]
+pub struct Halves<const SIGNED: bool>(i32);
+
+impl<const SIGNED: bool> Lane for Halves<SIGNED> {
+    type Total = [i64; 2];
+    #[inline(always)]
+    fn total(self) -> [i64; 2] {
+        let low = if SIGNED { i32::from(self.0 as i16) } else { i32::from(self.0 as u16) };
+        let high = self.0.wrapping_sub(low);
+        let high = if SIGNED { high >> 16 } else { (high as u32 >> 16) as i32 };
+        [low.into(), high.into()]
+    }
+    #[inline(always)]
+    fn fold(lanes: &[Self]) -> [i64; 2] {
+        let totals = lanes.iter().map(|lane| lane.total());
+        totals.fold([0; 2], |mut sum, total| {
+            sum.merge(total);
+            sum
+        })
+    }
+}
+
+macro_rules! element {
+    ($($element:ty => $lane:ty, $block_rows:expr, $widen:expr;)*) => {$(
+        impl Element for $element {
+            type Lane = $lane;
+            const BLOCK_ROWS: usize = $block_rows;
+            #[inline(always)]
+            fn add_to(self, lane: &mut $lane) {
+                let widen: fn($element) -> $lane = $widen;
+                *lane += widen(self);
+            }
+        }
+    )*};
+}
+element! {
+    i8 => i16, 1 << 8, |x| x.into();
+    u8 => u16, 1 << 8, |x| x.into();
+    i16 => i32, 1 << 15, |x| x.into();
+    u16 => i32, 1 << 15, |x| x.into();
+    i32 => i64, 1 << 20, |x| x.into();
+    u32 => i64, 1 << 20, |x| x.into();
+    i64 => i128, 1 << 20, |x| x.into();
+    u64 => i128, 1 << 20, |x| x.into();
+    bf16 => f64, REAL_ROWS, |x| f32::from_bits(u32::from(x.to_bits()) << 16).into();
+    f32 => f64, REAL_ROWS, |x| x.into();
+}
+
+/// Rows of a block of real numbers. Fixed: it decides the order of the sum.
+const REAL_ROWS: usize = 4096;
+
+impl Element for f64 {
+    type Lane = Compensated;
+    const BLOCK_ROWS: usize = REAL_ROWS;
+    #[inline(always)]
+    fn add_to(self, lane: &mut Compensated) {
+        lane.merge(Compensated { sum: self, error: 0.0 });
+    }
+}
+
+impl Element for f16 {
+    type Lane = f64;
+    const BLOCK_ROWS: usize = REAL_ROWS;
+    #[inline(always)]
+    fn add_to(self, lane: &mut f64) {
+        *lane += f64::from(f32_from_f16_bits(self.to_bits()));
+    }
+    /// Eight at a time with the instruction that most CPUs have for it: three times as fast as doing without.
+    #[inline(always)]
+    fn add_row(row: &[f16], lanes: &mut [f64], tier: Tier) {
+        let (mut row, mut lanes) = (row, lanes);
+        #[cfg(target_arch = "x86_64")]
+        if tier >= Tier::Avx2 {
+            let (eights, rest) = row.as_chunks::<8>();
+            let (lane_eights, lane_rest) = lanes.split_at_mut(8 * eights.len());
+            for (lanes, eight) in lane_eights.as_chunks_mut::<8>().0.iter_mut().zip(eights) {
+                #[expect(unsafe_code, reason = "calls a leaf that needs CPU features")]
+                // SAFETY: the tier has AVX2 and F16C.
+                let wide = unsafe { f32s_from_f16s_avx2(eight) };
+                for k in 0..8 {
+                    lanes[k] += f64::from(wide[k]);
+                }
+            }
+            (row, lanes) = (rest, lane_rest);
+        }
+        for (lane, x) in lanes.iter_mut().zip(row) {
+            x.add_to(lane);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn f32s_from_f16s_avx2(halves: &[f16; 8]) -> [f32; 8] {
+    use std::arch::x86_64::{__m256, _mm_loadu_si128, _mm256_cvtph_ps};
+    #[expect(unsafe_code, reason = "an unaligned load, and a vector seen as an array")]
+    // SAFETY: 16 bytes are there to load; __m256 and [f32; 8] have the same size and no invalid values.
+    unsafe {
+        std::mem::transmute::<__m256, [f32; 8]>(_mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast())))
+    }
+}
+
+/// Without branches, so that it vectorizes: the exponent is re-biased by a product, which is exact for subnormals too.
+#[inline(always)]
+fn f32_from_f16_bits(bits: u16) -> f32 {
+    const REBIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    const EXPONENT: u32 = 0x7f80_0000;
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let sign = u32::from(bits & 0x8000) << 16;
+    let finite = (f32::from_bits(magnitude) * REBIAS).to_bits();
+    let special = magnitude | EXPONENT;
+    f32::from_bits(sign | if magnitude >= 0x0f80_0000 { special } else { finite })
+}
+
+/// Two 4-bit integers, the first in the low half of the byte.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct Packed<const SIGNED: bool>(pub u8);
+
+impl<const SIGNED: bool> Element for Packed<SIGNED> {
+    type Lane = Halves<SIGNED>;
+    /// 4096 times -8 is the least of i16, 4096 times 15 within u16.
+    const BLOCK_ROWS: usize = 4096;
+    #[inline(always)]
+    fn add_to(self, lane: &mut Halves<SIGNED>) {
+        let byte = i32::from(self.0);
+        let (low, high) = if SIGNED { (byte << 28 >> 28, byte << 24 >> 28) } else { (byte & 15, byte >> 4) };
+        lane.0 = lane.0.wrapping_add((high << 16).wrapping_add(low));
+    }
+}
+
+/// Accumulators that a contiguous run is spread over, so that few channels still fill wide registers. Fixed: it decides the
+/// order of sums of real numbers.
+pub const LANES: usize = 64;
+
+/// Runs shorter than this are spread over eight lanes only: each lane has to be cleared and folded.
+const SHORT_RUN: usize = 4 * LANES;
+
+/// Four rows of up to this many bytes are added together, so that each lane is loaded and stored once for all of them. With
+/// longer rows, leaping to and fro defeats the hardware prefetcher (measured: f32 at 256 channels halves) ...
+const SHORT_ROW_BYTES: usize = 256;
+
+/// ... unless the lanes take more than this, half of a common L1 cache, and so would leave it with every row: then eight rows
+/// are added together (measured: f32 at 8192 channels doubles).
+const CACHED_BYTES: usize = 16 << 10;
+
+tiered! { fn add_slab<T: Element>(slab: &[T], lanes: &mut [T::Lane]) = add_slab_body }
+tiered! { fn add_rows<T: Element>(rows: &[&[T]], lanes: &mut [T::Lane]) = add_rows_body }
+tiered! { fn run_total<T: Element>(run: &[T]) -> TotalOf<T> = run_total_body }
+tiered! { fn carry_over<L: Lane>(lanes: &mut [L], totals: &mut [L::Total]) = carry_over_body }
+
+/// Adds row after row of `lanes.len()` elements; the last may be shorter.
+#[inline(always)]
+fn add_slab_body<T: Element>(slab: &[T], lanes: &mut [T::Lane]) {
+    let width = lanes.len();
+    if let Ok(lanes) = <&mut [T::Lane; LANES]>::try_from(&mut *lanes) {
+        return add_to_registers(slab, lanes);
+    }
+    let rows = slab.len() / width;
+    add_each(rows, |row| &slab[row * width..][..width], lanes);
+    T::add_row(&slab[rows * width..], lanes, tier());
+}
+
+/// A fixed width lets the lanes stay in registers.
+#[inline(always)]
+fn add_to_registers<T: Element>(slab: &[T], lanes: &mut [T::Lane; LANES]) {
+    let tier = tier();
+    let mut sums = *lanes;
+    let (whole, rest) = slab.as_chunks::<LANES>();
+    whole.iter().for_each(|row| T::add_row(row, &mut sums, tier));
+    T::add_row(rest, &mut sums, tier);
+    *lanes = sums;
+}
+
+/// Adds rows of `lanes.len()` elements each.
+#[inline(always)]
+fn add_rows_body<T: Element>(rows: &[&[T]], lanes: &mut [T::Lane]) {
+    add_each(rows.len(), |row| rows[row], lanes);
+}
+
+#[inline(always)]
+fn add_each<'a, T: Element>(rows: usize, row: impl Fn(usize) -> &'a [T], lanes: &mut [T::Lane]) {
+    let tier = tier();
+    let mut done = 0;
+    if size_of_val(lanes) > CACHED_BYTES {
+        done = add_together::<T, 8>(rows, &row, lanes, tier);
+    } else if size_of::<T>() * lanes.len() <= SHORT_ROW_BYTES {
+        done = add_together::<T, 4>(rows, &row, lanes, tier);
+    }
+    (done..rows).for_each(|k| T::add_row(row(k), lanes, tier));
+}
+
+/// Adds groups of R rows, as many as there are, one stretch of lanes after the other. Returns the number of rows.
+#[inline(always)]
+fn add_together<'a, T: Element, const R: usize>(
+    rows: usize, row: impl Fn(usize) -> &'a [T], lanes: &mut [T::Lane], tier: Tier,
+) -> usize {
+    let (stretches, rest) = lanes.as_chunks_mut::<STRETCH>();
+    let start = STRETCH * stretches.len();
+    for first in (0..rows / R * R).step_by(R) {
+        let group: [&[T]; R] = std::array::from_fn(|k| row(first + k));
+        let whole = group.map(|row| &row.as_chunks::<STRETCH>().0[..stretches.len()]);
+        for (k, stretch) in stretches.iter_mut().enumerate() {
+            let mut sums = *stretch;
+            for row in &whole {
+                T::add_row(&row[k], &mut sums, tier);
+            }
+            *stretch = sums;
+        }
+        group.iter().for_each(|row| T::add_row(&row[start..], rest, tier));
+    }
+    rows / R * R
+}
+
+/// Lanes that stay in registers while a group of rows is added.
+const STRETCH: usize = 32;
+
+/// The sum of a run, over [`LANES`] lanes.
+#[inline(always)]
+fn run_total_body<T: Element>(run: &[T]) -> TotalOf<T> {
+    let mut total = TotalOf::<T>::default();
+    if run.len() < SHORT_RUN {
+        let mut lanes = [T::Lane::default(); 8];
+        run.chunks(8).for_each(|row| T::add_row(row, &mut lanes, tier()));
+        return T::Lane::fold(&lanes);
+    }
+    for block in run.chunks(LANES * T::BLOCK_ROWS) {
+        let mut lanes = [T::Lane::default(); LANES];
+        add_to_registers(block, &mut lanes);
+        total.merge(T::Lane::fold(&lanes));
+    }
+    total
+}
+
+#[inline(always)]
+fn carry_over_body<L: Lane>(lanes: &mut [L], totals: &mut [L::Total]) {
+    if lanes.len() == totals.len() {
+        return totals.iter_mut().zip(lanes).for_each(|(total, lane)| total.merge(std::mem::take(lane).total()));
+    }
+    let per_total = lanes.len() / totals.len();
+    for (total, lanes) in totals.iter_mut().zip(lanes.chunks_mut(per_total)) {
+        total.merge(L::fold(lanes));
+        lanes.fill(L::default());
+    }
+}
+
+/// The sum of totals: eight sums side by side, then one after the other.
+#[inline(always)]
+pub fn fold_all<A: Total>(totals: &[A]) -> A {
+    let mut sums = [A::default(); 8];
+    for eight in totals.chunks(8) {
+        sums.iter_mut().zip(eight).for_each(|(sum, &total)| sum.merge(total));
+    }
+    let [mut sum, rest @ ..] = sums;
+    rest.into_iter().for_each(|other| sum.merge(other));
+    sum
+}
+
+/// The sum of a contiguous run.
+pub fn sum_of_run<T: Element>(run: &[T]) -> SumOf<T> {
+    run_total(run).sum()
+}
+
+/// The lanes of a block, and the totals they are carried over to: each has as many lanes, next to each other.
+pub struct Block<T: Element> {
+    lanes: Vec<T::Lane>,
+    rows: usize,
+    totals: Vec<TotalOf<T>>,
+}
+
+impl<T: Element> Block<T> {
+    /// `lanes` is a multiple of `totals`.
+    pub fn new(lanes: usize, totals: usize) -> Self {
+        Block { lanes: vec![T::Lane::default(); lanes], rows: 0, totals: vec![Default::default(); totals] }
+    }
+
+    /// Adds contiguous rows, one element per lane.
+    pub fn add_slab(&mut self, slab: &[T]) {
+        let width = self.lanes.len();
+        for rows in slab.chunks(width * T::BLOCK_ROWS) {
+            self.make_room(rows.len().div_ceil(width));
+            add_slab(rows, &mut self.lanes);
+        }
+    }
+
+    /// Adds rows, no more than a block has, to the lanes from `lane` on.
+    pub fn add_rows(&mut self, lane: usize, rows: &[&[T]]) {
+        let Some(row) = rows.first() else { return };
+        self.make_room(rows.len());
+        add_rows(rows, &mut self.lanes[lane..lane + row.len()]);
+    }
+
+    /// Adds one row to the lanes from `lane` on.
+    pub fn add_strided(&mut self, lane: usize, row: impl Iterator<Item = T>) {
+        self.make_room(1);
+        self.lanes[lane..].iter_mut().zip(row).for_each(|(lane, x)| x.add_to(lane));
+    }
+
+    fn make_room(&mut self, rows: usize) {
+        if self.rows + rows > T::BLOCK_ROWS {
+            self.carry_over();
+        }
+        self.rows += rows;
+    }
+
+    fn carry_over(&mut self) {
+        carry_over(&mut self.lanes, &mut self.totals);
+        self.rows = 0;
+    }
+
+    /// The sums. Sum `j` takes every total `j + k * sums`.
+    pub fn finish(mut self, sums: usize) -> Vec<SumOf<T>> {
+        self.carry_over();
+        let (first, others) = self.totals.split_at_mut(sums);
+        for totals in others.chunks(sums) {
+            first.iter_mut().zip(totals).for_each(|(sum, &total)| sum.merge(total));
+        }
+        first.iter().map(|total| total.sum()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f16_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (f32_from_f16_bits(bits), f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn f16_rows_are_the_same_in_every_tier() {
+        let row: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()).collect();
+        let lanes = |tier| {
+            let mut lanes = vec![0.0; row.len()];
+            f16::add_row(&row, &mut lanes, tier);
+            lanes
+        };
+        assert_eq!(lanes(Tier::Baseline), lanes(tier()));
+    }
+
+    #[test]
+    fn halves_hold_the_extremes() {
+        let of = |bytes: [u8; 2], signed: bool| {
+            let rows = |byte: u8| vec![byte; 4096];
+            let slab: Vec<u8> = rows(bytes[0]).into_iter().chain(rows(bytes[1])).collect();
+            if signed {
+                sum_of_run(&slab.iter().map(|&b| Packed::<true>(b)).collect::<Vec<_>>())
+            } else {
+                sum_of_run(&slab.iter().map(|&b| Packed::<false>(b)).collect::<Vec<_>>())
+            }
+        };
+        assert_eq!(of([0x88, 0x78], true), [-8 * 8192, -4096]);
+        assert_eq!(of([0xff, 0x0f], false), [15 * 8192, 15 * 4096]);
+        let mut block = Block::<Packed<true>>::new(1, 1);
+        block.add_slab(&[Packed(0x88); 10000]);
+        assert_eq!(block.finish(1), [[-80000, -80000]]);
+        let mut block = Block::<Packed<false>>::new(1, 1);
+        block.add_slab(&[Packed(0xff); 10000]);
+        assert_eq!(block.finish(1), [[150000, 150000]]);
+    }
+}
