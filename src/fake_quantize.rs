@@ -10,7 +10,7 @@
 
 use crate::error::Error;
 use crate::parallel;
-use crate::simd::tiered;
+use crate::simd::{Tier, tiered};
 
 /// A real number type that kernels take: f32 or f64.
 pub trait Real: Copy + Default + Send + Sync + 'static {
@@ -151,18 +151,18 @@ fn map_run<X: Copy, Y>(xs: &[X], grids: &[Grid], ys: &mut [Y], f: impl Fn(&Grid,
 }
 
 #[inline(always)]
-fn quantize_body<T: Real, Q: Quantized>(xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool {
+fn quantize_body<T: Real, Q: Quantized>(_: Tier, xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool {
     map_run(xs, grids, qs, |grid, x| Q::narrow(grid.quantize(x.widen())));
     xs.iter().fold(false, |nan, x| nan | x.widen().is_nan())
 }
 
 #[inline(always)]
-fn dequantize_body<Q: Quantized, T: Real>(qs: &[Q], grids: &[Grid], xs: &mut [T]) {
+fn dequantize_body<Q: Quantized, T: Real>(_: Tier, qs: &[Q], grids: &[Grid], xs: &mut [T]) {
     map_run(qs, grids, xs, |grid, q| T::narrow(grid.dequantize(q.widen())));
 }
 
 #[inline(always)]
-fn fake_quantize_body<T: Real>(xs: &[T], grids: &[Grid], ys: &mut [T]) {
+fn fake_quantize_body<T: Real>(_: Tier, xs: &[T], grids: &[Grid], ys: &mut [T]) {
     map_run(xs, grids, ys, |grid, x| T::narrow(grid.dequantize(grid.quantize(x.widen()))));
 }
 

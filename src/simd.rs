@@ -59,7 +59,7 @@ fn probe() -> Tier {
     Tier::Baseline
 }
 
-/// Defines a function that runs an `#[inline(always)]` body compiled for the tier in use.
+/// Defines a function that runs an `#[inline(always)]` body compiled for the tier in use, which is its first argument.
 ///
 /// `tiered!(fn name<T: Bound>(argument: Type, ...) -> Output = body);`
 macro_rules! tiered {
@@ -70,12 +70,12 @@ macro_rules! tiered {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($t: $bound),+>($($arg: $ty),*) $(-> $out)? {
-                $body($($arg),*)
+                $body($crate::simd::Tier::Avx2, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
             fn avx512<$($t: $bound),+>($($arg: $ty),*) $(-> $out)? {
-                $body($($arg),*)
+                $body($crate::simd::Tier::Avx512, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[expect(unsafe_code, reason = "calls a clone that needs CPU features")]
@@ -86,7 +86,7 @@ macro_rules! tiered {
                 $crate::simd::Tier::Avx2 => return unsafe { avx2($($arg),*) },
                 $crate::simd::Tier::Baseline => {}
             }
-            $body($($arg),*)
+            $body($crate::simd::Tier::Baseline, $($arg),*)
         }
     };
 }

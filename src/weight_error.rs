@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::fake_quantize::Real;
 use crate::layout::{Axis, Elements, Nest};
 use crate::parallel;
-use crate::simd::tiered;
+use crate::simd::{Tier, tiered};
 
 /// A strided tensor: its elements, its shape, its strides in elements.
 #[derive(Clone, Copy)]
@@ -171,7 +171,7 @@ struct Row<'a, T> {
 
 /// The dot product of each row with one mean.
 #[inline(always)]
-fn error_dots_body<T: Real>(rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) {
+fn error_dots_body<T: Real>(_: Tier, rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) {
     let (fours, rest) = in_fours(rows, mean.len());
     let (dots_of_fours, dots_of_rest) = dots.split_at_mut(fours.len() * ROWS);
     for (rows, dots) in fours.iter().zip(dots_of_fours.as_chunks_mut::<ROWS>().0) {
@@ -229,7 +229,7 @@ fn finished<T: Real>(row: &Row<T>, mean: &[f64], mut lanes: [f64; LANES]) -> f64
 
 /// Adds the errors of each row times a mean each, one row after the other.
 #[inline(always)]
-fn add_errors_body<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) {
+fn add_errors_body<T: Real>(_: Tier, rows: &[Row<T>], means: &[f64], shift: &mut [f64]) {
     let (fours, rest) = in_fours(rows, shift.len());
     let (means_of_fours, means_of_rest) = means.split_at(fours.len() * ROWS);
     for (rows, means) in fours.iter().zip(means_of_fours.as_chunks::<ROWS>().0) {
