@@ -169,7 +169,9 @@ impl<T: Element> Tile<'_, T> {
         } else {
             let mut block = Block::<T>::new(width, width);
             let mut row = Vec::with_capacity(width);
-            nest.walk(depth, |[x, _]| block.add_rows(0, &[gathered(*elements, x, inner, &mut row)]));
+            nest.walk(depth, |[x, _]| {
+                block.add_rows(0, &[elements.gathered(x, inner.len, inner.strides[0], &mut row)])
+            });
             block.finish(width)
         };
         if nest.axes[depth].strides[1] < 0 {
@@ -211,23 +213,11 @@ impl<T: Element> Tile<'_, T> {
         let depth = nest.axes.len() - 1;
         let inner = nest.axes[depth];
         nest.walk(depth, |[x, channel]| {
-            let run = gathered(*elements, x, inner, &mut buffer);
+            let run = elements.gathered(x, inner.len, inner.strides[0], &mut buffer);
             sums[channel as usize - channels.start].merge(sum_of_run(run));
         });
         sums
     }
-}
-
-/// A row along an axis: as it is where it is contiguous, else copied into the buffer.
-fn gathered<'a, T: Copy, const N: usize>(
-    elements: Elements<'a, T>, start: isize, axis: Axis<N>, buffer: &'a mut Vec<T>,
-) -> &'a [T] {
-    if axis.strides[0] == 1 {
-        return elements.run(start, axis.len);
-    }
-    buffer.clear();
-    buffer.extend((0..axis.len as isize).map(|step| elements.get(start + step * axis.strides[0])));
-    buffer
 }
 
 /// How a kernel moves along one spatial axis.
@@ -346,7 +336,10 @@ impl<T: Element> Plane<'_, T> {
         let mut row = Vec::new();
         for n in 0..self.batch.len as isize {
             visit(outer, classes, offset + n * self.batch.strides[0], 0, &mut |start, class| {
-                block.add_rows(class * inner.len, &[gathered(self.elements, start, inner, &mut row)]);
+                block.add_rows(
+                    class * inner.len,
+                    &[self.elements.gathered(start, inner.len, inner.strides[0], &mut row)],
+                );
             });
         }
         block.finish(lanes)

@@ -66,26 +66,22 @@ macro_rules! quantized {
 }
 quantized!(i8, u8, i16, u16, i32, u32);
 
-/// The grid of one channel.
+/// The least and the greatest quantized value.
 #[derive(Clone, Copy, Debug)]
-struct Grid {
-    scale: f64,
-    zero_point: f64,
+struct Range {
     qmin: f64,
     qmax: f64,
 }
 
-impl Grid {
-    /// nan stays nan.
-    #[inline(always)]
-    fn quantize(&self, x: f64) -> f64 {
-        (round_half_even(x * self.scale) + self.zero_point).clamp(self.qmin, self.qmax)
-    }
+/// nan stays nan.
+#[inline(always)]
+fn quantized(x: f64, scale: f64, zero_point: f64, range: Range) -> f64 {
+    (round_half_even(x * scale) + zero_point).clamp(range.qmin, range.qmax)
+}
 
-    #[inline(always)]
-    fn dequantize(&self, q: f64) -> f64 {
-        (q - self.zero_point) / self.scale
-    }
+#[inline(always)]
+fn dequantized(q: f64, scale: f64, zero_point: f64) -> f64 {
+    (q - zero_point) / scale
 }
 
 /// Adding 1.5 * 2^52 leaves no room for a fraction, in any CPU tier; beyond 2^51 a number is treated as its bound, which no
@@ -100,8 +96,18 @@ fn round_half_even(x: f64) -> f64 {
 /// The grids of all channels of an array.
 #[derive(Clone, Debug)]
 pub struct Grids {
-    per_channel: Vec<Grid>,
+    scale: Vec<f64>,
+    zero_point: Vec<f64>,
+    range: Range,
     inner: usize,
+}
+
+/// The grids of a run: one for all its elements, or one for each.
+#[derive(Clone, Copy)]
+struct GridRun<'a> {
+    scale: &'a [f64],
+    zero_point: &'a [f64],
+    range: Range,
 }
 
 impl Grids {
@@ -114,68 +120,90 @@ impl Grids {
         }
         let half = 2f64.powi(bits as i32 - 1);
         let count = scale.len().max(zero_point.len());
-        let at = |values: &[f64], c: usize| if values.len() == 1 { values[0] } else { values[c] };
-        let grid = |c| Grid { scale: at(scale, c), zero_point: at(zero_point, c), qmin: -half, qmax: half - 1.0 };
-        Ok(Grids { per_channel: (0..count).map(grid).collect(), inner: inner.max(1) })
+        let repeated = |values: &[f64]| if values.len() == count { values.to_vec() } else { vec![values[0]; count] };
+        let range = Range { qmin: -half, qmax: half - 1.0 };
+        Ok(Grids { scale: repeated(scale), zero_point: repeated(zero_point), range, inner: inner.max(1) })
+    }
+
+    fn run(&self, start: usize, len: usize) -> GridRun<'_> {
+        let range = start..start + len;
+        GridRun { scale: &self.scale[range.clone()], zero_point: &self.zero_point[range], range: self.range }
     }
 
     /// Calls `f` with each piece of `start..start + len` that has one grid per element or one for all: the grids, the piece.
-    fn pieces(&self, start: usize, len: usize, mut f: impl FnMut(&[Grid], std::ops::Range<usize>)) {
-        let count = self.per_channel.len();
+    fn pieces(&self, start: usize, len: usize, mut f: impl FnMut(GridRun, std::ops::Range<usize>)) {
+        let count = self.scale.len();
         if count == 1 {
-            return f(&self.per_channel, 0..len);
+            return f(self.run(0, 1), 0..len);
         }
         let mut at = 0;
         while at < len {
             let index = start + at;
             let channel = index / self.inner % count;
-            let (grids, piece) = if self.inner == 1 {
-                (&self.per_channel[channel..], count - channel)
-            } else {
-                (&self.per_channel[channel..=channel], self.inner - index % self.inner)
-            };
+            let piece = if self.inner == 1 { count - channel } else { self.inner - index % self.inner };
             let piece = piece.min(len - at);
-            f(&grids[..grids.len().min(piece)], at..at + piece);
+            f(self.run(channel, if self.inner == 1 { piece } else { 1 }), at..at + piece);
             at += piece;
+        }
+    }
+
+    /// Moves each element to its grid: the first meets grid `start`, the others one `stride` grids on each.
+    pub fn fake_quantize_along<T: Real>(&self, xs: &[T], start: isize, stride: isize, ys: &mut [T]) {
+        match stride {
+            0 => fake_quantize_run(xs, self.run(start as usize, 1), ys),
+            1 => fake_quantize_run(xs, self.run(start as usize, xs.len()), ys),
+            _ => {
+                for (k, (x, y)) in xs.chunks(1).zip(ys.chunks_mut(1)).enumerate() {
+                    fake_quantize_run(x, self.run((start + k as isize * stride) as usize, 1), y);
+                }
+            }
         }
     }
 }
 
-/// Applies `f` to each element of a run: with one grid for all, or with one grid each.
+/// Applies `f` to each element of a run and its scale and zero point.
 #[inline(always)]
-fn map_run<X: Copy, Y>(xs: &[X], grids: &[Grid], ys: &mut [Y], f: impl Fn(&Grid, X) -> Y) {
-    match grids {
-        [grid] => ys.iter_mut().zip(xs).for_each(|(y, &x)| *y = f(grid, x)),
-        _ => ys.iter_mut().zip(xs).zip(grids).for_each(|((y, &x), grid)| *y = f(grid, x)),
+fn map_run<X: Copy, Y>(xs: &[X], grids: GridRun, ys: &mut [Y], f: impl Fn(X, f64, f64) -> Y) {
+    if let ([scale], [zero_point]) = (grids.scale, grids.zero_point) {
+        for (y, &x) in ys.iter_mut().zip(xs) {
+            *y = f(x, *scale, *zero_point);
+        }
+    } else {
+        for (((y, &x), scale), zero_point) in ys.iter_mut().zip(xs).zip(grids.scale).zip(grids.zero_point) {
+            *y = f(x, *scale, *zero_point);
+        }
     }
 }
 
 #[inline(always)]
-fn quantize_body<T: Real, Q: Quantized>(_: Tier, xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool {
-    map_run(xs, grids, qs, |grid, x| Q::narrow(grid.quantize(x.widen())));
+fn quantize_body<T: Real, Q: Quantized>(_: Tier, xs: &[T], grids: GridRun, qs: &mut [Q]) -> bool {
+    map_run(xs, grids, qs, |x, scale, zero_point| Q::narrow(quantized(x.widen(), scale, zero_point, grids.range)));
     xs.iter().fold(false, |nan, x| nan | x.widen().is_nan())
 }
 
 #[inline(always)]
-fn dequantize_body<Q: Quantized, T: Real>(_: Tier, qs: &[Q], grids: &[Grid], xs: &mut [T]) {
-    map_run(qs, grids, xs, |grid, q| T::narrow(grid.dequantize(q.widen())));
+fn dequantize_body<Q: Quantized, T: Real>(_: Tier, qs: &[Q], grids: GridRun, xs: &mut [T]) {
+    map_run(qs, grids, xs, |q, scale, zero_point| T::narrow(dequantized(q.widen(), scale, zero_point)));
 }
 
 #[inline(always)]
-fn fake_quantize_body<T: Real>(_: Tier, xs: &[T], grids: &[Grid], ys: &mut [T]) {
-    map_run(xs, grids, ys, |grid, x| T::narrow(grid.dequantize(grid.quantize(x.widen()))));
+fn fake_quantize_body<T: Real>(_: Tier, xs: &[T], grids: GridRun, ys: &mut [T]) {
+    let fake_quantized = |x: T, scale, zero_point| {
+        T::narrow(dequantized(quantized(x.widen(), scale, zero_point, grids.range), scale, zero_point))
+    };
+    map_run(xs, grids, ys, fake_quantized);
 }
 
-tiered! { fn quantize_run<T: Real, Q: Quantized>(xs: &[T], grids: &[Grid], qs: &mut [Q]) -> bool = quantize_body }
-tiered! { fn dequantize_run<Q: Quantized, T: Real>(qs: &[Q], grids: &[Grid], xs: &mut [T]) = dequantize_body }
-tiered! { fn fake_quantize_run<T: Real>(xs: &[T], grids: &[Grid], ys: &mut [T]) = fake_quantize_body }
+tiered! { fn quantize_run<T: Real, Q: Quantized>(xs: &[T], grids: GridRun, qs: &mut [Q]) -> bool = quantize_body }
+tiered! { fn dequantize_run<Q: Quantized, T: Real>(qs: &[Q], grids: GridRun, xs: &mut [T]) = dequantize_body }
+tiered! { fn fake_quantize_run<T: Real>(xs: &[T], grids: GridRun, ys: &mut [T]) = fake_quantize_body }
 
 /// Elements that one task maps.
 const CHUNK: usize = 64 << 10;
 
 /// Maps `xs` to `ys` chunk by chunk; `leaf` gets a run, its grids and its output. Returns what the leaves return.
 fn map_chunks<X: Sync, Y: Send, R: Send>(
-    xs: &[X], grids: &Grids, ys: &mut [Y], leaf: impl Fn(&[X], &[Grid], &mut [Y]) -> R + Sync + Send,
+    xs: &[X], grids: &Grids, ys: &mut [Y], leaf: impl Fn(&[X], GridRun, &mut [Y]) -> R + Sync + Send,
 ) -> Result<Vec<R>, Error> {
     let chunks = xs.chunks(CHUNK).zip(ys.chunks_mut(CHUNK)).enumerate().collect();
     let results = parallel::map(chunks, size_of_val(xs), |(k, (xs, ys))| {

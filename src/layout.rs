@@ -64,6 +64,20 @@ impl<'a, T> Elements<'a, T> {
         }
     }
 
+    /// `len` elements from `offset` on, `stride` apart: where they are if that is 1, else copied into the buffer.
+    pub fn gathered<'b>(&self, offset: isize, len: usize, stride: isize, buffer: &'b mut Vec<T>) -> &'b [T]
+    where
+        T: Copy,
+        'a: 'b,
+    {
+        if stride == 1 {
+            return self.run(offset, len);
+        }
+        buffer.clear();
+        buffer.extend((0..len as isize).map(|step| self.get(offset + step * stride)));
+        buffer
+    }
+
     /// The element at `offset`.
     #[inline]
     pub fn get(&self, offset: isize) -> T
@@ -99,8 +113,8 @@ impl<const N: usize> Nest<N> {
     }
 
     /// The same elements in the memory order of operand 0: axes of one step dropped, strides of operand 0 made positive,
-    /// sorted, and neighbours merged where every operand allows it. At least one axis remains.
-    pub fn normalized(mut self) -> Self {
+    /// sorted.
+    pub fn in_memory_order(mut self) -> Self {
         self.axes.retain(|axis| axis.len != 1);
         for axis in self.axes.iter_mut().filter(|axis| axis.strides[0] < 0) {
             for (origin, stride) in self.origin.iter_mut().zip(&mut axis.strides) {
@@ -109,6 +123,11 @@ impl<const N: usize> Nest<N> {
             }
         }
         self.axes.sort_by_key(|axis| std::cmp::Reverse(axis.strides[0]));
+        self
+    }
+
+    /// The same loops with neighbours merged where every operand allows it. At least one axis remains.
+    pub fn merged(mut self) -> Self {
         self.axes.dedup_by(|inner, outer| {
             let merges = (0..N).all(|k| outer.strides[k] == inner.strides[k] * inner.len as isize);
             if merges {
@@ -120,6 +139,11 @@ impl<const N: usize> Nest<N> {
             self.axes.push(Axis { len: 1, strides: [1; N] });
         }
         self
+    }
+
+    /// In memory order and merged.
+    pub fn normalized(self) -> Self {
+        self.in_memory_order().merged()
     }
 
     /// Steps of all loops together.

@@ -4,12 +4,13 @@
 //! shift[g,o] = sum over s,i of (W[s,i,g,o] - Wq[s,i,g,o]) * mean[(s,)g*I+i]
 //! ```
 //!
-//! `W`, `Wq` in any axis order and stride, f32 or f64; the mean f64 of shape (G*I,) or (*K, G*I). Differences, products and
-//! sums are f64, in an order given by shape and strides alone. Both weight tensors are read once, in the memory order of
-//! `W`.
+//! `W` in any axis order and stride, f32 or f64; the mean f64 of shape (G*I,) or (*K, G*I). `Wq` is given, in any strides of its
+//! own, or is computed a cache-sized slab at a time from the grid of a quantizer: with the same bits as if it had been given.
+//! Differences, products and sums are f64, in an order given by shape and strides of `W` alone. `W` and a given `Wq` are read
+//! once, in the memory order of `W`.
 
 use crate::error::Error;
-use crate::fake_quantize::Real;
+use crate::fake_quantize::{Grids, Real};
 use crate::layout::{Axis, Elements, Nest};
 use crate::parallel;
 use crate::simd::{Tier, tiered};
@@ -76,14 +77,50 @@ fn roles(layout: &str) -> Result<Vec<Role>, Error> {
     Ok(roles)
 }
 
-/// Where each axis moves: strides of the mean, of the shift, and the length of both.
+/// What the weights become.
+#[derive(Clone, Copy)]
+pub enum FakeQuantized<'a, T> {
+    /// The tensor itself.
+    Given(Tensor<'a, T>),
+    /// The grids of a quantizer, and which of them each element meets.
+    Computed(&'a Grids, GridAxes<'a>),
+}
+
+/// How a position in the weights counts grids.
+#[derive(Clone, Copy, Debug)]
+pub enum GridAxes<'a> {
+    /// A grid for each output channel g*O+o.
+    OutputChannels,
+    /// Grids per step along each axis of the weights.
+    Strides(&'a [isize]),
+    /// The same for an axis whose steps are blocks of so many elements.
+    Blocks(&'a [isize], usize, usize),
+}
+
+impl<T> FakeQuantized<'_, T> {
+    /// Elements or grids per step along an axis, and how many elements are a step; None where it is the stride of the shift.
+    fn stride(&self, axis: usize) -> Option<(isize, usize)> {
+        match self {
+            FakeQuantized::Given(tensor) => Some((tensor.strides[axis], 1)),
+            FakeQuantized::Computed(_, GridAxes::OutputChannels) => None,
+            FakeQuantized::Computed(_, GridAxes::Strides(strides)) => Some((strides[axis], 1)),
+            FakeQuantized::Computed(_, GridAxes::Blocks(strides, blocked, size)) => {
+                Some((strides[axis], if axis == *blocked { *size } else { 1 }))
+            }
+        }
+    }
+}
+
+/// Where each axis moves, outermost first, and the length of the shift. Operands: weights, mean, shift, what they become.
 struct Plan {
-    /// Operands: weights, fake-quantized weights, mean, shift.
     nest: Nest<4>,
     shift_len: usize,
 }
 
-fn plan(shape: &[usize], strides: [&[isize]; 2], mean: &Mean, groups: usize, layout: &str) -> Result<Plan, Error> {
+fn plan<T>(
+    weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Mean, groups: usize, layout: &str,
+) -> Result<Plan, Error> {
+    let shape = weights.shape;
     let roles = roles(layout)?;
     if roles.len() != shape.len() {
         let layout = layout.to_owned();
@@ -105,24 +142,31 @@ fn plan(shape: &[usize], strides: [&[isize]; 2], mean: &Mean, groups: usize, lay
     let all_groups = axis_groups.unwrap_or(groups);
     let (inputs, outputs) = (per_group(Role::Input), per_group(Role::Output));
     let mut tap_strides = mean_strides(shape, &roles, mean, inputs * all_groups)?.into_iter();
-    let mut axes = Vec::with_capacity(shape.len() + 1);
+    let mut axes = Vec::with_capacity(shape.len() + 2);
     for (k, &role) in roles.iter().enumerate() {
-        let mut len = shape[k];
-        let [w, q] = strides.map(|strides| strides[k]);
-        if role == shared && groups > 1 {
-            len /= groups;
-            let step = len as isize;
-            axes.push(Axis { len: groups, strides: [w * step, q * step, inputs as isize, outputs as isize] });
-        }
         let (mean, shift) = match role {
             Role::Space => (tap_strides.next().unwrap_or(0), 0),
             Role::Input => (1, 0),
             Role::Group => (inputs as isize, outputs as isize),
             Role::Output => (0, 1),
         };
-        axes.push(Axis { len, strides: [w, q, mean, shift] });
+        let (w, mut len) = (weights.strides[k], shape[k]);
+        let (source, block) = fake_quantized.stride(k).unwrap_or((shift, 1));
+        if role == shared && groups > 1 {
+            len /= groups;
+            let step = len as isize;
+            let grid = if fake_quantized.stride(k).is_some() { source * step } else { outputs as isize };
+            axes.push(Axis { len: groups, strides: [w * step, inputs as isize, outputs as isize, grid] });
+        }
+        if block > 1 {
+            let step = block as isize;
+            axes.push(Axis { len: len / block, strides: [w * step, mean * step, shift * step, source] });
+            axes.push(Axis { len: block, strides: [w, mean, shift, 0] });
+        } else {
+            axes.push(Axis { len, strides: [w, mean, shift, source] });
+        }
     }
-    Ok(Plan { nest: Nest::new(axes).normalized(), shift_len: outputs * all_groups })
+    Ok(Plan { nest: Nest::new(axes).in_memory_order(), shift_len: outputs * all_groups })
 }
 
 /// The mean's stride along each spatial axis: 0 where it is per channel.
@@ -141,20 +185,31 @@ fn mean_strides(shape: &[usize], roles: &[Role], mean: &Mean, channels: usize) -
 /// Accumulators of a dot product. Fixed: they decide the order of the sum.
 const LANES: usize = 8;
 
-/// Rows of weights that share one pass over their means or shifts, so that these cost a quarter of the traffic. More rows than
-/// four of each tensor would fall into the same sets of the L1 cache where a row is a power of two long.
+/// Rows of weights that share one pass over their mean or shift, so that this costs a fraction of the traffic.
 const ROWS: usize = 4;
 
-/// Up to this length the means or shifts of a row stay in the L1 cache (8 KB), so that rows need not share a pass: one row after
+/// Up to this length the mean or shift of a row stays in the L1 cache (8 KB), so that rows need not share a pass: one row after
 /// the other is what hardware prefetchers like best (measured: twice as fast at 512).
 const SHORT_ROW: usize = 1024;
 
-/// Rows that are gathered for one call of a leaf.
-const GATHERED: usize = 64;
+/// Rows of up to this length are added in stripes of [`STRIPE`] columns, whose sums stay in registers.
+const NARROW_ROW: usize = 64;
 
-/// A longer output axis is cut into blocks, so that their accumulators stay in the L2 cache. Up to there rows are read whole:
-/// leaping from block to block halves what memory delivers.
-const OUTPUT_BLOCK: usize = 16384;
+/// Columns of a stripe: a cache line of f32.
+const STRIPE: usize = 16;
+
+/// Elements of narrow rows that stay in the L1 cache while stripe after stripe is added.
+const CACHED: usize = 2048;
+
+/// Output channels that are fewer than this make rows too short to be worth a mean each: the mean is repeated for them.
+const FEW_OUTPUTS: usize = 16;
+
+/// A longer run is cut into blocks, so that its mean or shift stays in the L2 cache. Up to there runs are read whole: leaping
+/// from block to block halves what memory delivers.
+const RUN_BLOCK: usize = 16384;
+
+/// Elements that are computed or copied at a time, at most, where a row is no longer: 64 KB of f32.
+const BUFFER: usize = 16384;
 
 /// A contraction is cut into no more parts than these, which bounds the memory of their partial shifts.
 const MAX_PARTS: usize = 16;
@@ -162,62 +217,73 @@ const MAX_PARTS: usize = 16;
 /// Weights of one part, about: 512 KB of f32.
 const PART: usize = 128 << 10;
 
-/// A row of both tensors.
+/// Contiguous rows of `len` weights, and what they become.
 #[derive(Clone, Copy)]
-struct Row<'a, T> {
+struct Slab<'a, T> {
     w: &'a [T],
     q: &'a [T],
+    len: usize,
 }
 
-/// The dot product of each row with one mean.
-#[inline(always)]
-fn error_dots_body<T: Real>(_: Tier, rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) {
-    let (fours, rest) = in_fours(rows, mean.len());
-    let (dots_of_fours, dots_of_rest) = dots.split_at_mut(fours.len() * ROWS);
-    for (rows, dots) in fours.iter().zip(dots_of_fours.as_chunks_mut::<ROWS>().0) {
-        *dots = four_dots(rows, mean);
+impl<'a, T: Real> Slab<'a, T> {
+    #[inline(always)]
+    fn rows(&self) -> usize {
+        self.w.len() / self.len
     }
-    for (row, dot) in rest.iter().zip(dots_of_rest) {
-        *dot = one_dot(row, mean);
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> (&'a [T], &'a [T]) {
+        let range = row * self.len..(row + 1) * self.len;
+        (&self.w[range.clone()], &self.q[range])
+    }
+
+    #[inline(always)]
+    fn group<const R: usize>(&self, first: usize) -> [(&'a [T], &'a [T]); R] {
+        std::array::from_fn(|k| self.row(first + k))
     }
 }
 
+/// The dot product of each row with its mean: the same for all, or one after the other.
 #[inline(always)]
-fn four_dots<T: Real>(rows: &[Row<T>; ROWS], mean: &[f64]) -> [f64; ROWS] {
-    let whole = mean.len() / LANES;
-    let chunks = rows.map(|row| (&row.w.as_chunks::<LANES>().0[..whole], &row.q.as_chunks::<LANES>().0[..whole]));
-    let mut lanes = [[0.0; LANES]; ROWS];
-    for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
-        for (lanes, (w, q)) in lanes.iter_mut().zip(&chunks) {
-            add_errors_of(&w[k], &q[k], mean, lanes);
+fn error_dots_body<T: Real>(_: Tier, slab: &Slab<T>, mean: &[f64], dots: &mut [f64]) {
+    let len = slab.len;
+    let one_mean = mean.len() == len;
+    let mut done = 0;
+    if one_mean && len > SHORT_ROW {
+        done = dots.len() / ROWS * ROWS;
+        for first in (0..done).step_by(ROWS) {
+            let sums = dots_together::<T, ROWS>(slab.group(first), mean);
+            dots[first..first + ROWS].copy_from_slice(&sums);
         }
     }
-    std::array::from_fn(|r| finished(&rows[r], mean, lanes[r]))
+    for row in done..dots.len() {
+        let mean = if one_mean { mean } else { &mean[row * len..(row + 1) * len] };
+        [dots[row]] = dots_together::<T, 1>(slab.group(row), mean);
+    }
 }
 
 #[inline(always)]
-fn one_dot<T: Real>(row: &Row<T>, mean: &[f64]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let chunks = row.w.as_chunks::<LANES>().0.iter().zip(row.q.as_chunks::<LANES>().0);
-    for ((w, q), mean) in chunks.zip(mean.as_chunks::<LANES>().0) {
-        add_errors_of(w, q, mean, &mut lanes);
+fn dots_together<T: Real, const R: usize>(rows: [(&[T], &[T]); R], mean: &[f64]) -> [f64; R] {
+    let whole = mean.len() / LANES;
+    let chunks = rows.map(|(w, q)| (&w.as_chunks::<LANES>().0[..whole], &q.as_chunks::<LANES>().0[..whole]));
+    let mut lanes = [[0.0; LANES]; R];
+    for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
+        for r in 0..R {
+            let (w, q) = (&chunks[r].0[k], &chunks[r].1[k]);
+            for j in 0..LANES {
+                lanes[r][j] += (w[j].widen() - q[j].widen()) * mean[j];
+            }
+        }
     }
-    finished(row, mean, lanes)
-}
-
-#[inline(always)]
-fn add_errors_of<T: Real>(w: &[T; LANES], q: &[T; LANES], mean: &[f64; LANES], lanes: &mut [f64; LANES]) {
-    for k in 0..LANES {
-        lanes[k] += (w[k].widen() - q[k].widen()) * mean[k];
-    }
+    std::array::from_fn(|r| finished(rows[r], mean, lanes[r]))
 }
 
 /// Adds the rest of a row that fills no chunk, then the lanes pair by pair.
 #[inline(always)]
-fn finished<T: Real>(row: &Row<T>, mean: &[f64], mut lanes: [f64; LANES]) -> f64 {
+fn finished<T: Real>((w, q): (&[T], &[T]), mean: &[f64], mut lanes: [f64; LANES]) -> f64 {
     let start = mean.len() / LANES * LANES;
     for (k, lane) in lanes.iter_mut().enumerate().take(mean.len() - start) {
-        *lane += (row.w[start + k].widen() - row.q[start + k].widen()) * mean[start + k];
+        *lane += (w[start + k].widen() - q[start + k].widen()) * mean[start + k];
     }
     for half in [4, 2, 1] {
         for k in 0..half {
@@ -227,164 +293,299 @@ fn finished<T: Real>(row: &Row<T>, mean: &[f64], mut lanes: [f64; LANES]) -> f64
     lanes[0]
 }
 
-/// Adds the errors of each row times a mean each, one row after the other.
+/// Adds each row times a number to one shift, in the order of the rows.
 #[inline(always)]
-fn add_errors_body<T: Real>(_: Tier, rows: &[Row<T>], means: &[f64], shift: &mut [f64]) {
-    let (fours, rest) = in_fours(rows, shift.len());
-    let (means_of_fours, means_of_rest) = means.split_at(fours.len() * ROWS);
-    for (rows, means) in fours.iter().zip(means_of_fours.as_chunks::<ROWS>().0) {
-        add_four(rows, means, shift);
+fn add_rows_body<T: Real>(_: Tier, slab: &Slab<T>, means: &[f64], shift: &mut [f64]) {
+    if slab.len <= NARROW_ROW {
+        return add_narrow_rows(slab, means, shift);
     }
-    for (Row { w, q }, mean) in rest.iter().zip(means_of_rest) {
-        for ((shift, w), q) in shift.iter_mut().zip(*w).zip(*q) {
-            *shift += (w.widen() - q.widen()) * mean;
-        }
+    let rows = slab.rows();
+    let done = if slab.len > SHORT_ROW { rows / ROWS * ROWS } else { 0 };
+    for first in (0..done).step_by(ROWS) {
+        add_rows_together::<T, ROWS>(slab.group(first), &means[first..], shift);
+    }
+    for row in done..rows {
+        add_rows_together::<T, 1>(slab.group(row), &means[row..], shift);
     }
 }
 
 #[inline(always)]
-fn add_four<T: Real>(rows: &[Row<T>; ROWS], means: &[f64; ROWS], shift: &mut [f64]) {
+fn add_rows_together<T: Real, const R: usize>(rows: [(&[T], &[T]); R], means: &[f64], shift: &mut [f64]) {
     let len = shift.len();
-    let (w, q) = (rows.map(|row| &row.w[..len]), rows.map(|row| &row.q[..len]));
+    let (w, q) = (rows.map(|(w, _)| &w[..len]), rows.map(|(_, q)| &q[..len]));
+    let means: [f64; R] = std::array::from_fn(|r| means[r]);
     for k in 0..len {
         let mut sum = shift[k];
-        for r in 0..ROWS {
+        for r in 0..R {
             sum += (w[r][k].widen() - q[r][k].widen()) * means[r];
         }
         shift[k] = sum;
     }
 }
 
-/// Rows that share a pass, and those that go one by one.
 #[inline(always)]
-fn in_fours<'a, 'b, T>(rows: &'b [Row<'a, T>], len: usize) -> (&'b [[Row<'a, T>; ROWS]], &'b [Row<'a, T>]) {
-    if len > SHORT_ROW { rows.as_chunks() } else { (&[], rows) }
+fn add_narrow_rows<T: Real>(slab: &Slab<T>, means: &[f64], shift: &mut [f64]) {
+    let len = slab.len;
+    let rows = (CACHED / len).max(1);
+    let (stripes, rest) = shift.as_chunks_mut::<STRIPE>();
+    let start = STRIPE * stripes.len();
+    for ((w, q), means) in slab.w.chunks(rows * len).zip(slab.q.chunks(rows * len)).zip(means.chunks(rows)) {
+        for (k, stripe) in stripes.iter_mut().enumerate() {
+            let mut sums = *stripe;
+            for ((w, q), mean) in w.chunks_exact(len).zip(q.chunks_exact(len)).zip(means) {
+                let (w, q) = (&w.as_chunks::<STRIPE>().0[k], &q.as_chunks::<STRIPE>().0[k]);
+                for j in 0..STRIPE {
+                    sums[j] += (w[j].widen() - q[j].widen()) * mean;
+                }
+            }
+            *stripe = sums;
+        }
+        for ((w, q), mean) in w.chunks_exact(len).zip(q.chunks_exact(len)).zip(means) {
+            for ((shift, w), q) in rest.iter_mut().zip(&w[start..]).zip(&q[start..]) {
+                *shift += (w.widen() - q.widen()) * mean;
+            }
+        }
+    }
 }
 
-tiered! { fn error_dots<T: Real>(rows: &[Row<T>], mean: &[f64], dots: &mut [f64]) = error_dots_body }
-tiered! { fn add_errors<T: Real>(rows: &[Row<T>], means: &[f64], shift: &mut [f64]) = add_errors_body }
+/// Adds a row times its mean, element by element.
+#[inline(always)]
+fn add_products_body<T: Real>(_: Tier, w: &[T], q: &[T], mean: &[f64], shift: &mut [f64]) {
+    for (((shift, w), q), mean) in shift.iter_mut().zip(w).zip(q).zip(mean) {
+        *shift += (w.widen() - q.widen()) * mean;
+    }
+}
+
+tiered! { fn error_dots<T: Real>(slab: &Slab<T>, mean: &[f64], dots: &mut [f64]) = error_dots_body }
+tiered! { fn add_rows<T: Real>(slab: &Slab<T>, means: &[f64], shift: &mut [f64]) = add_rows_body }
+tiered! { fn add_products<T: Real>(w: &[T], q: &[T], mean: &[f64], shift: &mut [f64]) = add_products_body }
 
 /// The shift of each output channel, (G*O,), group by group.
 ///
-/// `layout` names the axes of both weight tensors; `groups` is 1 where it has a group axis.
+/// `layout` names the axes of the weights; `groups` is 1 where it has a group axis.
 pub fn weight_error<T: Real>(
-    weights: &Tensor<T>, fake_quantized: &Tensor<T>, mean: &Mean, groups: usize, layout: &str,
+    weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Mean, groups: usize, layout: &str,
 ) -> Result<Vec<f64>, Error> {
-    if weights.shape != fake_quantized.shape {
-        let (found, expected) = (fake_quantized.shape.to_vec(), weights.shape.to_vec());
+    if let FakeQuantized::Given(tensor) = fake_quantized
+        && weights.shape != tensor.shape
+    {
+        let (found, expected) = (tensor.shape.to_vec(), weights.shape.to_vec());
         return Err(Error::WeightShape { found, expected });
     }
-    let plan = plan(weights.shape, [weights.strides, fake_quantized.strides], mean, groups, layout)?;
-    if plan.nest.is_empty() {
-        return Ok(vec![0.0; plan.shift_len]);
+    let Plan { nest, shift_len } = plan(weights, fake_quantized, mean, groups, layout)?;
+    if nest.is_empty() {
+        return Ok(vec![0.0; shift_len]);
     }
-    let (nest, expanded) = mean_in_memory_order(plan.nest, mean.values);
-    let operands = Operands { w: weights.elements, q: fake_quantized.elements, mean: Elements::from_slice(&expanded) };
-    let parts = parts(&nest);
+    let source = Source::new(&nest, fake_quantized);
+    let (nest, expanded) = contraction(&nest, mean.values);
+    let operands = Operands { w: weights.elements, source, mean: &expanded };
     let bytes = 2 * nest.len() * size_of::<T>();
-    let mut shift = vec![0.0; plan.shift_len];
-    for part in parallel::map(parts, bytes, |part| operands.contract(&part, plan.shift_len))? {
-        shift.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    let mut shift = vec![0.0; shift_len];
+    for (start, part) in parallel::map(parts(&nest), bytes, |part| operands.contract(part))? {
+        shift[start..].iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     Ok(shift)
 }
 
-/// The mean repeated along the reduced axes in the memory order of the weights, so that they merge into long runs.
-fn mean_in_memory_order(mut nest: Nest<4>, mean: &[f64]) -> (Nest<4>, Vec<f64>) {
-    let depends = |axis: &Axis<4>| axis.strides[3] == 0 || axis.strides[2] != 0;
-    let axes = nest.axes.iter().copied().filter(depends).collect();
-    let source = Nest { axes, origin: nest.origin };
-    let mut expanded = Vec::with_capacity(source.len());
-    source.walk(source.axes.len(), |[_, _, m, _]| expanded.push(mean[m as usize]));
-    let mut stride = 1;
-    for axis in nest.axes.iter_mut().rev().filter(|axis| depends(axis)) {
-        axis.strides[2] = stride;
-        stride *= axis.len as isize;
-    }
-    nest.origin[2] = 0;
-    (nest.normalized(), expanded)
+/// What the weights become, by position in the memory order of the weights.
+struct Source<'a, T> {
+    fake_quantized: FakeQuantized<'a, T>,
+    /// Operands: position, element or grid.
+    nest: Nest<2>,
 }
 
-/// Cuts a contraction by its size alone: along its longest axis but the innermost, whose runs stay whole up to [`OUTPUT_BLOCK`].
+impl<'a, T: Real> Source<'a, T> {
+    fn new(nest: &Nest<4>, fake_quantized: &FakeQuantized<'a, T>) -> Self {
+        let mut position = nest.len() as isize;
+        let axes = nest.axes.iter().map(|axis| {
+            position /= axis.len as isize;
+            Axis { len: axis.len, strides: [position, axis.strides[3]] }
+        });
+        let nest = Nest { axes: axes.collect(), origin: [0, nest.origin[3]] }.merged();
+        Source { fake_quantized: *fake_quantized, nest }
+    }
+
+    /// What `w`, found from `position` on, becomes; in the buffer unless it lies in memory as `w` does.
+    fn slab<'b>(&self, w: &[T], position: usize, buffer: &'b mut Vec<T>) -> &'b [T]
+    where
+        'a: 'b,
+    {
+        if let FakeQuantized::Given(tensor) = self.fake_quantized
+            && let (offset, 1, len) = self.piece(position)
+            && len >= w.len()
+        {
+            return tensor.elements.run(offset, w.len());
+        }
+        buffer.resize(w.len(), T::default());
+        let mut at = 0;
+        while at < w.len() {
+            let (offset, stride, len) = self.piece(position + at);
+            let range = at..w.len().min(at + len);
+            at = range.end;
+            match self.fake_quantized {
+                FakeQuantized::Given(tensor) => {
+                    let elements = (0..range.len() as isize).map(|k| tensor.elements.get(offset + k * stride));
+                    buffer[range].iter_mut().zip(elements).for_each(|(q, x)| *q = x);
+                }
+                FakeQuantized::Computed(grids, _) => {
+                    grids.fake_quantize_along(&w[range.clone()], offset, stride, &mut buffer[range])
+                }
+            }
+        }
+        buffer
+    }
+
+    /// Whether slabs of so many elements lie in memory as the weights do.
+    fn is_in_memory(&self, len: usize) -> bool {
+        let inner = self.nest.axes.last();
+        matches!(self.fake_quantized, FakeQuantized::Given(_))
+            && inner.is_some_and(|inner| inner.strides[1] == 1 && inner.len.is_multiple_of(len))
+    }
+
+    /// Offset and stride of the element or grid at a position, and for how many positions the stride holds.
+    fn piece(&self, position: usize) -> (isize, isize, usize) {
+        let Some((inner, outer)) = self.nest.axes.split_last() else { return (self.nest.origin[1], 0, 1) };
+        let within = position % inner.len;
+        let mut rest = position / inner.len;
+        let mut offset = self.nest.origin[1] + within as isize * inner.strides[1];
+        for axis in outer.iter().rev() {
+            offset += (rest % axis.len) as isize * axis.strides[1];
+            rest /= axis.len;
+        }
+        (offset, inner.strides[1], inner.len - within)
+    }
+}
+
+/// The loops over weights, mean, shift and position, with the mean repeated where that lets runs merge.
+fn contraction(nest: &Nest<4>, mean: &[f64]) -> (Nest<4>, Vec<f64>) {
+    let mut position = nest.len() as isize;
+    let axes = nest.axes.iter().map(|axis| {
+        position /= axis.len as isize;
+        let [w, mean, shift, _] = axis.strides;
+        Axis { len: axis.len, strides: [w, mean, shift, position] }
+    });
+    let [w, m, s, _] = nest.origin;
+    let mut nest = Nest { axes: axes.collect(), origin: [w, m, s, 0] }.merged();
+    let depends = repeated(&nest.axes);
+    if !depends.contains(&true) {
+        return (nest, mean.to_vec());
+    }
+    let axes = nest.axes.iter().zip(&depends).filter(|(_, depends)| **depends).map(|(axis, _)| *axis).collect();
+    let source = Nest { axes, origin: nest.origin };
+    let mut expanded = Vec::with_capacity(source.len());
+    source.walk(source.axes.len(), |[_, m, ..]| expanded.push(mean[m as usize]));
+    let mut stride = 1;
+    for (axis, _) in nest.axes.iter_mut().zip(&depends).rev().filter(|(_, depends)| **depends) {
+        axis.strides[1] = stride;
+        stride *= axis.len as isize;
+    }
+    nest.origin[1] = 0;
+    (nest.merged(), expanded)
+}
+
+/// The axes that the mean is repeated along: none where rows of outputs meet one number each; else those that it depends on,
+/// the reduced ones where the innermost is, and the innermost where it is a few outputs of each group.
+fn repeated(axes: &[Axis<4>]) -> Vec<bool> {
+    let [outer @ .., inner] = axes else { return Vec::new() };
+    let [w, mean, shift, _] = inner.strides;
+    let joins = |outer: &Axis<4>| [outer.strides[0], outer.strides[2]] == [w, shift].map(|s| s * inner.len as isize);
+    if shift != 0 && mean == 0 && (inner.len >= FEW_OUTPUTS || !outer.last().is_some_and(joins)) {
+        return vec![false; axes.len()];
+    }
+    let of = |(k, axis): (usize, &Axis<4>)| {
+        let reduced = shift == 0 && axis.strides[2] == 0;
+        axis.strides[1] != 0 || reduced || k + 1 == axes.len()
+    };
+    axes.iter().enumerate().map(of).collect()
+}
+
+/// Cuts a contraction by its size alone: along its longest axis but the innermost, whose runs stay whole up to [`RUN_BLOCK`].
 fn parts(nest: &Nest<4>) -> Vec<Nest<4>> {
     let inner = nest.axes.len() - 1;
-    let blocks = if nest.axes[inner].strides[3] == 0 { 1 } else { nest.axes[inner].len.div_ceil(OUTPUT_BLOCK) };
+    let blocks = nest.axes[inner].len.div_ceil(RUN_BLOCK);
     let count = (nest.len() / PART).clamp(1, MAX_PARTS);
-    if blocks >= count {
-        return nest.split(inner, blocks);
-    }
-    let longest = (0..=inner).max_by_key(|&k| (k != inner, nest.axes[k].len));
-    let pieces = nest.split(longest.unwrap_or(0), count);
-    pieces.into_iter().flat_map(|piece| piece.split(inner, blocks)).collect()
+    let longest = (0..inner).max_by_key(|&k| nest.axes[k].len);
+    let pieces = match longest {
+        Some(longest) if count > blocks => nest.split(longest, count),
+        _ => vec![nest.clone()],
+    };
+    if blocks == 1 { pieces } else { pieces.into_iter().flat_map(|piece| piece.split(inner, blocks)).collect() }
 }
 
 struct Operands<'a, T> {
     w: Elements<'a, T>,
-    q: Elements<'a, T>,
-    mean: Elements<'a, f64>,
+    source: Source<'a, T>,
+    mean: &'a [f64],
 }
 
 impl<T: Real> Operands<'_, T> {
-    fn contract(&self, nest: &Nest<4>, shift_len: usize) -> Vec<f64> {
-        let mut shift = vec![0.0; shift_len];
-        match nest.axes[nest.axes.len() - 1].strides {
-            [1, 1, 1, 0] => self.dots(nest, &mut shift),
-            [1, 1, 0, 1] => self.rows(nest, &mut shift),
-            _ => self.elements(nest, &mut shift),
+    /// The shifts that the nest reaches, and the channel of the first of them.
+    fn contract(&self, mut nest: Nest<4>) -> (usize, Vec<f64>) {
+        let reach = |axis: &Axis<4>| (axis.len - 1) as isize * axis.strides[2];
+        let start = nest.origin[2] + nest.axes.iter().map(|axis| reach(axis).min(0)).sum::<isize>();
+        let mut shift = vec![0.0; nest.axes.iter().map(|axis| reach(axis).unsigned_abs()).sum::<usize>() + 1];
+        nest.origin[2] -= start;
+        let inner = nest.axes.len() - 1;
+        let len = nest.axes[inner].len;
+        // Rows that follow each other without a gap are taken together.
+        let one = Axis { len: 1, strides: [0; 4] };
+        let outer = if inner > 0 { nest.axes[inner - 1] } else { one };
+        let slabs = nest.axes[inner].strides[0] == 1 && outer.strides[0] == len as isize;
+        let (depth, outer) = if slabs { (inner - 1, outer) } else { (inner, one) };
+        let rows = if self.source.is_in_memory(len * outer.len) { outer.len } else { (BUFFER / len).max(1) };
+        let (mut weights, mut buffer, mut means) = (Vec::new(), Vec::new(), Vec::new());
+        nest.walk(depth, |origin| {
+            for first in (0..outer.len).step_by(rows) {
+                let count = rows.min(outer.len - first);
+                let [w, m, s, position] = std::array::from_fn(|k| origin[k] + first as isize * outer.strides[k]);
+                let w = self.w.gathered(w, count * len, nest.axes[inner].strides[0], &mut weights);
+                let slab = Slab { w, q: self.source.slab(w, position as usize, &mut buffer), len };
+                self.add_slab(&slab, [m, s], [outer, nest.axes[inner]], &mut means, &mut shift);
+            }
+        });
+        (start as usize, shift)
+    }
+
+    /// `m` and `s` are where the mean and the shift of the slab start, `outer` and `inner` how they move on.
+    fn add_slab(
+        &self, slab: &Slab<T>, [m, s]: [isize; 2], [outer, inner]: [Axis<4>; 2], buffer: &mut Vec<f64>,
+        shift: &mut [f64],
+    ) {
+        let (rows, len) = (slab.rows() as isize, slab.len);
+        let [_, mean_step, shift_step, _] = outer.strides;
+        let mean_of = |row: isize| (m + row * mean_step) as usize;
+        let place_of = |row: isize| (s + row * shift_step) as usize;
+        match inner.strides {
+            [_, 1, 0, _] => {
+                buffer.resize(rows as usize, 0.0);
+                let means = if mean_step == 0 { len } else { rows as usize * len };
+                error_dots(slab, &self.mean[m as usize..m as usize + means], buffer);
+                (0..rows).for_each(|row| shift[place_of(row)] += buffer[row as usize]);
+            }
+            [_, 0, 1, _] if shift_step == 0 => {
+                buffer.clear();
+                buffer.extend((0..rows).map(|row| self.mean[mean_of(row)]));
+                add_rows(slab, buffer, &mut shift[s as usize..s as usize + len]);
+            }
+            _ => (0..rows).for_each(|row| {
+                let (w, q) = slab.row(row as usize);
+                self.add_row(w, q, [mean_of(row), place_of(row)], inner, shift);
+            }),
         }
-        shift
     }
 
-    /// The innermost axis is reduced: dot products, of rows gathered as long as they meet the same mean.
-    fn dots(&self, nest: &Nest<4>, shift: &mut [f64]) {
-        let depth = nest.axes.len() - 1;
-        let len = nest.axes[depth].len;
-        let mut dots = [0.0; GATHERED];
-        let (mut rows, mut places, mut mean) =
-            (Vec::with_capacity(GATHERED), Vec::with_capacity(GATHERED), nest.origin[2]);
-        let mut finish = |rows: &mut Vec<Row<T>>, places: &mut Vec<isize>, mean: isize| {
-            error_dots(rows, self.mean.run(mean, len), &mut dots[..rows.len()]);
-            places.drain(..).zip(dots).for_each(|(place, dot)| shift[place as usize] += dot);
-            rows.clear();
-        };
-        nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == GATHERED || mean != m {
-                finish(&mut rows, &mut places, mean);
+    fn add_row(&self, w: &[T], q: &[T], [m, s]: [usize; 2], inner: Axis<4>, shift: &mut [f64]) {
+        let len = w.len();
+        match inner.strides {
+            [_, 0, 1, _] => add_rows(&Slab { w, q, len }, &self.mean[m..=m], &mut shift[s..s + len]),
+            [_, 1, 1, _] => add_products(w, q, &self.mean[m..m + len], &mut shift[s..s + len]),
+            [_, mean, step, _] => {
+                for (k, (w, q)) in w.iter().zip(q).enumerate() {
+                    let at = |start: usize, stride: isize| (start as isize + k as isize * stride) as usize;
+                    shift[at(s, step)] += (w.widen() - q.widen()) * self.mean[at(m, mean)];
+                }
             }
-            mean = m;
-            places.push(s);
-            rows.push(Row { w: self.w.run(w, len), q: self.q.run(q, len) });
-        });
-        finish(&mut rows, &mut places, mean);
-    }
-
-    /// The innermost axis is the output: rows, gathered as long as they go to the same place.
-    fn rows(&self, nest: &Nest<4>, shift: &mut [f64]) {
-        let depth = nest.axes.len() - 1;
-        let len = nest.axes[depth].len;
-        let (mut rows, mut means, mut place) =
-            (Vec::with_capacity(GATHERED), Vec::with_capacity(GATHERED), nest.origin[3]);
-        let mut finish = |rows: &mut Vec<Row<T>>, means: &mut Vec<f64>, place: isize| {
-            add_errors(rows, means, &mut shift[place as usize..place as usize + len]);
-            rows.clear();
-            means.clear();
-        };
-        nest.walk(depth, |[w, q, m, s]| {
-            if rows.len() == GATHERED || place != s {
-                finish(&mut rows, &mut means, place);
-            }
-            place = s;
-            means.push(self.mean.get(m));
-            rows.push(Row { w: self.w.run(w, len), q: self.q.run(q, len) });
-        });
-        finish(&mut rows, &mut means, place);
-    }
-
-    /// Any strides, element by element.
-    fn elements(&self, nest: &Nest<4>, shift: &mut [f64]) {
-        nest.walk(nest.axes.len(), |[w, q, m, s]| {
-            shift[s as usize] += (self.w.get(w).widen() - self.q.get(q).widen()) * self.mean.get(m);
-        });
+        }
     }
 }
 
@@ -401,7 +602,8 @@ mod tests {
     ) -> Result<Vec<f64>, Error> {
         let strides = strides_of(shape);
         let tensor = |x| Tensor { elements: Elements::from_slice(x), shape, strides: &strides };
-        weight_error(&tensor(w), &tensor(q), &Mean { values: mean.0, shape: mean.1.to_vec() }, groups, layout)
+        let mean = Mean { values: mean.0, shape: mean.1.to_vec() };
+        weight_error(&tensor(w), &FakeQuantized::Given(tensor(q)), &mean, groups, layout)
     }
 
     fn close(found: &[f64], expected: &[f64]) {
@@ -438,7 +640,7 @@ mod tests {
     #[test]
     fn rows_stay_whole_where_a_contraction_is_cut() {
         let axes = |strides: [[isize; 4]; 2]| strides.map(|strides| Axis { len: 4096, strides });
-        for strides in [[[4096, 4096, 1, 0], [1, 1, 0, 1]], [[4096, 4096, 0, 1], [1, 1, 1, 0]]] {
+        for strides in [[[4096, 1, 0, 4096], [1, 0, 1, 1]], [[4096, 0, 1, 4096], [1, 1, 0, 1]]] {
             let parts = parts(&Nest::new(axes(strides).to_vec()));
             assert_eq!(parts.len(), MAX_PARTS);
             assert!(parts.iter().all(|part| part.axes[1].len == 4096));

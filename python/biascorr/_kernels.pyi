@@ -15,10 +15,12 @@ __all__ = [
     "set_num_threads",
     "tap_sums",
     "weight_error",
+    "weight_error_from_grids",
 ]
 
 _Sums = tuple[NDArray[Any] | None, NDArray[float64] | None]
 _Grids = tuple[NDArray[float64], NDArray[float64], int, int, int]
+_WeightGrids = tuple[NDArray[float64], NDArray[float64], int, Sequence[int] | None, tuple[int, int] | None]
 
 def channel_sums(samples: Sequence[Any], channel_axis: int, first: int, channels: int | None) -> tuple[_Sums, int, bool]: ...
 def channel_mean(
@@ -27,6 +29,9 @@ def channel_mean(
 def tap_sums(sample: Any, channel_axis: int, windows: Sequence[tuple[int, int, int, int, int]]) -> tuple[_Sums, bool]: ...
 def weight_error(
     weights: Any, fake_quantized_weights: Any, mean: NDArray[float64], groups: int, layout: str, wide: bool
+) -> NDArray[Any]: ...
+def weight_error_from_grids(
+    weights: NDArray[Any], grids: _WeightGrids, mean: NDArray[float64], groups: int, layout: str
 ) -> NDArray[Any]: ...
 def quantize(array: NDArray[Any], grids: _Grids) -> NDArray[Any]: ...
 def dequantize(array: NDArray[Any], grids: _Grids) -> NDArray[Any]: ...

@@ -12,10 +12,10 @@ use crate::accumulate::Compensated;
 use crate::channel_mean::AxisWindow;
 use crate::error::Error;
 use crate::fake_quantize::{self, Grids, Quantized, Real};
-use crate::weight_error::{Mean, weight_error as shift_of};
+use crate::weight_error::{FakeQuantized, GridAxes, Mean, Tensor, weight_error as shift_of};
 use crate::{parallel, simd};
 use detach::detached;
-use views::{AnyView, Sums, Weights, channel_axis_of};
+use views::{AnyView, Sums, View, Weights, channel_axis_of};
 
 /// Integer sums (or None), f64 sums and their errors as (2, C) (or None).
 type PySums<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
@@ -154,19 +154,53 @@ fn weight_error<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
     let shift = match Weights::new(weights, fake_quantized_weights)? {
-        Weights::F32([w, q]) => {
-            let (w, q) = (w.tensor(), q.tensor());
-            detached(py, 8 * w.len(), || shift_of(&w, &q, &mean, groups, layout))?
-        }
-        Weights::F64([w, q]) => {
-            let (w, q) = (w.tensor(), q.tensor());
-            detached(py, 16 * w.len(), || shift_of(&w, &q, &mean, groups, layout))?
-        }
+        Weights::F32([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
+        Weights::F64([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
     };
+    Ok(as_array(py, shift, wide))
+}
+
+fn shift_from<T: Real>(
+    py: Python<'_>, weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Mean, groups: usize, layout: &str,
+) -> PyResult<Vec<f64>> {
+    detached(py, 2 * size_of::<T>() * weights.len(), || shift_of(weights, fake_quantized, mean, groups, layout))
+}
+
+fn as_array(py: Python<'_>, values: Vec<f64>, wide: bool) -> Bound<'_, PyAny> {
     if wide {
-        return Ok(shift.into_pyarray(py).into_any());
+        return values.into_pyarray(py).into_any();
     }
-    Ok(PyArray1::from_iter(py, shift.into_iter().map(|shift| shift as f32)).into_any())
+    PyArray1::from_iter(py, values.into_iter().map(|value| value as f32)).into_any()
+}
+
+/// The grids that weights are quantized on: scales, zero points, bits, and how many grids an element of each axis is from the
+/// next, with the axis whose steps are blocks and their length; None where there is one for each output channel.
+type PyWeightGrids<'py> =
+    (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>, u32, Option<Vec<isize>>, Option<(usize, usize)>);
+
+/// The shift of each output channel of float32 or float64 weights that are moved to a grid.
+#[pyfunction]
+#[pyo3(signature = (weights, grids, mean, groups, layout))]
+fn weight_error_from_grids<'py>(
+    weights: &Bound<'py, PyAny>, grids: PyWeightGrids<'py>, mean: PyReadonlyArrayDyn<'py, f64>, groups: usize,
+    layout: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = weights.py();
+    let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
+    let (scale, zero_point, bits, strides, blocks) = &grids;
+    let count = scale.len()?.max(zero_point.len()?);
+    let typed = Grids::new(scale.as_slice()?, zero_point.as_slice()?, *bits, count, 1)?;
+    let axes = match (strides, blocks) {
+        (None, _) => GridAxes::OutputChannels,
+        (Some(strides), None) => GridAxes::Strides(strides),
+        (Some(strides), Some((axis, size))) => GridAxes::Blocks(strides, *axis, *size),
+    };
+    if let Ok(weights) = weights.cast::<PyArrayDyn<f32>>() {
+        let (view, computed) = (View::<f32>::new(weights)?, FakeQuantized::Computed(&typed, axes));
+        return Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, false));
+    }
+    let (view, computed) = (View::<f64>::new(weights.cast()?)?, FakeQuantized::Computed(&typed, axes));
+    Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, true))
 }
 
 /// The grids that quantize along an axis of an array: scales, zero points, bits, channels, elements per channel step.
@@ -278,6 +312,6 @@ mod _kernels {
     #[pymodule_export]
     use super::{
         build_info, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantize,
-        set_num_threads, tap_sums, weight_error,
+        set_num_threads, tap_sums, weight_error, weight_error_from_grids,
     };
 }

@@ -28,7 +28,7 @@ pub struct View<'py, T: NumpyElement, E = T> {
 
 impl<'py, T: NumpyElement, E: Copy> View<'py, T, E> {
     /// `E` is `T`, or has its bits (a bfloat16 seen as u16).
-    fn new(array: &Bound<'py, PyArrayDyn<T>>) -> PyResult<Self> {
+    pub fn new(array: &Bound<'py, PyArrayDyn<T>>) -> PyResult<Self> {
         const { assert!(size_of::<T>() == size_of::<E>() && align_of::<T>() == align_of::<E>()) };
         let strides = array.strides().iter().map(|bytes| bytes / size_of::<T>() as isize).collect();
         let array = array.try_readonly().map_err(|error| PyValueError::new_err(error.to_string()))?;
