@@ -4,6 +4,9 @@ Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`,
 :func:`fake_quantize`. Whole models: :func:`correct`.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from biascorr._kernels import build_info as _build_info
 from biascorr._kernels import get_num_threads, set_num_threads
 from biascorr.correctors import (
@@ -13,10 +16,12 @@ from biascorr.correctors import (
     MeanBiasCorrector,
     NullBiasCorrector,
 )
-from biascorr.model.correction import Correction, correct
-from biascorr.model.network import LayerReport
 from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantize
 from biascorr.statistics import ChannelMean, prepare_input_mean
+
+if TYPE_CHECKING:
+    from biascorr.model.correction import Correction, correct
+    from biascorr.model.network import LayerReport
 
 __all__ = [
     "AnalyticalBiasCorrector",
@@ -37,6 +42,23 @@ __all__ = [
     "show_config",
 ]
 __version__ = _build_info()[0]
+
+if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an attribute of this module
+    _MODULE_OF = {
+        "Correction": "biascorr.model.correction",
+        "LayerReport": "biascorr.model.network",
+        "correct": "biascorr.model.correction",
+    }
+
+    def __getattr__(name):
+        """The interface to whole models, imported at first use: that takes longer than all the rest of this package."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
 
 
 def show_config() -> None:

@@ -1,0 +1,68 @@
+"""What `import biascorr` brings in, what it leaves for first use, and how long it takes."""
+
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+import biascorr
+from biascorr.model.correction import Correction, correct
+from biascorr.model.network import LayerReport
+
+LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.calibration", "biascorr.model", "biascorr.onnx")
+LONGEST = 15e-3
+"""Seconds that the import may take beyond numpy's own."""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+
+
+def test_the_model_interface_is_imported_at_first_use():
+    loaded = f"print(*sorted(set({LATER}) & set(sys.modules)))"
+    code = f"import sys, biascorr; {loaded}; biascorr.LayerReport, biascorr.correct; {loaded}"
+    before, after = run(code).splitlines()
+    assert before == ""
+    assert after.split() == ["biascorr.calibration", "biascorr.model"]
+
+
+def test_names_that_are_imported_later_are_as_good_as_the_others():
+    names = {"Correction": Correction, "LayerReport": LayerReport, "correct": correct}
+    assert {name: getattr(biascorr, name) for name in names} == names
+    listed, starred = run("import biascorr; print(*dir(biascorr)); from biascorr import *; print(*dir())").splitlines()
+    assert set(biascorr.__all__) <= set(listed.split())
+    assert set(biascorr.__all__) <= set(starred.split())
+    run("from biascorr import Correction, LayerReport, correct")
+    assert pickle.loads(pickle.dumps(biascorr.correct)) is correct
+    report = biascorr.LayerReport("conv", "Conv")
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_an_unknown_attribute_is_an_error():
+    with pytest.raises(AttributeError, match="module 'biascorr' has no attribute 'korrect'"):
+        _ = biascorr.korrect
+
+
+@pytest.mark.slow
+def test_the_import_takes_little_longer_than_that_of_numpy(tmp_path):
+    def seconds(code):
+        start = time.perf_counter()
+        run(code, PYTHONPYCACHEPREFIX=str(tmp_path), PYTHONDONTWRITEBYTECODE="")
+        return time.perf_counter() - start
+
+    def difference():
+        pairs = [(seconds("import biascorr"), seconds("import numpy")) for _ in range(15)]
+        ours, numpys = zip(*pairs)
+        return statistics.median(ours) - statistics.median(numpys)
+
+    seconds("import biascorr")  # compiles to bytecode, as an installation does
+    differences = []
+    while min(differences, default=1.0) > LONGEST and len(differences) < 3:  # another process may have been busy
+        differences.append(difference())
+    assert min(differences) <= LONGEST, differences
