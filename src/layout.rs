@@ -179,11 +179,14 @@ impl<const N: usize> Nest<N> {
     }
 }
 
-fn walk_axes<const N: usize>(axes: &[Axis<N>], offsets: [isize; N], f: &mut impl FnMut([isize; N])) {
+fn walk_axes<const N: usize>(axes: &[Axis<N>], mut offsets: [isize; N], f: &mut impl FnMut([isize; N])) {
     let Some((axis, inner)) = axes.split_first() else { return f(offsets) };
-    let mut offsets = offsets;
     for _ in 0..axis.len {
-        walk_axes(inner, offsets, f);
+        if inner.is_empty() {
+            f(offsets);
+        } else {
+            walk_axes(inner, offsets, f);
+        }
         for (offset, stride) in offsets.iter_mut().zip(axis.strides) {
             *offset += stride;
         }

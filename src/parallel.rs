@@ -19,6 +19,7 @@ const MAX_THREADS: usize = 1024;
 
 struct State {
     process: u32,
+    /// What was set, else the default once it was asked for: finding it out takes longer than some work does.
     threads: Option<usize>,
     pool: Option<Arc<ThreadPool>>,
 }
@@ -27,7 +28,7 @@ static STATE: Mutex<State> = Mutex::new(State { process: 0, threads: None, pool:
 
 /// Threads that large work is spread over: what was set, else `RAYON_NUM_THREADS`, else the CPUs of this process.
 pub fn num_threads() -> usize {
-    own_state().threads.unwrap_or_else(default_threads)
+    *own_state().threads.get_or_insert_with(default_threads)
 }
 
 fn default_threads() -> usize {
@@ -59,7 +60,7 @@ fn pool() -> Result<Arc<ThreadPool>, Error> {
     if let Some(pool) = &state.pool {
         return Ok(Arc::clone(pool));
     }
-    let threads = state.threads.unwrap_or_else(default_threads);
+    let threads = *state.threads.get_or_insert_with(default_threads);
     let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("biascorr-{i}"));
     let pool = builder.build().map_err(|error| Error::ThreadPool { threads, reason: error.to_string() })?;
     let pool = Arc::new(pool);

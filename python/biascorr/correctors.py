@@ -121,7 +121,7 @@ class MeanBiasCorrector(BiasCorrector):
         layout = _LAYOUT_OF_RANK.get(weights.ndim) if self._layout is None else self._layout
         if layout is None:
             raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
-        wide = weights.dtype.kind == "f" and weights.dtype.itemsize >= 8
+        wide = weights.dtype.char in "dg"  # float64, longdouble
         return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
 
 

@@ -23,8 +23,6 @@ from biascorr import _kernels
 from biascorr.quantization import Quantization, affine_parameters, check_channels
 from biascorr.reference import AxisWindow, mean_from_sums, merge_reals, native
 
-_IDENTITY = ((1.0,), (0.0,))
-
 
 class _Sums:
     """Sums of samples: exact ones of integers, compensated ones of real numbers; either may still be missing."""
@@ -180,24 +178,25 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
     array([ 2., 20.], dtype=float32)
     """
-    if isinstance(calibration_input, np.ndarray):
-        calibration_input = [calibration_input]
     if isinstance(calibration_input, (list, tuple)):
-        return _kernels.channel_mean(calibration_input, -1, *_affine(quantization))
+        scale, zero_point = _affine(quantization)
+        return _kernels.channel_mean(calibration_input, -1, scale, zero_point)
+    if isinstance(calibration_input, np.ndarray):
+        return prepare_input_mean([calibration_input], quantization)
     mean = ChannelMean()
     for sample in calibration_input:
         mean.update(sample)
     return mean.mean(quantization)
 
 
-def _affine(quantization: Any) -> tuple[Sequence[float], Sequence[float]]:
-    """Scale and zero point as the kernel takes them: one value each, or one per channel."""
+def _affine(quantization: Any) -> tuple[Any, Any]:
+    """Scale and zero point as the kernel takes them: one value each, or a list of one per channel."""
     if quantization is None:
-        return _IDENTITY
+        return 1.0, 0.0
     if type(quantization) is Quantization and type(quantization.scale) is float and type(quantization.zero_point) is int:
-        return (quantization.scale,), (quantization.zero_point,)  # checked when it was made
+        return quantization.scale, quantization.zero_point  # checked when it was made
     scale, zero_point = affine_parameters(quantization)
-    return scale.ravel().tolist(), zero_point.ravel().tolist()
+    return scale.tolist(), zero_point.tolist()
 
 
 @dataclass(frozen=True)

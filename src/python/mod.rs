@@ -3,10 +3,13 @@
 mod detach;
 mod views;
 
-use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn};
+use numpy::{
+    Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn,
+    PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyFloat, PyInt, PyList, PySequence};
 
 use crate::accumulate::Compensated;
 use crate::channel_mean::AxisWindow;
@@ -49,20 +52,20 @@ struct Summed {
 
 /// `first` is the number that errors give the first sample, `channels` what they must agree with, if anything.
 fn summed(
-    py: Python<'_>, samples: &[Bound<'_, PyAny>], channel_axis: isize, first: usize, channels: Option<usize>,
+    samples: &Bound<'_, PySequence>, channel_axis: isize, first: usize, channels: Option<usize>,
 ) -> PyResult<Summed> {
     let mut expected = channels;
     let mut positions = 0;
-    let mut views = Vec::with_capacity(samples.len());
-    for (k, sample) in samples.iter().enumerate() {
-        let view = AnyView::new(sample, first + k)?;
+    let mut views = Vec::with_capacity(samples.len()?);
+    for k in 0..samples.len()? {
+        let view = AnyView::new(&samples.get_item(k)?, first + k)?;
         let found = checked_channels(view.shape(), channel_axis, first + k, expected)?;
         expected = Some(found);
         positions += view.shape().iter().product::<usize>() / found;
         views.push(view);
     }
     let mut sums = Sums::new(expected.ok_or(Error::NoSamples)?);
-    AnyView::add_channel_sums(py, &views, channel_axis, &mut sums)?;
+    AnyView::add_channel_sums(samples.py(), &views, channel_axis, &mut sums)?;
     let wide = views.iter().any(|view| matches!(view, AnyView::F64(_)));
     Ok(Summed { sums, positions, wide })
 }
@@ -71,33 +74,61 @@ fn summed(
 #[pyfunction]
 #[pyo3(signature = (samples, channel_axis, first, channels))]
 fn channel_sums<'py>(
-    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, first: usize, channels: Option<usize>,
+    py: Python<'py>, samples: &Bound<'py, PySequence>, channel_axis: isize, first: usize, channels: Option<usize>,
 ) -> PyResult<(PySums<'py>, usize, bool)> {
-    let Summed { sums, positions, wide } = summed(py, &samples, channel_axis, first, channels)?;
+    let Summed { sums, positions, wide } = summed(samples, channel_axis, first, channels)?;
     Ok((into_python(py, sums)?, positions, wide))
+}
+
+/// One value for all channels, or a sequence of one each.
+enum PerChannel {
+    All(f64),
+    Each(Vec<f64>),
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for PerChannel {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let number = object.is_instance_of::<PyFloat>() || object.is_instance_of::<PyInt>();
+        Ok(if number { PerChannel::All(object.extract()?) } else { PerChannel::Each(object.extract()?) })
+    }
+}
+
+impl PerChannel {
+    fn checked(&self, name: &'static str, channels: usize) -> Result<(), Error> {
+        match self {
+            PerChannel::Each(values) if values.len() != 1 && values.len() != channels => {
+                Err(Error::PerChannel { name, found: values.len(), expected: channels })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn at(&self, channel: usize) -> f64 {
+        match self {
+            PerChannel::All(value) => *value,
+            PerChannel::Each(values) => values[if values.len() == 1 { 0 } else { channel }],
+        }
+    }
 }
 
 /// The mean per channel of all samples, (sum / count - zero_point) / scale, as float64 if any sample is, else float32.
 #[pyfunction]
 #[pyo3(signature = (samples, channel_axis, scale, zero_point))]
 fn channel_mean<'py>(
-    py: Python<'py>, samples: Vec<Bound<'py, PyAny>>, channel_axis: isize, scale: Vec<f64>, zero_point: Vec<f64>,
+    py: Python<'py>, samples: &Bound<'py, PySequence>, channel_axis: isize, scale: PerChannel, zero_point: PerChannel,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let Summed { sums, positions, wide } = summed(py, &samples, channel_axis, 0, None)?;
-    let totals = sums.values();
-    for (name, found) in [("scale", scale.len()), ("zero_point", zero_point.len())] {
-        if found != 1 && found != totals.len() {
-            return Err(Error::PerChannel { name, found, expected: totals.len() }.into());
-        }
-    }
-    let of = |values: &[f64], channel: usize| values[channel % values.len()];
-    let mean = |(c, total): (usize, f64)| (total / positions as f64 - of(&zero_point, c)) / of(&scale, c);
-    let means = totals.into_iter().enumerate().map(mean);
-    if wide {
-        Ok(means.collect::<Vec<f64>>().into_pyarray(py).into_any())
-    } else {
-        Ok(means.map(|mean| mean as f32).collect::<Vec<f32>>().into_pyarray(py).into_any())
-    }
+    let Summed { sums, positions, wide } = summed(samples, channel_axis, 0, None)?;
+    scale.checked("scale", sums.channels)?;
+    zero_point.checked("zero_point", sums.channels)?;
+    let means = (0..sums.channels).map(|c| (sums.value(c) / positions as f64 - zero_point.at(c)) / scale.at(c));
+    if wide { Ok(array_of(py, means)) } else { Ok(array_of(py, means.map(|mean| mean as f32))) }
+}
+
+/// An array that owns its memory, which numpy makes faster than one around a `Vec`.
+fn array_of<T: Element>(py: Python<'_>, values: impl Iterator<Item = T>) -> Bound<'_, PyAny> {
+    PyArray1::from_slice(py, &values.collect::<Vec<T>>()).into_any()
 }
 
 fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option<usize>) -> Result<usize, Error> {
@@ -152,7 +183,7 @@ fn weight_error<'py>(
     py: Python<'py>, weights: &Bound<'py, PyAny>, fake_quantized_weights: &Bound<'py, PyAny>,
     mean: PyReadonlyArrayDyn<'py, f64>, groups: usize, layout: &str, wide: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
+    let mean = Mean { values: mean.as_slice()?, shape: mean.shape().to_vec() };
     let shift = match Weights::new(weights, fake_quantized_weights)? {
         Weights::F32([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
         Weights::F64([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
@@ -168,9 +199,9 @@ fn shift_from<T: Real>(
 
 fn as_array(py: Python<'_>, values: Vec<f64>, wide: bool) -> Bound<'_, PyAny> {
     if wide {
-        return values.into_pyarray(py).into_any();
+        return array_of(py, values.into_iter());
     }
-    PyArray1::from_iter(py, values.into_iter().map(|value| value as f32)).into_any()
+    array_of(py, values.into_iter().map(|value| value as f32))
 }
 
 /// The grids that weights are quantized on: scales, zero points, bits, and how many grids an element of each axis is from the
@@ -186,9 +217,9 @@ fn weight_error_from_grids<'py>(
     layout: &str,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = weights.py();
-    let mean = Mean { values: mean.as_slice()?, shape: mean.as_array().shape().to_vec() };
+    let mean = Mean { values: mean.as_slice()?, shape: mean.shape().to_vec() };
     let (scale, zero_point, bits, strides, blocks) = &grids;
-    let count = scale.len()?.max(zero_point.len()?);
+    let count = scale.len().max(zero_point.len());
     let typed = Grids::new(scale.as_slice()?, zero_point.as_slice()?, *bits, count, 1)?;
     let axes = match (strides, blocks) {
         (None, _) => GridAxes::OutputChannels,

@@ -65,7 +65,7 @@ pub fn channel_axis_of(shape: &[usize], axis: isize) -> usize {
 
 /// Sums of samples of any dtypes: exact for the integers among them, double-double for the rest. Empty where there were none.
 pub struct Sums {
-    channels: usize,
+    pub channels: usize,
     pub integers: Vec<i128>,
     pub reals: Vec<Compensated>,
 }
@@ -75,11 +75,12 @@ impl Sums {
         Sums { channels, integers: Vec::new(), reals: Vec::new() }
     }
 
-    /// Both together, rounded to f64.
-    pub fn values(&self) -> Vec<f64> {
-        let integer = |k: usize| self.integers.get(k).map_or(0.0, |&sum| sum as f64);
-        let real = |k: usize| self.reals.get(k).map_or(0.0, |sum| sum.value());
-        (0..self.channels).map(|k| integer(k) + real(k)).collect()
+    /// Both sums of a channel together, rounded to f64.
+    pub fn value(&self, channel: usize) -> f64 {
+        // From i64 it is one instruction, from i128 a call.
+        let rounded = |&sum: &i128| i64::try_from(sum).map_or_else(|_| sum as f64, |sum| sum as f64);
+        let integer = self.integers.get(channel).map_or(0.0, rounded);
+        integer + self.reals.get(channel).map_or(0.0, |sum| sum.value())
     }
 }
 
