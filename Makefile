@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench instructions lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ test: $(VENV)/built build/wheelhouse
 
 bench: $(VENV)/built
 	$(BIN)/python benches/bench.py $(BENCH)
+
+# Needs valgrind.
+instructions: $(VENV)/installed
+	$(BIN)/python tests/instructions.py
 
 lint: $(VENV)/built
 	cargo fmt --check
