@@ -11,7 +11,7 @@ use biascorr::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use biascorr::error::Error;
 use biascorr::fake_quantize::{Grids, dequantize, fake_quantize, quantize};
 use biascorr::layout::Elements;
-use biascorr::weight_error::{Mean, Tensor, weight_error};
+use biascorr::weight_error::{FakeQuantized, GridAxes, Mean, Tensor, weight_error};
 use biascorr::{parallel, simd};
 use half::{bf16, f16};
 
@@ -60,8 +60,11 @@ fn cases() -> BTreeMap<String, Run> {
         }
     }
     for (layout, shape) in WEIGHTS {
-        let run = move |elements| run_weight_error(layout, shape, elements);
-        cases.insert(format!("weight_error/f32/{layout}"), Box::new(run));
+        for fused in [false, true] {
+            let name = if fused { "weight_error_from_grids" } else { "weight_error" };
+            let run = move |elements| run_weight_error(layout, shape, elements, fused);
+            cases.insert(format!("{name}/f32/{layout}"), Box::new(run));
+        }
     }
     for (name, grids) in GRIDS {
         let run = move |elements| run_map(quantize::<f32, i8>, grids, elements);
@@ -99,14 +102,18 @@ fn run_tap_sums<T: Element + TryFrom<u8>>(
     Ok(values.len())
 }
 
-fn run_weight_error(layout: &str, shape: &[usize], elements: usize) -> Result<usize, Error> {
+fn run_weight_error(layout: &str, shape: &[usize], elements: usize, fused: bool) -> Result<usize, Error> {
     let shape = grown(shape, shape.iter().position(|&len| len == 1).unwrap_or(0), elements);
     let values: Vec<f32> = pattern(shape.iter().product());
     let strides = strides_of(&shape);
     let tensor = Tensor { elements: Elements::from_slice(&values), shape: &shape, strides: &strides };
     let inputs = shape[layout.find('I').unwrap_or(0)];
     let mean = Mean { values: &pattern(inputs), shape: vec![inputs] };
-    measured(&mut || weight_error(&tensor, &tensor, &mean, 1, layout).map(|shift| drop(black_box(shift))))?;
+    let grids = Grids::new(&[0.37], &[3.0], 8, 1, 1)?;
+    let strides = vec![0; shape.len()];
+    let computed = FakeQuantized::Computed(&grids, GridAxes::Strides(&strides));
+    let fake_quantized = if fused { computed } else { FakeQuantized::Given(tensor) };
+    measured(&mut || weight_error(&tensor, &fake_quantized, &mean, 1, layout).map(|shift| drop(black_box(shift))))?;
     Ok(values.len())
 }
 

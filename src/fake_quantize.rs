@@ -125,6 +125,12 @@ impl Grids {
         Ok(Grids { scale: repeated(scale), zero_point: repeated(zero_point), range, inner: inner.max(1) })
     }
 
+    /// Number of grids.
+    #[expect(clippy::len_without_is_empty, reason = "there is always one")]
+    pub fn len(&self) -> usize {
+        self.scale.len()
+    }
+
     fn run(&self, start: usize, len: usize) -> GridRun<'_> {
         let range = start..start + len;
         GridRun { scale: &self.scale[range.clone()], zero_point: &self.zero_point[range], range: self.range }

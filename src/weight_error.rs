@@ -373,6 +373,11 @@ pub fn weight_error<T: Real>(
         return Err(Error::WeightShape { found, expected });
     }
     let Plan { nest, shift_len } = plan(weights, fake_quantized, mean, groups, layout)?;
+    if let FakeQuantized::Computed(grids, GridAxes::OutputChannels) = fake_quantized
+        && grids.len() != shift_len
+    {
+        return Err(Error::PerChannel { name: "scale, zero_point", found: grids.len(), expected: shift_len });
+    }
     if nest.is_empty() {
         return Ok(vec![0.0; shift_len]);
     }

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
+from biascorr.quantization import Quantization, check_channels, fake_quantize, weight_grids
 from biascorr.statistics import clipped_normal_mean
 
 _LAYOUT_OF_RANK = {2: "IO", 3: "WIO", 4: "HWIO", 5: "HWIGO", 6: "DHWIGO"}
@@ -118,11 +119,68 @@ class MeanBiasCorrector(BiasCorrector):
         """
         if not isinstance(weights, np.ndarray):
             weights = reference.native(weights, "weights")
+        wide = weights.dtype.char in "dg"  # float64, longdouble
+        layout = self._layout_of(weights)
+        return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
+
+    def calculate_from_quantization(
+        self, weights: Any, quantization: Quantization, *, axis: int | None = None, block_size: int | None = None
+    ) -> NDArray[Any]:
+        """The correction for weights that a quantizer moves to its grid, which are never built.
+
+        Parameters
+        ----------
+        weights : ndarray
+            As for :meth:`calculate`.
+        quantization : Quantization
+            The grid: one for all weights, or one per channel, or one per block.
+        axis : int, optional
+            The axis that a per-channel scale or zero point belongs to; by default they have one value for each output channel,
+            (G*O,). Where there are blocks, the axis that is divided into them: by default the input channels.
+        block_size : int, optional
+            Weights of a block along `axis` that share a grid. Scale, and zero point unless it is one for all, then have the
+            shape of the weights with ceil(length / block_size) along `axis`, as ONNX stores weight-only quantization.
+
+        Returns
+        -------
+        ndarray, (G*O,)
+            The same bits as ``calculate(weights, fake_quantize(weights, quantization, axis=axis, block_size=block_size))``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`calculate`; or scale or zero point have another shape than the axis or the blocks call for.
+
+        Examples
+        --------
+        >>> weights = np.array([[0.1, 0.2], [0.3, 0.4]])
+        >>> MeanBiasCorrector([1.0, 2.0]).calculate_from_quantization(weights, Quantization(scale=4))
+        array([ 0.2 , -0.25])
+        """
+        weights = reference.native(weights, "weights")
+        layout = self._layout_of(weights)
+        if block_size is not None and axis is None:
+            if "I" not in layout:
+                raise ValueError(f"block_size: {block_size}, but layout {layout!r} has no axis I; name the axis")
+            axis = layout.index("I")
+        scale, zero_point, strides, blocks = weight_grids(quantization, weights.shape, axis, block_size)
+        divides = blocks is None or (weights.shape[blocks[0]] % blocks[1] == 0 and self._groups == 1)
+        if weights.dtype in (np.float32, np.float64) and divides:
+            grids = scale, zero_point, quantization.bits, strides, blocks
+            return _kernels.weight_error_from_grids(weights, grids, self._mean, self._groups, layout)
+        if strides is None:  # a grid for each weight
+            self.calculate(weights, weights)  # refuses what does not fit before channels are counted
+            channels = reference.output_channels(weights.shape, self._groups, layout)
+            check_channels(scale, zero_point, int(channels.max()) + 1)
+            scale, zero_point = (np.broadcast_to(x[channels] if x.size > 1 else x, weights.shape) for x in (scale, zero_point))
+            quantization, axis, block_size = Quantization(scale, zero_point, quantization.bits), 0, 1
+        return self.calculate(weights, fake_quantize(weights, quantization, axis=axis or 0, block_size=block_size))
+
+    def _layout_of(self, weights: NDArray[Any]) -> str:
         layout = _LAYOUT_OF_RANK.get(weights.ndim) if self._layout is None else self._layout
         if layout is None:
             raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
-        wide = weights.dtype.char in "dg"  # float64, longdouble
-        return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
+        return layout
 
 
 class AnalyticalBiasCorrector(MeanBiasCorrector):

@@ -35,7 +35,8 @@ class Quantization:
     Parameters
     ----------
     scale : float or array_like, (C,)
-        Steps per unit, positive; one, or one per channel of the last axis.
+        Steps per unit, positive; one, or one per channel of the last axis. With more axes: one per block of an array of as many
+        axes, see :func:`fake_quantize`.
     zero_point : int or array_like, (C,)
         The quantized value of 0.
     bits : int
@@ -44,8 +45,7 @@ class Quantization:
     Raises
     ------
     ValueError
-        The scale is not positive and finite; the zero point is not integral; either has more than one axis, or their lengths
-        differ; bits is out of range.
+        The scale is not positive and finite; the zero point is not integral; their shapes differ; bits is out of range.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class Quantization:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        scale, zero_point = affine_parameters(self)
+        scale, zero_point = _affine_parameters(self)
         _check_bits(self.bits)
         object.__setattr__(self, "scale", _frozen(scale))
         object.__setattr__(self, "zero_point", _frozen(zero_point.astype(np.int64)))
@@ -152,7 +152,9 @@ class Quantization:
         return scale.shape, scale.tobytes(), zero_point.shape, zero_point.tobytes(), self.bits
 
 
-def fake_quantize(array: ArrayLike, quantization: Quantization, *, axis: int = -1) -> NDArray[Any]:
+def fake_quantize(
+    array: ArrayLike, quantization: Quantization, *, axis: int = -1, block_size: int | None = None
+) -> NDArray[Any]:
     """Quantize and dequantize: the values that a quantized tensor can stand for, nearest to those given.
 
     Parameters
@@ -162,7 +164,10 @@ def fake_quantize(array: ArrayLike, quantization: Quantization, *, axis: int = -
     quantization : Quantization
         The grid.
     axis : int
-        The axis that a per-channel scale or zero point belongs to.
+        The axis that a per-channel scale or zero point belongs to, or that is divided into blocks.
+    block_size : int, optional
+        Elements of a block along `axis` that share a grid. Scale, and zero point unless it is one for all, then have the shape
+        of the array with ceil(length / block_size) along `axis`, as ONNX stores them.
 
     Returns
     -------
@@ -175,20 +180,83 @@ def fake_quantize(array: ArrayLike, quantization: Quantization, *, axis: int = -
     TypeError
         The dtype is not of real numbers.
     ValueError
-        A per-channel scale or zero point has another length than the axis.
+        A per-channel scale or zero point has another length than the axis, or a blocked one another shape than the blocks.
 
     Examples
     --------
     >>> fake_quantize([0.1, 0.26], Quantization(scale=4))
     array([0.  , 0.25])
+    >>> fake_quantize([0.1, 0.26, 0.6], Quantization(scale=[[4, 1]]), block_size=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: scale: shape (1, 2), expected (2,): an array of shape (3,) with blocks of 2 along axis 0
     """
     given = getattr(array, "dtype", np.dtype(np.float64))
     narrow = given.itemsize < 4 and given.name.startswith(("float", "bfloat"))
     array = _contiguous_reals(np.asarray(array, dtype=np.float64) if narrow else array)
-    if not -max(array.ndim, 1) <= axis < max(array.ndim, 1):
-        raise ValueError(f"axis: {axis}, the array has {array.ndim} axes")
-    result: NDArray[Any] = _kernels.fake_quantize_array(array, _grids(quantization, array, axis))
+    axis = _checked_axis(axis, array.ndim)
+    if block_size is None:
+        result: NDArray[Any] = _kernels.fake_quantize_array(array, _grids(quantization, array, axis))
+    else:
+        shape = _blocked_shape(quantization, array.shape, axis, block_size)
+        scale, zero_point = _affine_parameters(quantization)
+        scale, zero_point = (np.repeat(np.broadcast_to(x, shape), block_size, axis=axis) for x in (scale, zero_point))
+        kept = tuple(slice(length) for length in array.shape)
+        result = reference.fake_quantize(array, scale[kept], zero_point[kept], quantization.bits)
     return result.astype(given) if narrow else result
+
+
+def _checked_axis(axis: int, ndim: int) -> int:
+    if not -max(ndim, 1) <= axis < max(ndim, 1):
+        raise ValueError(f"axis: {axis}, the array has {ndim} axes")
+    return axis % max(ndim, 1)
+
+
+def _blocked_shape(quantization: Any, shape: tuple[int, ...], axis: int, block_size: Any) -> tuple[int, ...]:
+    """What scale and zero point have one value each of; raises ValueError where they have not."""
+    if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or block_size < 1:
+        raise ValueError(f"block_size: {block_size}, expected an integer of at least 1")
+    blocked = (*shape[:axis], -(-shape[axis] // int(block_size)), *shape[axis + 1 :])
+    for name in ("scale", "zero_point"):
+        found = np.shape(getattr(quantization, name))
+        if found not in ((), blocked):
+            blocks = f"an array of shape {shape} with blocks of {block_size} along axis {axis}"
+            raise ValueError(f"{name}: shape {found}, expected {blocked}: {blocks}")
+    return blocked
+
+
+def weight_grids(quantization: Any, shape: tuple[int, ...], axis: int | None, block_size: int | None) -> tuple[Any, ...]:
+    """The grids of weights as the kernel takes them.
+
+    Returns
+    -------
+    scale, zero_point : ndarray, (L,), float64
+        One value, or one per grid.
+    strides : list of int, or None
+        Grids from one element of each axis, or block of it, to the next; None where there is one for each output channel.
+    blocks : (int, int), or None
+        The axis that is divided, and elements of a block.
+    """
+    scale, zero_point = _affine_parameters(quantization)
+    if axis is not None:
+        axis = _checked_axis(axis, len(shape))
+    strides: list[int] | None = [0] * len(shape)
+    blocks = None
+    if axis is not None and block_size is not None:
+        blocked = _blocked_shape(quantization, shape, axis, block_size)
+        if max(scale.ndim, zero_point.ndim) > 0:
+            strides = [int(np.prod(blocked[k + 1 :])) for k in range(len(shape))]
+            blocks = axis, int(block_size)
+    elif max(scale.ndim, zero_point.ndim) > 1:
+        raise ValueError(f"scale, zero_point: {scale.ndim} and {zero_point.ndim} axes, expected at most 1, or a block_size")
+    elif scale.size == zero_point.size == 1:
+        pass
+    elif axis is None:
+        strides = None
+    else:
+        check_channels(scale, zero_point, shape[axis])
+        strides = [int(k == axis) for k in range(len(shape))]
+    return scale.ravel(), zero_point.ravel(), strides, blocks
 
 
 _LARGEST = 2.0**50
@@ -208,7 +276,15 @@ def check_channels(scale: Any, zero_point: Any, channels: int) -> None:
 
 
 def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scale and zero point of any object that has both attributes, as float64, checked."""
+    """Scale and zero point of any object that has both attributes, one value or one per channel each, as float64, checked."""
+    scale, zero_point = _affine_parameters(quantization)
+    if scale.ndim > 1 or zero_point.ndim > 1:
+        raise ValueError(f"scale, zero_point: {scale.ndim} and {zero_point.ndim} axes, expected at most 1")
+    return scale, zero_point
+
+
+def _affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same, one value per block included."""
     scale = np.asarray(quantization.scale, dtype=np.float64)
     zero_point = np.asarray(quantization.zero_point, dtype=np.float64)
     if not (np.isfinite(scale) & (scale > 0)).all():
@@ -217,10 +293,8 @@ def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[n
         raise ValueError(f"zero_point: {zero_point}, expected integers of no more than 2^50")
     if 0 in (scale.size, zero_point.size):
         raise ValueError("scale, zero_point: no values, expected one, or one per channel")
-    if scale.ndim > 1 or zero_point.ndim > 1:
-        raise ValueError(f"scale, zero_point: {scale.ndim} and {zero_point.ndim} axes, expected at most 1")
     if scale.ndim and zero_point.ndim and scale.shape != zero_point.shape:
-        raise ValueError(f"scale, zero_point: lengths {len(scale)} and {len(zero_point)}, expected equal")
+        raise ValueError(f"scale, zero_point: shapes {scale.shape} and {zero_point.shape}, expected equal")
     return scale, zero_point
 
 
@@ -241,6 +315,5 @@ def _contiguous_reals(array: ArrayLike) -> NDArray[Any]:
 def _grids(quantization: Quantization, array: NDArray[Any], axis: int) -> tuple[Any, ...]:
     channels = array.shape[axis] if array.ndim else 1
     inner = int(np.prod(array.shape[axis:][1:])) if array.ndim else 1
-    scale = np.atleast_1d(np.asarray(quantization.scale, dtype=np.float64))
-    zero_point = np.atleast_1d(np.asarray(quantization.zero_point, dtype=np.float64))
-    return scale, zero_point, quantization.bits, channels, inner
+    scale, zero_point = affine_parameters(quantization)
+    return np.atleast_1d(scale), np.atleast_1d(zero_point), quantization.bits, channels, inner

@@ -204,3 +204,17 @@ def weight_error(
     taps = "".join(letter for letter in layout if letter in _SPACE) if mean.ndim > 1 else ""
     mean = mean.reshape(*mean.shape[:-1], size["G"], size["I"])
     return np.asarray(np.einsum(f"{layout},{taps}GI->GO", error, mean).ravel())
+
+
+def output_channels(shape: Sequence[int], groups: int, layout: str) -> NDArray[np.intp]:
+    """The output channel g*O+o of each weight, in a shape that broadcasts to theirs; arguments as in :func:`weight_error`."""
+    layout = layout.translate(_CANONICAL)
+    along = {
+        letter: np.arange(size).reshape([-1 if at == letter else 1 for at in layout]) for letter, size in zip(layout, shape)
+    }
+    outputs = shape[layout.index("O")]
+    if "G" in layout:
+        return np.asarray(along["G"] * outputs + along["O"])
+    if layout[0] == "I":
+        return np.asarray(along["I"] // (shape[0] // groups) * outputs + along["O"])
+    return np.asarray(along["O"])
