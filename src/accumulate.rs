@@ -398,7 +398,7 @@ const SHORT_RUN: usize = 4 * LANES;
 /// longer rows, leaping to and fro defeats the hardware prefetcher (measured: f32 at 256 channels halves) ...
 const SHORT_ROW_BYTES: usize = 256;
 
-/// ... unless the lanes take more than this, half of a common L1 cache, and so would leave it with every row: then eight rows
+/// ... unless the lanes take so much, half of a common L1 cache, that they would leave it with every row: then eight rows
 /// are added together (measured: f32 at 8192 channels doubles).
 const CACHED_BYTES: usize = 16 << 10;
 
@@ -430,24 +430,26 @@ fn add_rows_body<T: Element>(tier: Tier, rows: &[&[T]], lanes: &mut [T::Lane]) {
 #[inline(always)]
 fn add_each<'a, T: Element>(tier: Tier, rows: usize, row: impl Fn(usize) -> &'a [T], lanes: &mut [T::Lane]) {
     let mut done = 0;
-    if size_of_val(lanes) > CACHED_BYTES {
-        done = add_together::<T, 8>(rows, &row, lanes, tier);
+    if size_of_val(lanes) >= CACHED_BYTES {
+        done = add_together::<T, 8>(tier, 0..rows, &row, lanes);
+        done = add_together::<T, 4>(tier, done..rows, &row, lanes);
     } else if size_of::<T>() * lanes.len() <= SHORT_ROW_BYTES {
-        done = add_together::<T, 4>(rows, &row, lanes, tier);
+        done = add_together::<T, 4>(tier, 0..rows, &row, lanes);
     }
     for k in done..rows {
         T::add_row(row(k), lanes, tier);
     }
 }
 
-/// Adds groups of R rows, as many as there are, one stretch of lanes after the other. Returns the number of rows.
+/// Adds groups of R rows, as many as there are, one stretch of lanes after the other. Returns the first row that is left.
 #[inline(always)]
 fn add_together<'a, T: Element, const R: usize>(
-    rows: usize, row: impl Fn(usize) -> &'a [T], lanes: &mut [T::Lane], tier: Tier,
+    tier: Tier, rows: std::ops::Range<usize>, row: impl Fn(usize) -> &'a [T], lanes: &mut [T::Lane],
 ) -> usize {
     let (stretches, rest) = lanes.as_chunks_mut::<STRETCH>();
     let start = STRETCH * stretches.len();
-    for first in (0..rows / R * R).step_by(R) {
+    let end = rows.start + rows.len() / R * R;
+    for first in (rows.start..end).step_by(R) {
         let group: [&[T]; R] = std::array::from_fn(|k| row(first + k));
         let whole = group.map(|row| &row.as_chunks::<STRETCH>().0[..stretches.len()]);
         for (k, stretch) in stretches.iter_mut().enumerate() {
@@ -461,7 +463,7 @@ fn add_together<'a, T: Element, const R: usize>(
             T::add_row(&row[start..], rest, tier);
         }
     }
-    rows / R * R
+    end
 }
 
 /// Lanes that stay in registers while a group of rows is added.

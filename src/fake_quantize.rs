@@ -84,13 +84,12 @@ fn dequantized(q: f64, scale: f64, zero_point: f64) -> f64 {
     (q - zero_point) / scale
 }
 
-/// Adding 1.5 * 2^52 leaves no room for a fraction, in any CPU tier; beyond 2^51 a number is treated as its bound, which no
-/// grid of 32 bits can tell apart.
+/// Adding 1.5 * 2^52 leaves no room for a fraction, in any CPU tier. Beyond 2^51 it may round to even numbers, which no grid of
+/// 32 bits can tell apart.
 #[inline(always)]
 fn round_half_even(x: f64) -> f64 {
     const INTEGERS_ONLY: f64 = 6_755_399_441_055_744.0;
-    const LIMIT: f64 = 2_251_799_813_685_248.0;
-    (x.clamp(-LIMIT, LIMIT) + INTEGERS_ONLY) - INTEGERS_ONLY
+    (x + INTEGERS_ONLY) - INTEGERS_ONLY
 }
 
 /// The grids of all channels of an array.

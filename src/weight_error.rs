@@ -268,14 +268,18 @@ fn dots_together<T: Real, const R: usize>(rows: [(&[T], &[T]); R], mean: &[f64])
     let chunks = rows.map(|(w, q)| (&w.as_chunks::<LANES>().0[..whole], &q.as_chunks::<LANES>().0[..whole]));
     let mut lanes = [[0.0; LANES]; R];
     for (k, mean) in mean.as_chunks::<LANES>().0.iter().enumerate() {
-        for r in 0..R {
-            let (w, q) = (&chunks[r].0[k], &chunks[r].1[k]);
-            for j in 0..LANES {
-                lanes[r][j] += (w[j].widen() - q[j].widen()) * mean[j];
-            }
+        for (lanes, (w, q)) in lanes.iter_mut().zip(&chunks) {
+            add_errors_of(&w[k], &q[k], mean, lanes);
         }
     }
     std::array::from_fn(|r| finished(rows[r], mean, lanes[r]))
+}
+
+#[inline(always)]
+fn add_errors_of<T: Real>(w: &[T; LANES], q: &[T; LANES], mean: &[f64; LANES], lanes: &mut [f64; LANES]) {
+    for k in 0..LANES {
+        lanes[k] += (w[k].widen() - q[k].widen()) * mean[k];
+    }
 }
 
 /// Adds the rest of a row that fills no chunk, then the lanes pair by pair.
