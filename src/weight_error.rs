@@ -9,6 +9,8 @@
 //! Differences, products and sums are f64, in an order given by shape and strides of `W` alone. `W` and a given `Wq` are read
 //! once, in the memory order of `W`.
 
+use std::borrow::Cow;
+
 use crate::error::Error;
 use crate::fake_quantize::{Grids, Real};
 use crate::layout::{Axis, Elements, Nest};
@@ -169,13 +171,13 @@ fn plan<T>(
     Ok(Plan { nest: Nest::new(axes).in_memory_order(), shift_len: outputs * all_groups })
 }
 
-/// The mean's stride along each spatial axis: 0 where it is per channel.
+/// The mean's stride along each spatial axis; none where it is per channel.
 fn mean_strides(shape: &[usize], roles: &[Role], mean: &Mean, channels: usize) -> Result<Vec<isize>, Error> {
-    let taps: Vec<usize> = shape.iter().zip(roles).filter(|(_, r)| **r == Role::Space).map(|(&len, _)| len).collect();
-    let per_tap: Vec<usize> = taps.iter().copied().chain([channels]).collect();
     if mean.shape == [channels] {
-        return Ok(vec![0; taps.len()]);
+        return Ok(Vec::new());
     }
+    let taps = shape.iter().zip(roles).filter(|(_, role)| **role == Role::Space).map(|(&len, _)| len);
+    let per_tap: Vec<usize> = taps.chain([channels]).collect();
     if mean.shape != per_tap {
         return Err(Error::MeanShape { found: mean.shape.clone(), per_channel: vec![channels], per_tap });
     }
@@ -389,8 +391,14 @@ pub fn weight_error<T: Real>(
     let (nest, expanded) = contraction(&nest, mean.values);
     let operands = Operands { w: weights.elements, source, mean: &expanded };
     let bytes = 2 * nest.len() * size_of::<T>();
+    let mut parts = parallel::map(parts(nest), bytes, |part| operands.contract(part))?;
+    if let [(0, whole)] = parts.as_mut_slice()
+        && whole.len() == shift_len
+    {
+        return Ok(std::mem::take(whole));
+    }
     let mut shift = vec![0.0; shift_len];
-    for (start, part) in parallel::map(parts(&nest), bytes, |part| operands.contract(part))? {
+    for (start, part) in parts {
         shift[start..].iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     Ok(shift)
@@ -466,7 +474,7 @@ impl<'a, T: Real> Source<'a, T> {
 }
 
 /// The loops over weights, mean, shift and position, with the mean repeated where that lets runs merge.
-fn contraction(nest: &Nest<4>, mean: &[f64]) -> (Nest<4>, Vec<f64>) {
+fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> (Nest<4>, Cow<'a, [f64]>) {
     let mut position = nest.len() as isize;
     let axes = nest.axes.iter().map(|axis| {
         position /= axis.len as isize;
@@ -477,46 +485,52 @@ fn contraction(nest: &Nest<4>, mean: &[f64]) -> (Nest<4>, Vec<f64>) {
     let mut nest = Nest { axes: axes.collect(), origin: [w, m, s, 0] }.merged();
     let depends = repeated(&nest.axes);
     if !depends.contains(&true) {
-        return (nest, mean.to_vec());
+        return (nest, mean.into());
     }
     let axes = nest.axes.iter().zip(&depends).filter(|(_, depends)| **depends).map(|(axis, _)| *axis).collect();
     let source = Nest { axes, origin: nest.origin };
     let mut expanded = Vec::with_capacity(source.len());
-    source.walk(source.axes.len(), |[_, m, ..]| expanded.push(mean[m as usize]));
+    let depth = source.axes.len() - 1;
+    let inner = source.axes[depth];
+    source.walk(depth, |[_, m, ..]| {
+        expanded.extend((0..inner.len as isize).map(|k| mean[(m + k * inner.strides[1]) as usize]));
+    });
     let mut stride = 1;
     for (axis, _) in nest.axes.iter_mut().zip(&depends).rev().filter(|(_, depends)| **depends) {
         axis.strides[1] = stride;
         stride *= axis.len as isize;
     }
     nest.origin[1] = 0;
-    (nest.merged(), expanded)
+    (nest.merged(), expanded.into())
 }
 
-/// The axes that the mean is repeated along: none where rows of outputs meet one number each; else those that it depends on,
-/// the reduced ones where the innermost is, and the innermost where it is a few outputs of each group.
+/// The axes that the mean is repeated along: those that it depends on, the reduced ones, and the innermost where it is a few
+/// outputs of each group. None where rows of outputs meet the mean as it is.
 fn repeated(axes: &[Axis<4>]) -> Vec<bool> {
     let [outer @ .., inner] = axes else { return Vec::new() };
     let [w, mean, shift, _] = inner.strides;
     let joins = |outer: &Axis<4>| [outer.strides[0], outer.strides[2]] == [w, shift].map(|s| s * inner.len as isize);
-    if shift != 0 && mean == 0 && (inner.len >= FEW_OUTPUTS || !outer.last().is_some_and(joins)) {
+    let few = shift != 0 && mean == 0 && inner.len < FEW_OUTPUTS && outer.last().is_some_and(joins);
+    let one_each = few || (shift != 0 && mean != 0); // each output of a row meets a mean of its own
+    let reduced = |axis: &Axis<4>| axis.strides[2] == 0;
+    if shift != 0 && !one_each && !outer.iter().any(|axis| reduced(axis) && axis.strides[1] == 0) {
         return vec![false; axes.len()];
     }
-    let of = |(k, axis): (usize, &Axis<4>)| {
-        let reduced = shift == 0 && axis.strides[2] == 0;
-        axis.strides[1] != 0 || reduced || k + 1 == axes.len()
+    let along = |(k, axis): (usize, &Axis<4>)| {
+        axis.strides[1] != 0 || (reduced(axis) && !one_each) || (few && k == outer.len())
     };
-    axes.iter().enumerate().map(of).collect()
+    axes.iter().enumerate().map(along).collect()
 }
 
 /// Cuts a contraction by its size alone: along its longest axis but the innermost, whose runs stay whole up to [`RUN_BLOCK`].
-fn parts(nest: &Nest<4>) -> Vec<Nest<4>> {
+fn parts(nest: Nest<4>) -> Vec<Nest<4>> {
     let inner = nest.axes.len() - 1;
     let blocks = nest.axes[inner].len.div_ceil(RUN_BLOCK);
     let count = (nest.len() / PART).clamp(1, MAX_PARTS);
     let longest = (0..inner).max_by_key(|&k| nest.axes[k].len);
     let pieces = match longest {
         Some(longest) if count > blocks => nest.split(longest, count),
-        _ => vec![nest.clone()],
+        _ => vec![nest],
     };
     if blocks == 1 { pieces } else { pieces.into_iter().flat_map(|piece| piece.split(inner, blocks)).collect() }
 }
@@ -650,7 +664,7 @@ mod tests {
     fn rows_stay_whole_where_a_contraction_is_cut() {
         let axes = |strides: [[isize; 4]; 2]| strides.map(|strides| Axis { len: 4096, strides });
         for strides in [[[4096, 1, 0, 4096], [1, 0, 1, 1]], [[4096, 0, 1, 4096], [1, 1, 0, 1]]] {
-            let parts = parts(&Nest::new(axes(strides).to_vec()));
+            let parts = parts(Nest::new(axes(strides).to_vec()));
             assert_eq!(parts.len(), MAX_PARTS);
             assert!(parts.iter().all(|part| part.axes[1].len == 4096));
         }

@@ -119,8 +119,8 @@ class MeanBiasCorrector(BiasCorrector):
         """
         if not isinstance(weights, np.ndarray):
             weights = reference.native(weights, "weights")
+        layout = self._layout_of(weights) if self._layout is None else self._layout
         wide = weights.dtype.char in "dg"  # float64, longdouble
-        layout = self._layout_of(weights)
         return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
 
     def calculate_from_quantization(
@@ -158,7 +158,7 @@ class MeanBiasCorrector(BiasCorrector):
         array([ 0.2 , -0.25])
         """
         weights = reference.native(weights, "weights")
-        layout = self._layout_of(weights)
+        layout = self._layout_of(weights) if self._layout is None else self._layout
         if block_size is not None and axis is None:
             if "I" not in layout:
                 raise ValueError(f"block_size: {block_size}, but layout {layout!r} has no axis I; name the axis")
@@ -176,11 +176,11 @@ class MeanBiasCorrector(BiasCorrector):
             quantization, axis, block_size = Quantization(scale, zero_point, quantization.bits), 0, 1
         return self.calculate(weights, fake_quantize(weights, quantization, axis=axis or 0, block_size=block_size))
 
-    def _layout_of(self, weights: NDArray[Any]) -> str:
-        layout = _LAYOUT_OF_RANK.get(weights.ndim) if self._layout is None else self._layout
-        if layout is None:
+    @staticmethod
+    def _layout_of(weights: NDArray[Any]) -> str:
+        if weights.ndim not in _LAYOUT_OF_RANK:
             raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
-        return layout
+        return _LAYOUT_OF_RANK[weights.ndim]
 
 
 class AnalyticalBiasCorrector(MeanBiasCorrector):
