@@ -249,6 +249,22 @@ impl Classes {
         let of_position = (0..len as isize).map(|position| class_of(&mut taps, taps_at(window, position))).collect();
         Classes { of_position, taps }
     }
+
+    /// The classes of the positions of several axes, in C order; taps are not combined.
+    fn product(axes: &[Classes]) -> Self {
+        let one = Classes { of_position: vec![Some(0)], taps: vec![Vec::new()] };
+        axes.iter().fold(one, |outer, inner| {
+            let count = inner.taps.len();
+            let with = |class: &Option<usize>| {
+                let outer = *class;
+                inner.of_position.iter().map(move |class| Some(outer? * count + (*class)?)).collect::<Vec<_>>()
+            };
+            Classes {
+                of_position: outer.of_position.iter().flat_map(with).collect(),
+                taps: vec![Vec::new(); outer.taps.len() * count],
+            }
+        })
+    }
 }
 
 fn taps_at(window: &AxisWindow, position: isize) -> Vec<usize> {
@@ -271,8 +287,9 @@ fn class_of(classes: &mut Vec<Vec<usize>>, taps: Vec<usize>) -> Option<usize> {
     }))
 }
 
-/// Channels that one task of [`tap_sums`] takes: 64 int8 channels fill a cache line.
-const CHANNELS_PER_TASK: usize = 64;
+/// Planes of up to so many positions are summed over the batch position by position, where it has [`MANY_ROWS`]: their own rows
+/// are too short to be summed one by one.
+const SMALL_PLANE: usize = 1024;
 
 /// Sums per tap and channel of one sample (N, C, *S) or (N, *S, C), as (*K, C) in C order.
 ///
@@ -281,69 +298,129 @@ pub fn tap_sums<T: Element>(sample: &Sample<T>, windows: &[AxisWindow]) -> Resul
     let axis = |k: usize| Axis { len: sample.shape[k], strides: [sample.strides[k]] };
     let spatial: Vec<usize> = (1..sample.shape.len()).filter(|&k| k != sample.channel_axis).collect();
     let classes: Vec<Classes> = spatial.iter().zip(windows).map(|(&k, w)| Classes::new(axis(k).len, w)).collect();
-    let plane = Plane { elements: sample.elements, batch: axis(0), space: spatial.into_iter().map(axis).collect() };
     let channels = axis(sample.channel_axis);
     let taps: usize = windows.iter().map(|window| window.taps).product();
     let mut totals = vec![SumOf::<T>::default(); taps * channels.len];
     if classes.iter().any(|axis| axis.taps.is_empty()) {
         return Ok(totals); // no tap sees anything
     }
-    let starts: Vec<usize> = (0..channels.len).step_by(CHANNELS_PER_TASK).collect();
+    let space = spatial.into_iter().map(axis).collect();
+    let plane = Plane { elements: sample.elements, offset: 0, batch: axis(0), channels, space, classes: &classes };
     let bytes = sample.shape.iter().product::<usize>() * size_of::<T>();
-    let parts = parallel::map(starts.clone(), bytes, |start| {
-        let len = CHANNELS_PER_TASK.min(channels.len - start);
-        let offset = start as isize * channels.strides[0];
-        plane.class_sums(offset, Axis { len, ..channels }, &classes)
-    })?;
-    for (start, part) in starts.into_iter().zip(parts) {
-        scatter(&part, &classes, windows, &mut totals, start, channels.len);
+    let pieces = plane.pieces((bytes / TILE_BYTES).clamp(1, MAX_TILES));
+    for (start, sums) in parallel::map(pieces, bytes, |(start, piece)| (start, piece.class_sums()))? {
+        scatter(&sums, &classes, windows, &mut totals, start, channels.len);
     }
     Ok(totals)
 }
 
-/// All axes of a sample but the channel axis.
+/// A sample whose taps are summed, or a part of its batch or channels.
+#[derive(Clone)]
 struct Plane<'a, T> {
     elements: Elements<'a, T>,
+    /// Of its first element.
+    offset: isize,
     batch: Axis<1>,
+    channels: Axis<1>,
     space: Vec<Axis<1>>,
+    classes: &'a [Classes],
 }
 
 impl<T: Element> Plane<'_, T> {
-    /// Sums of each combination of classes for a range of channels, as (channels, *classes).
-    fn class_sums(&self, offset: isize, channels: Axis<1>, classes: &[Classes]) -> Vec<SumOf<T>> {
-        let combinations: usize = classes.iter().map(|c| c.taps.len()).product();
-        if channels.strides[0].abs() <= self.space.last().map_or(isize::MAX, |axis| axis.strides[0].abs()) {
-            let rows = self.row_sums(offset, channels, &self.space, classes);
+    /// At most `parts` pieces that share no channels where these are outermost, else no samples; with the first channel of each.
+    fn pieces(&self, parts: usize) -> Vec<(usize, Self)> {
+        let axis = if self.channels_are_inner() { self.batch } else { self.channels };
+        let len = axis.len.div_ceil(parts);
+        let piece = |start: usize| {
+            let mut piece = self.clone();
+            piece.offset += start as isize * axis.strides[0];
+            let cut = Axis { len: len.min(axis.len - start), ..axis };
+            if self.channels_are_inner() {
+                piece.batch = cut;
+                return (0, piece);
+            }
+            piece.channels = cut;
+            (start, piece)
+        };
+        (0..axis.len).step_by(len.max(1)).map(piece).collect()
+    }
+
+    fn channels_are_inner(&self) -> bool {
+        self.space.last().is_none_or(|axis| self.channels.strides[0].abs() <= axis.strides[0].abs())
+    }
+
+    /// Sums of each combination of classes, as (channels, *classes).
+    fn class_sums(&self) -> Vec<SumOf<T>> {
+        let Some((&inner, outer)) = self.space.split_last() else { return Vec::new() };
+        let (inner_classes, outer_classes) = (&self.classes[outer.len()], &self.classes[..outer.len()]);
+        let channels = self.channels;
+        if self.channels_are_inner() {
+            let combinations = count_of(self.classes);
+            let rows = match merged(inner, channels) {
+                Some(row) if count_of(outer_classes) * row.len <= COLUMNS => {
+                    let rows = self.row_sums(self.offset, row, outer, outer_classes);
+                    rows.chunks(row.len).flat_map(|row| folded(row, channels.len, inner_classes)).collect()
+                }
+                _ => self.row_sums(self.offset, channels, &self.space, self.classes),
+            };
             return transposed(&rows, combinations, channels.len);
         }
-        let (Some((&inner, outer)), Some((inner_classes, outer_classes))) =
-            (self.space.split_last(), classes.split_last())
-        else {
-            return Vec::new();
-        };
+        let plane = self.space.iter().rev().try_fold(Axis { len: 1, strides: [1] }, |plane, &axis| merged(axis, plane));
+        if let Some(plane) = plane
+            && let Some(all) = merged(channels, plane)
+            && plane.len <= SMALL_PLANE
+            && self.batch.len >= MANY_ROWS
+        {
+            let classes = Classes::product(self.classes);
+            let columns = (COLUMNS / plane.len).max(1) * plane.len;
+            let stretch = |start: usize| {
+                let columns = Axis { len: columns.min(all.len - start), ..all };
+                let rows = self.row_sums(self.offset + start as isize, columns, &[], &[]);
+                rows.chunks(plane.len).flat_map(|row| folded(row, 1, &classes)).collect::<Vec<_>>()
+            };
+            return (0..all.len).step_by(columns).flat_map(stretch).collect();
+        }
         let per_channel = |channel: usize| {
-            let rows = self.row_sums(offset + channel as isize * channels.strides[0], inner, outer, outer_classes);
-            rows.chunks(inner.len).flat_map(|row| fold_row(row, inner_classes)).collect::<Vec<_>>()
+            let offset = self.offset + channel as isize * channels.strides[0];
+            let rows = self.row_sums(offset, inner, outer, outer_classes);
+            rows.chunks(inner.len).flat_map(|row| folded(row, 1, inner_classes)).collect::<Vec<_>>()
         };
         (0..channels.len).flat_map(per_channel).collect()
     }
 
     /// Sums, as (*classes of `outer`, inner), of rows along `inner`.
     fn row_sums(&self, offset: isize, inner: Axis<1>, outer: &[Axis<1>], classes: &[Classes]) -> Vec<SumOf<T>> {
-        let combinations: usize = classes.iter().map(|c| c.taps.len()).product();
-        let lanes = combinations * inner.len;
+        let lanes = count_of(classes) * inner.len;
         let mut block = Block::<T>::new(lanes, lanes);
-        let mut row = Vec::new();
+        let (mut rows, mut class_of_rows, mut buffer) = (Vec::with_capacity(GATHERED), 0, Vec::new());
         for n in 0..self.batch.len as isize {
             visit(outer, classes, offset + n * self.batch.strides[0], 0, &mut |start, class| {
-                block.add_rows(
-                    class * inner.len,
-                    &[self.elements.gathered(start, inner.len, inner.strides[0], &mut row)],
-                );
+                if inner.strides[0] != 1 {
+                    let row = self.elements.gathered(start, inner.len, inner.strides[0], &mut buffer);
+                    return block.add_rows(class * inner.len, &[row]);
+                }
+                if class != class_of_rows || rows.len() == GATHERED {
+                    block.add_rows(class_of_rows * inner.len, &rows);
+                    rows.clear();
+                }
+                class_of_rows = class;
+                rows.push(self.elements.run(start, inner.len));
             });
         }
+        block.add_rows(class_of_rows * inner.len, &rows);
         block.finish(lanes)
     }
+}
+
+/// Two axes as one, where each step of the outer is as far as the inner reaches.
+fn merged(outer: Axis<1>, inner: Axis<1>) -> Option<Axis<1>> {
+    let merges = outer.len == 1 || outer.strides[0] == inner.strides[0] * inner.len as isize;
+    merges.then_some(Axis { len: outer.len * inner.len, ..inner })
+}
+
+/// Combinations of the classes of several axes.
+fn count_of(classes: &[Classes]) -> usize {
+    classes.iter().map(|axis| axis.taps.len()).product()
 }
 
 /// Calls `f` with the offset and the combined class of each position that some tap sees.
@@ -359,11 +436,12 @@ fn visit(axes: &[Axis<1>], classes: &[Classes], offset: isize, class: usize, f: 
     }
 }
 
-fn fold_row<A: Total>(row: &[A], classes: &Classes) -> Vec<A> {
-    let mut sums = vec![A::default(); classes.taps.len()];
-    for (&x, class) in row.iter().zip(&classes.of_position) {
+/// Positions, of `width` elements each, summed by their class: (classes, width).
+fn folded<A: Total>(positions: &[A], width: usize, classes: &Classes) -> Vec<A> {
+    let mut sums = vec![A::default(); classes.taps.len() * width];
+    for (position, class) in positions.chunks(width).zip(&classes.of_position) {
         if let Some(class) = class {
-            sums[*class].merge(x);
+            merge(&mut sums[class * width..], position);
         }
     }
     sums
