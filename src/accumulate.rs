@@ -11,6 +11,7 @@
 //! | i16, u16 | i32 | 2^15 | i64 | i128 |
 //! | i32, u32 | i64 | 2^20 | i128 | i128 |
 //! | i64, u64 | i128 | 2^20 | i128 | i128 |
+//! | int4, uint4, one in a byte | i16, u16 | 4096 | i64 | i128 |
 //! | two int4 or uint4 in a byte | both in one i32 | 4096 | two i64 | two i64 |
 //! | f16, bf16, f32 | f64 | 4096 | double-double | double-double |
 //! | f64 | double-double | 4096 | double-double | double-double |
@@ -240,6 +241,21 @@ element! {
     i64 => i128, 1 << 20, |x| x.into();
     u64 => i128, 1 << 20, |x| x.into();
     f32 => f64, REAL_ROWS, |x| x.into();
+}
+
+/// A 4-bit integer in the low half of a byte, whatever is in the other.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct Int4(pub u8);
+
+/// The same, unsigned.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct UInt4(pub u8);
+
+element! {
+    Int4 => i16, 1 << 12, |x| i16::from((x.0 << 4) as i8 >> 4);
+    UInt4 => u16, 1 << 12, |x| u16::from(x.0 & 15);
 }
 
 /// Rows of a block of real numbers. Fixed: it decides the order of the sum.

@@ -16,7 +16,7 @@ from biascorr.correctors import (
     MeanBiasCorrector,
     NullBiasCorrector,
 )
-from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantize
+from biascorr.quantization import BiasCorrectionType, PackedInt4, Quantization, fake_quantize
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "LayerReport",
     "MeanBiasCorrector",
     "NullBiasCorrector",
+    "PackedInt4",
     "Quantization",
     "correct",
     "fake_quantize",

@@ -10,12 +10,12 @@ use numpy::{
     Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArray,
     PyUntypedArrayMethods,
 };
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use super::detach::detached;
-use crate::accumulate::{Compensated, SumOf};
-use crate::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
+use crate::accumulate::{Compensated, Int4, Packed, SumOf, UInt4};
+use crate::channel_mean::{AxisWindow, Sample, channel_sums, packed_channel_sums, tap_sums};
 use crate::layout::Elements;
 use crate::weight_error::Tensor;
 
@@ -108,27 +108,36 @@ macro_rules! any_view {
         /// A view of any dtype that [`crate::channel_mean`] sums.
         pub enum AnyView<'py> {
             $($name(View<'py, $stored, $element>),)*
+            PackedI4(PackedView<'py, true>),
+            PackedU4(PackedView<'py, false>),
         }
 
         impl<'py> AnyView<'py> {
             /// `index` is the number that errors give the sample.
             pub fn new(object: &Bound<'py, PyAny>, index: usize) -> PyResult<Self> {
+                if let Some(view) = of_four_bits(object)? {
+                    return Ok(view);
+                }
                 let array = untyped(object, || format!("samples[{index}]"))?;
                 match array.dtype().char() {
                     $($($char)|+ => Ok(AnyView::$name(View::new(array.cast()?)?)),)*
-                    _ => bfloat16(&array),
+                    _ => Ok(AnyView::BF16(bits_of(&array, "uint16")?)),
                 }
             }
 
             pub fn shape(&self) -> &[usize] {
                 match self {
                     $(AnyView::$name(view) => view.shape(),)*
+                    AnyView::PackedI4(view) => &view.shape,
+                    AnyView::PackedU4(view) => &view.shape,
                 }
             }
 
             fn bytes(&self) -> usize {
                 match self {
                     $(AnyView::$name(view) => view.array.len() * size_of::<$stored>(),)*
+                    AnyView::PackedI4(view) => view.bytes.array.len(),
+                    AnyView::PackedU4(view) => view.bytes.array.len(),
                 }
             }
 
@@ -148,6 +157,15 @@ macro_rules! any_view {
                             let totals = SumOf::<$element>::of(sums);
                             detached(py, bytes, || channel_sums(&samples, totals))?;
                         })*
+                        AnyView::PackedI4(_) | AnyView::PackedU4(_) => {
+                            for view in alike {
+                                match view {
+                                    AnyView::PackedI4(view) => view.add_channel_sums(py, axis, i128::of(sums))?,
+                                    AnyView::PackedU4(view) => view.add_channel_sums(py, axis, i128::of(sums))?,
+                                    _ => {}
+                                }
+                            }
+                        }
                     }
                 }
                 Ok(())
@@ -162,12 +180,16 @@ macro_rules! any_view {
                         let sample = view.sample(axis);
                         *SumOf::<$element>::of(sums) = detached(py, self.bytes(), || tap_sums(&sample, windows))?;
                     })*
+                    AnyView::PackedI4(_) | AnyView::PackedU4(_) => {
+                        return Err(PyTypeError::new_err("sample: a PackedInt4, expected an array"));
+                    }
                 }
                 Ok(())
             }
         }
     };
 }
+// The dtypes of ml_dtypes are known by other means than a character that numpy would use.
 any_view! {
     I8(i8, i8): b'b';
     U8(u8, u8): b'B';
@@ -179,14 +201,62 @@ any_view! {
     U64(u64, u64): b'L' | b'Q';
     F16(f16, f16): b'e';
     BF16(u16, bf16): b'\0';
+    I4(u8, Int4): b'\x01';
+    U4(u8, UInt4): b'\x02';
     F32(f32, f32): b'f';
     F64(f64, f64): b'd';
 }
 
-/// bfloat16 is a dtype of ml_dtypes; numpy knows its bits only.
-fn bfloat16<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<AnyView<'py>> {
-    let bits = array.call_method1("view", ("uint16",))?;
-    Ok(AnyView::BF16(View::new(bits.cast()?)?))
+/// A `biascorr.PackedInt4`.
+pub struct PackedView<'py, const SIGNED: bool> {
+    bytes: View<'py, u8, Packed<SIGNED>>,
+    shape: Vec<usize>,
+}
+
+impl<'py, const SIGNED: bool> PackedView<'py, SIGNED> {
+    fn new(object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let bytes = View::new(object.getattr("data")?.cast()?)?;
+        let shape: Vec<usize> = object.getattr("shape")?.extract()?;
+        if bytes.shape() != [shape.iter().product::<usize>().div_ceil(2)] || bytes.strides != [1] {
+            return Err(PyValueError::new_err(format!("data: {:?} bytes for shape {shape:?}", bytes.shape())));
+        }
+        Ok(PackedView { bytes, shape })
+    }
+
+    fn add_channel_sums(&self, py: Python<'py>, axis: isize, totals: &mut [i128]) -> PyResult<()> {
+        let (bytes, shape) = (self.bytes.elements(), self.shape.as_slice());
+        let axis = channel_axis_of(shape, axis);
+        detached(py, self.bytes.array.len(), || packed_channel_sums(bytes, shape, axis, totals))
+    }
+}
+
+/// The object as a view where it holds 4-bit integers: packed, or in a dtype of ml_dtypes.
+fn of_four_bits<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<AnyView<'py>>> {
+    let Ok(array) = object.cast::<PyUntypedArray>() else {
+        if !object.get_type().getattr("__name__")?.eq("PackedInt4")? {
+            return Ok(None);
+        }
+        let signed: bool = object.getattr("signed")?.extract()?;
+        let view = if signed {
+            AnyView::PackedI4(PackedView::new(object)?)
+        } else {
+            AnyView::PackedU4(PackedView::new(object)?)
+        };
+        return Ok(Some(view));
+    };
+    if KNOWN.contains(&array.dtype().char()) {
+        return Ok(None);
+    }
+    match array.dtype().getattr("name")?.extract::<&str>()? {
+        "int4" => Ok(Some(AnyView::I4(bits_of(array, "uint8")?))),
+        "uint4" => Ok(Some(AnyView::U4(bits_of(array, "uint8")?))),
+        _ => Ok(None),
+    }
+}
+
+/// The dtypes of ml_dtypes have no type here; their bits do.
+fn bits_of<'py, T: NumpyElement, E: Copy>(array: &Bound<'py, PyUntypedArray>, bits: &str) -> PyResult<View<'py, T, E>> {
+    View::new(array.call_method1("view", (bits,))?.cast()?)
 }
 
 /// Both weight tensors in the one type they are subtracted in.
@@ -209,11 +279,14 @@ impl<'py> Weights<'py> {
     }
 }
 
+/// What numpy calls the dtypes that have a type here.
+const KNOWN: &[u8] = b"bBhHiIlqLQefd";
+
 /// The object as an array that is aligned, in native byte order, and of a dtype in the table above.
 fn untyped<'py>(object: &Bound<'py, PyAny>, name: impl Fn() -> String) -> PyResult<Bound<'py, PyUntypedArray>> {
     if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
         let dtype = array.dtype();
-        let known = b"bBhHiIlqLQefd".contains(&dtype.char());
+        let known = KNOWN.contains(&dtype.char());
         if known && array.is_aligned() && dtype.is_native_byteorder() != Some(false) {
             return Ok(array.clone());
         }
