@@ -308,7 +308,7 @@ macro_rules! half_element {
         }
 
         #[inline(always)]
-        fn $add_eight(eight: &[$half; 8], lanes: &mut [f64; 8], tier: Tier) {
+        fn $add_eight(eight: &[$half; 8], lanes: &mut [f64; 8], #[allow(unused)] tier: Tier) {
             #[cfg(target_arch = "x86_64")]
             #[expect(unsafe_code, reason = "calls leaves that need CPU features")]
             match tier {
@@ -316,7 +316,7 @@ macro_rules! half_element {
                 Tier::Avx512 => return unsafe { add_f32s_avx512($widen_avx2(eight), lanes) },
                 // SAFETY: as above.
                 Tier::Avx2 => return unsafe { add_f32s_avx2($widen_avx2(eight), lanes) },
-                Tier::Baseline => {}
+                _ => {}
             }
             for (x, lane) in eight.iter().zip(lanes) {
                 x.add_to(lane);

@@ -1,15 +1,18 @@
 //! CPU tiers: the same scalar body compiled for several instruction sets, chosen once a process.
 //!
 //! A body is written with fixed lane counts and without fused multiply-add, so that every tier gives the same bits; the
-//! tiers differ in speed alone. `BIASCORR_MAX_ISA` (`baseline`, `avx2`, `avx512`) forces a lower tier.
+//! tiers differ in speed alone. `BIASCORR_MAX_ISA` (`baseline`, `avx2`, `avx512`) forces a lower tier. Every armv8-a CPU has
+//! NEON, which the bodies are compiled for there as they are.
 
 use std::sync::OnceLock;
 
 /// An instruction set that kernels are compiled for, lowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tier {
-    /// Plain x86-64 or armv8-a.
+    /// Plain x86-64.
     Baseline,
+    /// armv8-a.
+    Neon,
     /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -17,17 +20,20 @@ pub enum Tier {
 }
 
 impl Tier {
+    const ALL: [Tier; 4] = [Tier::Baseline, Tier::Neon, Tier::Avx2, Tier::Avx512];
+
     /// The name that `BIASCORR_MAX_ISA` and `show_config` use.
     pub fn name(self) -> &'static str {
         match self {
             Tier::Baseline => "baseline",
+            Tier::Neon => "neon",
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
         }
     }
 
     fn from_name(name: &str) -> Option<Tier> {
-        [Tier::Baseline, Tier::Avx2, Tier::Avx512].into_iter().find(|tier| tier.name() == name)
+        Tier::ALL.into_iter().find(|tier| tier.name() == name)
     }
 }
 
@@ -56,7 +62,7 @@ fn probe() -> Tier {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn probe() -> Tier {
-    Tier::Baseline
+    if cfg!(target_arch = "aarch64") { Tier::Neon } else { Tier::Baseline }
 }
 
 /// Defines a function that runs an `#[inline(always)]` body compiled for the tier in use, which is its first argument.
@@ -84,7 +90,7 @@ macro_rules! tiered {
                 $crate::simd::Tier::Avx512 => return unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 $crate::simd::Tier::Avx2 => return unsafe { avx2($($arg),*) },
-                $crate::simd::Tier::Baseline => {}
+                _ => {}
             }
             $body($crate::simd::Tier::Baseline, $($arg),*)
         }
@@ -98,7 +104,7 @@ mod tests {
 
     #[test]
     fn names_are_read_back() {
-        for tier in [Tier::Baseline, Tier::Avx2, Tier::Avx512] {
+        for tier in Tier::ALL {
             assert_eq!(Tier::from_name(tier.name()), Some(tier));
         }
         assert_eq!(Tier::from_name("sse9"), None);

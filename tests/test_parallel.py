@@ -15,33 +15,47 @@ from arrays import random_array
 
 DIGEST = """
 import hashlib
+import ml_dtypes
 import numpy as np
-from biascorr import MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean, set_num_threads
+from biascorr import MeanBiasCorrector, PackedInt4, Quantization, fake_quantize, prepare_input_mean, set_num_threads
 from biascorr.statistics import TapMean, Window
 
 rng = np.random.default_rng(0)
 real = rng.standard_normal((2, 300, 70, 33))
 weights = rng.standard_normal((3, 3, 300, 200))
 window = Window((3, 3), (2, 1), (1, 2), ((1, 1), (2, 2)))
+bytes = rng.integers(0, 256, 999_999, np.uint8)
 for threads in (1, 2, 3, 4):
     set_num_threads(threads)
     digest = hashlib.sha256()
-    for dtype in ("float16", "float32", "float64", "int8", "int64"):
-        sample = (100 * real).astype(dtype)
-        for view in (sample, np.moveaxis(sample, 1, -1), sample[:, ::2, 1:], sample[0, :3]):
+    for dtype in ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "int4"):
+        whole = (100 * real).astype("int8") if dtype in ("uint8", "int4") else 100 * real
+        sample = whole.astype(getattr(ml_dtypes, dtype, dtype))
+        flat = sample.ravel()
+        wide, long = flat[: 600 * 2048].reshape(600, 2048), flat[: 12 * 99_999].reshape(4, 3, 99_999)
+        views = sample, np.moveaxis(sample, 1, -1), sample[:, ::2, 1:], sample[0, :3], wide, wide.T, np.moveaxis(long, 1, -1)
+        for view in views:
             digest.update(prepare_input_mean([view, view[:1]], None))
-        taps = TapMean(window)
-        taps.update(sample)
-        digest.update(taps.mean())
+        if dtype != "int4":
+            for channel_axis in (1, 3):
+                taps = TapMean(window, channel_axis=channel_axis)
+                taps.update(sample)
+                digest.update(taps.mean())
+    for signed in (True, False):
+        for shape in ((333_333, 6), (666_666, 3)):
+            digest.update(prepare_input_mean([PackedInt4(bytes, shape, signed)], None))
     for dtype in ("float32", "float64"):
         w = weights.astype(dtype)
         wq = fake_quantize(w, Quantization(scale=20.0))
         digest.update(wq)
         digest.update(fake_quantize(w, Quantization(scale=np.linspace(1.0, 30.0, 200))))
-        for layout in ("HWIO", "HWOI"):
-            mean = rng.standard_normal(300 if layout == "HWIO" else 200)
-            rng = np.random.default_rng(1)
-            digest.update(MeanBiasCorrector(np.ones(len(mean)) / 3, layout=layout).calculate(w, wq))
+        for layout in ("HWIO", "HWOI", "HWCM", "OIHW", "IOHW"):
+            corrector = MeanBiasCorrector(np.arange(w.shape[max(layout.find("I"), layout.find("C"))]) / 3, layout=layout)
+            given = corrector.calculate(w, wq)
+            digest.update(given)
+            computed = corrector.calculate_from_quantization(w, Quantization(scale=20.0))
+            assert given.tobytes() == computed.tobytes(), layout
+            digest.update(corrector.calculate_from_quantization(w, Quantization(np.linspace(1.0, 30.0, len(given)))))
     print(threads, digest.hexdigest())
 """
 
@@ -149,3 +163,38 @@ for view in (sample, sample.T, sample[::-1, ::2], sample.reshape(64, -1, 1 << 19
     print(peak() - before)
 """
     assert all(int(line) < 16_384 for line in run(code).splitlines())  # kilobytes, for samples of 256 MB
+
+
+def test_no_kernel_takes_memory_that_grows_with_what_it_reads():
+    code = """
+import resource
+import ml_dtypes
+import numpy as np
+from biascorr import MeanBiasCorrector, PackedInt4, Quantization, prepare_input_mean
+from biascorr.statistics import TapMean, Window
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bytes = np.ones(128 << 20, np.uint8)
+taps = TapMean(Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))))
+weights, quantized = np.ones((4096, 4096), np.float32), np.zeros((4096, 4096), np.float32)
+per_block = np.full((16, 4096), 2.0)
+kernels = {
+    "int4": lambda size: prepare_input_mean([bytes[: size << 20].view(ml_dtypes.int4).reshape(-1, 64)], None),
+    "packed": lambda size: prepare_input_mean([PackedInt4(bytes[: size << 20], (size << 15, 64))], None),
+    "taps": lambda size: taps.update(bytes[: size << 20].reshape(-1, 64, 32, 32)),
+    "IO": lambda size: MeanBiasCorrector(np.ones(32 * size)).calculate(weights[: 32 * size], quantized[: 32 * size]),
+    "OI": lambda size: MeanBiasCorrector(np.ones(4096), layout="OI").calculate(weights[: 32 * size], quantized[: 32 * size]),
+    "grid": lambda size: MeanBiasCorrector(np.ones(4096), layout="OI").calculate_from_quantization(
+        weights[: 32 * size], Quantization(2.0)
+    ),
+    "blocks": lambda size: MeanBiasCorrector(np.ones(32 * size)).calculate_from_quantization(
+        weights[: 32 * size], Quantization(per_block[: size // 8], 0, 4), block_size=256
+    ),
+}
+for name, kernel in kernels.items():
+    kernel(8)
+    before = peak()
+    kernel(128)
+    print(name, peak() - before)
+"""
+    growth = {name: int(kilobytes) for name, kilobytes in map(str.split, run(code).splitlines())}
+    assert all(kilobytes < 8192 for kilobytes in growth.values()), growth  # for 128 MB each
