@@ -38,7 +38,7 @@ def native(array: Any, name: str) -> NDArray[Any]:
     if dtype.kind == "b":
         return np.asarray(array, dtype=np.uint8)
     if issubclass(dtype.type, (np.float16, np.float32, np.float64)) or dtype.char in "bBhHiIlLqQ":
-        return np.array(array, dtype=dtype.newbyteorder("="))
+        return np.require(array, dtype=dtype.newbyteorder("="), requirements="A")
     if dtype.name == "bfloat16":
         return np.require(array, requirements="A")
     if dtype.type is np.longdouble:
