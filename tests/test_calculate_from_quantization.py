@@ -181,3 +181,16 @@ def test_depthwise_has_no_input_axis_to_divide():
     weights = random_array((3, 3, 8, 2), "float32")
     with pytest.raises(ValueError, match="axis"):
         MeanBiasCorrector(np.ones(8), layout="HWCM").calculate_from_quantization(weights, Quantization(2.0), block_size=2)
+
+
+@pytest.mark.parametrize("memory", ["reversed", "broadcast"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_are_walked_in_their_own_memory_order(dtype, memory):
+    weights = np.tile(random_array((9, 250), dtype), 2)
+    weights = weights[::-1, ::-1] if memory == "reversed" else np.broadcast_to(weights[0], weights.shape)
+    mean = np.random.default_rng(1).standard_normal(500)
+    mean[250:] = -mean[:250]  # what is left is rounding, so that float32 shows the order
+    corrector = MeanBiasCorrector(mean, layout="OI")
+    for quantization in (Quantization(3.0), Quantization(np.linspace(1.0, 3.0, 9))):
+        found = corrector.calculate_from_quantization(weights, quantization)
+        same_bits(found, corrector.calculate(weights, fake_quantize(weights, quantization, axis=0)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrays import FLOATS, INTEGERS, LAYOUTS, SMALL_FLOATS, random_array
-from biascorr import ChannelMean, Quantization, prepare_input_mean
+from biascorr import ChannelMean, Quantization, prepare_input_mean, reference
 from comparisons import COMPARISONS
 
 CHANNELS = COMPARISONS["channel_sums"]
@@ -316,3 +316,10 @@ def test_the_mean_is_affine_in_the_samples(a, b, seed):
     sample = random_array((50, 4), "float64", seed)
     mean = prepare_input_mean([sample], None)
     np.testing.assert_allclose(prepare_input_mean([sample * b + a], None), mean * b + a, rtol=1e-12, atol=1e-11)
+
+
+def test_what_a_kernel_takes_as_it_is_stays_where_it_is():
+    for dtype in ("int8", "uint64", "float16", "bfloat16", "float64"):
+        for layout in ("contiguous", "reversed", "memory_mapped"):
+            sample = LAYOUTS[layout](random_array((4, 3), dtype))
+            assert np.shares_memory(reference.native(sample, "sample"), sample)

@@ -12,6 +12,7 @@ use numpy::{
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::IntoPyDict;
 
 use super::detach::detached;
 use crate::accumulate::{Compensated, Int4, Packed, SumOf, UInt4};
@@ -274,7 +275,8 @@ impl<'py> Weights<'py> {
         if let [Ok(w), Ok(q)] = pair.each_ref().map(|array| array.cast::<PyArrayDyn<f32>>()) {
             return Ok(Weights::F32([View::new(w)?, View::new(q)?]));
         }
-        let [w, q] = pair.map(|array| array.call_method1("astype", ("float64",)));
+        let no_copy = [("copy", false)].into_py_dict(weights.py())?;
+        let [w, q] = pair.map(|array| array.call_method("astype", ("float64",), Some(&no_copy)));
         Ok(Weights::F64([View::new(w?.cast()?)?, View::new(q?.cast()?)?]))
     }
 }
