@@ -231,3 +231,11 @@ def test_values_on_the_grid_stay_and_others_move_at_most_half_a_step(scale, zero
     moved = fake_quantize(values, quantization)
     assert (np.abs(moved - values) <= quantization.step / 2 * (1 + 1e-12)).all()
     np.testing.assert_array_equal(fake_quantize(moved, quantization), moved)
+
+
+@pytest.mark.skipif(int(np.__version__.split(".")[0]) < 2, reason="numpy 1 has no more than 32 axes")
+def test_more_axes_than_numpy_1_had():
+    array = np.full((1,) * 64, 0.26, np.float32)
+    quantization = Quantization(4.0)
+    assert fake_quantize(array, quantization).item() == 0.25
+    assert quantization.dequantize(quantization.quantize(array)).shape == array.shape

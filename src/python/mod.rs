@@ -244,7 +244,7 @@ fn grids_of((scale, zero_point, bits, channels, inner): &PyGrids<'_>) -> PyResul
 fn quantize_as<'py, T: Real + Element, Q: Quantized + Element>(
     array: &PyReadonlyArrayDyn<'py, T>, grids: &Grids,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let out = PyArrayDyn::<Q>::zeros(array.py(), array.as_array().shape(), false);
+    let out = PyArrayDyn::<Q>::zeros(array.py(), array.shape(), false);
     let (xs, mut qs) = (array.as_slice()?, out.try_readwrite()?);
     let qs = qs.as_slice_mut()?;
     detached(array.py(), size_of_val(xs), || fake_quantize::quantize(xs, grids, qs))?;
@@ -276,7 +276,7 @@ fn dequantize_as<'py, Q: Quantized + Element, T: Real + Element>(
     array: &PyReadonlyArrayDyn<'py, Q>, grids: &PyGrids<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let grids = grids_of(grids)?;
-    let out = PyArrayDyn::<T>::zeros(array.py(), array.as_array().shape(), false);
+    let out = PyArrayDyn::<T>::zeros(array.py(), array.shape(), false);
     let (qs, mut xs) = (array.as_slice()?, out.try_readwrite()?);
     let xs = xs.as_slice_mut()?;
     detached(array.py(), size_of_val(qs), || fake_quantize::dequantize(qs, &grids, xs))?;
@@ -302,7 +302,7 @@ fn fake_quantize_as<'py, T: Real + Element>(
     array: &PyReadonlyArrayDyn<'py, T>, grids: &PyGrids<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let grids = grids_of(grids)?;
-    let out = PyArrayDyn::<T>::zeros(array.py(), array.as_array().shape(), false);
+    let out = PyArrayDyn::<T>::zeros(array.py(), array.shape(), false);
     let (xs, mut ys) = (array.as_slice()?, out.try_readwrite()?);
     let ys = ys.as_slice_mut()?;
     detached(array.py(), size_of_val(xs), || fake_quantize::fake_quantize(xs, &grids, ys))?;
