@@ -239,3 +239,9 @@ def test_more_axes_than_numpy_1_had():
     quantization = Quantization(4.0)
     assert fake_quantize(array, quantization).item() == 0.25
     assert quantization.dequantize(quantization.quantize(array)).shape == array.shape
+
+
+@pytest.mark.parametrize("block_size", [4, 10**15, 2**70])
+def test_a_block_may_be_longer_than_its_axis(block_size):
+    found = fake_quantize(np.full((2, 3), 0.26), Quantization([[4], [1]]), axis=1, block_size=block_size)
+    np.testing.assert_array_equal(found, [[0.25] * 3, [0.0] * 3])

@@ -250,7 +250,8 @@ def fake_quantize(
     else:
         shape = _blocked_shape(quantization, array.shape, axis, block_size)
         scale, zero_point = _affine_parameters(quantization)
-        scale, zero_point = (np.repeat(np.broadcast_to(x, shape), block_size, axis=axis) for x in (scale, zero_point))
+        repeats = min(block_size, array.shape[axis])
+        scale, zero_point = (np.repeat(np.broadcast_to(x, shape), repeats, axis=axis) for x in (scale, zero_point))
         kept = tuple(slice(length) for length in array.shape)
         result = reference.fake_quantize(array, scale[kept], zero_point[kept], quantization.bits)
     return result.astype(given) if narrow else result
