@@ -194,3 +194,13 @@ def test_weights_are_walked_in_their_own_memory_order(dtype, memory):
     for quantization in (Quantization(3.0), Quantization(np.linspace(1.0, 3.0, 9))):
         found = corrector.calculate_from_quantization(weights, quantization)
         same_bits(found, corrector.calculate(weights, fake_quantize(weights, quantization, axis=0)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_no_weights_at_all(dtype):
+    corrector = MeanBiasCorrector(np.ones(0))
+    weights = np.zeros((0, 3), dtype)
+    found = corrector.calculate_from_quantization(weights, Quantization(np.ones(3)))
+    same_bits(found, np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="scale, zero_point: 4 values|scale: 4 values"):
+        corrector.calculate_from_quantization(weights, Quantization(np.ones(4)))

@@ -169,9 +169,11 @@ class MeanBiasCorrector(BiasCorrector):
             grids = scale, zero_point, quantization.bits, strides, blocks
             return _kernels.weight_error_from_grids(weights, grids, self._mean, self._groups, layout)
         if strides is None:  # a grid for each weight
-            self.calculate(weights, weights)  # refuses what does not fit before channels are counted
+            zeros = self.calculate(weights, weights)  # refuses what does not fit before channels are counted
+            check_channels(scale, zero_point, len(zeros))
+            if weights.size == 0:
+                return zeros
             channels = reference.output_channels(weights.shape, self._groups, layout)
-            check_channels(scale, zero_point, int(channels.max()) + 1)
             scale, zero_point = (np.broadcast_to(x[channels] if x.size > 1 else x, weights.shape) for x in (scale, zero_point))
             quantization, axis, block_size = Quantization(scale, zero_point, quantization.bits), 0, 1
         return self.calculate(weights, fake_quantize(weights, quantization, axis=axis or 0, block_size=block_size))
