@@ -245,3 +245,8 @@ def test_more_axes_than_numpy_1_had():
 def test_a_block_may_be_longer_than_its_axis(block_size):
     found = fake_quantize(np.full((2, 3), 0.26), Quantization([[4], [1]]), axis=1, block_size=block_size)
     np.testing.assert_array_equal(found, [[0.25] * 3, [0.0] * 3])
+
+
+def test_a_scalar_has_no_blocks():
+    with pytest.raises(ValueError, match="block_size: 2, the array has no axes"):
+        fake_quantize(1.0, Quantization(), block_size=2)

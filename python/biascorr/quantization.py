@@ -267,6 +267,8 @@ def _blocked_shape(quantization: Any, shape: tuple[int, ...], axis: int, block_s
     """What scale and zero point have one value each of; raises ValueError where they have not."""
     if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or block_size < 1:
         raise ValueError(f"block_size: {block_size}, expected an integer of at least 1")
+    if not shape:
+        raise ValueError(f"block_size: {block_size}, the array has no axes")
     blocked = (*shape[:axis], -(-shape[axis] // int(block_size)), *shape[axis + 1 :])
     for name in ("scale", "zero_point"):
         found = np.shape(getattr(quantization, name))
