@@ -325,7 +325,10 @@ fn class_of(classes: &mut Vec<Vec<usize>>, taps: Vec<usize>) -> Option<usize> {
 
 /// Planes of up to so many positions are summed over the batch position by position, where it has [`MANY_ROWS`]: their own rows
 /// are too short to be summed one by one.
-const SMALL_PLANE: usize = 1024;
+const SMALL_PLANE: usize = 4096;
+
+/// Parts of a batch that is summed position by position: each has a lane per position to fold.
+const BATCH_PARTS: usize = 4;
 
 /// Sums per tap and channel of one sample (N, C, *S) or (N, *S, C), as (*K, C) in C order.
 ///
@@ -363,22 +366,44 @@ struct Plane<'a, T> {
 }
 
 impl<T: Element> Plane<'_, T> {
-    /// At most `parts` pieces that share no channels where these are outermost, else no samples; with the first channel of each.
+    /// Pieces that can be summed apart, each with its first channel: of the batch where channels are innermost, else of channels,
+    /// as many as make long rows where planes are small.
     fn pieces(&self, parts: usize) -> Vec<(usize, Self)> {
-        let axis = if self.channels_are_inner() { self.batch } else { self.channels };
-        let len = axis.len.div_ceil(parts);
-        let piece = |start: usize| {
-            let mut piece = self.clone();
-            piece.offset += start as isize * axis.strides[0];
-            let cut = Axis { len: len.min(axis.len - start), ..axis };
-            if self.channels_are_inner() {
-                piece.batch = cut;
-                return (0, piece);
-            }
-            piece.channels = cut;
-            (start, piece)
+        if self.channels_are_inner() {
+            return self.cut_batch(parts).into_iter().map(|piece| (0, piece)).collect();
+        }
+        let Some(columns) = self.columns() else { return self.cut_channels(self.channels.len.div_ceil(parts)) };
+        let pieces = self.cut_channels((COLUMNS / columns.plane).max(1)).into_iter();
+        pieces
+            .flat_map(|(start, piece)| piece.cut_batch(parts.min(BATCH_PARTS)).into_iter().map(move |p| (start, p)))
+            .collect()
+    }
+
+    fn cut_batch(&self, parts: usize) -> Vec<Self> {
+        let len = self.batch.len.div_ceil(parts).max(MANY_ROWS);
+        let piece = |start: usize| Plane {
+            offset: self.offset + start as isize * self.batch.strides[0],
+            batch: Axis { len: len.min(self.batch.len - start), ..self.batch },
+            ..self.clone()
         };
-        (0..axis.len).step_by(len.max(1)).map(piece).collect()
+        (0..self.batch.len).step_by(len).map(piece).collect()
+    }
+
+    fn cut_channels(&self, len: usize) -> Vec<(usize, Self)> {
+        let piece = |start: usize| Plane {
+            offset: self.offset + start as isize * self.channels.strides[0],
+            channels: Axis { len: len.min(self.channels.len - start), ..self.channels },
+            ..self.clone()
+        };
+        (0..self.channels.len).step_by(len.max(1)).map(|start| (start, piece(start))).collect()
+    }
+
+    /// All positions of all channels as one row, where that is worth it.
+    fn columns(&self) -> Option<Columns> {
+        let one = Axis { len: 1, strides: [1] };
+        let plane = self.space.iter().rev().try_fold(one, |plane, &axis| merged(axis, plane))?;
+        let row = merged(self.channels, plane)?;
+        (plane.len <= SMALL_PLANE && self.batch.len >= MANY_ROWS).then_some(Columns { row, plane: plane.len })
     }
 
     fn channels_are_inner(&self) -> bool {
@@ -401,20 +426,10 @@ impl<T: Element> Plane<'_, T> {
             };
             return transposed(&rows, combinations, channels.len);
         }
-        let plane = self.space.iter().rev().try_fold(Axis { len: 1, strides: [1] }, |plane, &axis| merged(axis, plane));
-        if let Some(plane) = plane
-            && let Some(all) = merged(channels, plane)
-            && plane.len <= SMALL_PLANE
-            && self.batch.len >= MANY_ROWS
-        {
+        if let Some(Columns { row, plane }) = self.columns() {
             let classes = Classes::product(self.classes);
-            let columns = (COLUMNS / plane.len).max(1) * plane.len;
-            let stretch = |start: usize| {
-                let columns = Axis { len: columns.min(all.len - start), ..all };
-                let rows = self.row_sums(self.offset + start as isize, columns, &[], &[]);
-                rows.chunks(plane.len).flat_map(|row| folded(row, 1, &classes)).collect::<Vec<_>>()
-            };
-            return (0..all.len).step_by(columns).flat_map(stretch).collect();
+            let rows = self.row_sums(self.offset, row, &[], &[]);
+            return rows.chunks(plane).flat_map(|plane| folded(plane, 1, &classes)).collect();
         }
         let per_channel = |channel: usize| {
             let offset = self.offset + channel as isize * channels.strides[0];
@@ -446,6 +461,12 @@ impl<T: Element> Plane<'_, T> {
         block.add_rows(class_of_rows * inner.len, &rows);
         block.finish(lanes)
     }
+}
+
+/// A row of channels, each a plane of positions.
+struct Columns {
+    row: Axis<1>,
+    plane: usize,
 }
 
 /// Two axes as one, where each step of the outer is as far as the inner reaches.
