@@ -18,7 +18,7 @@ Expression = Callable[[], Any]
 
 BURST_SECONDS, REST_SECONDS = 0.06, 0.05
 SLOW_SECONDS, ENOUGH_SECONDS = 0.1, 0.5
-"""A call that takes so long needs no warming up; two bursts that take so long together are enough."""
+"""A call that takes so long needs no warming up; a burst that takes so long is enough."""
 HOPELESS = 2
 """An expression so many times slower than the fastest of its kind at first sight is not timed."""
 
@@ -104,7 +104,7 @@ def seconds(expressions: dict[tuple[str, int], Expression], bursts: int) -> dict
     times: dict[tuple[str, int], list[float]] = {key: [] for key in expressions}
     for burst in range(bursts):
         for key, expression in expressions.items():
-            if burst >= 2 and sum(times[key]) > ENOUGH_SECONDS:
+            if burst and sum(times[key]) > ENOUGH_SECONDS:
                 continue
             if threads := key[1]:
                 set_num_threads(threads)

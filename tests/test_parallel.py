@@ -205,3 +205,14 @@ for name, kernel in kernels.items():
 """
     growth = {name: int(kilobytes) for name, kilobytes in map(str.split, run(PEAK + code).splitlines())}
     assert all(kilobytes < 8192 for kilobytes in growth.values()), growth  # for 128 MB each
+
+
+def test_a_sample_takes_as_long_among_many_views_of_one_array():
+    def seconds_each(count):
+        samples = list(np.ones((count, 1, 7, 7, 16), np.int8))
+        start = time.perf_counter()
+        biascorr.prepare_input_mean(samples, None)
+        return (time.perf_counter() - start) / count
+
+    few = min(seconds_each(1000) for _ in range(5))
+    assert min(seconds_each(20_000) for _ in range(3)) < 4 * few

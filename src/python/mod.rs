@@ -50,24 +50,32 @@ struct Summed {
     wide: bool,
 }
 
+/// Samples that are borrowed at a time: rust-numpy compares each view of an array with all others of it that are borrowed.
+const BORROWED: usize = 256;
+
 /// `first` is the number that errors give the first sample, `channels` what they must agree with, if anything.
 fn summed(
     samples: &Bound<'_, PySequence>, channel_axis: isize, first: usize, channels: Option<usize>,
 ) -> PyResult<Summed> {
-    let mut expected = channels;
-    let mut positions = 0;
-    let mut views = Vec::with_capacity(samples.len()?);
-    for k in 0..samples.len()? {
-        let view = AnyView::new(&samples.get_item(k)?, first + k)?;
-        let found = checked_channels(view.shape(), channel_axis, first + k, expected)?;
-        expected = Some(found);
-        positions += view.shape().iter().product::<usize>() / found;
-        views.push(view);
+    let mut sums = channels.map(Sums::new);
+    let (mut positions, mut wide) = (0, false);
+    let len = samples.len()?;
+    for start in (0..len).step_by(BORROWED) {
+        let mut views = Vec::with_capacity(BORROWED.min(len - start));
+        for k in start..len.min(start + BORROWED) {
+            let view = AnyView::new(&samples.get_item(k)?, first + k)?;
+            let expected = sums.as_ref().map(|sums| sums.channels);
+            let found = checked_channels(view.shape(), channel_axis, first + k, expected)?;
+            sums.get_or_insert_with(|| Sums::new(found));
+            positions += view.shape().iter().product::<usize>() / found;
+            wide |= matches!(view, AnyView::F64(_));
+            views.push(view);
+        }
+        if let Some(sums) = &mut sums {
+            AnyView::add_channel_sums(samples.py(), &views, channel_axis, sums)?;
+        }
     }
-    let mut sums = Sums::new(expected.ok_or(Error::NoSamples)?);
-    AnyView::add_channel_sums(samples.py(), &views, channel_axis, &mut sums)?;
-    let wide = views.iter().any(|view| matches!(view, AnyView::F64(_)));
-    Ok(Summed { sums, positions, wide })
+    Ok(Summed { sums: sums.filter(|_| len > 0).ok_or(Error::NoSamples)?, positions, wide })
 }
 
 /// Sums per channel of all samples, the positions summed over, and whether any sample was float64.
