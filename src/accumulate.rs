@@ -521,7 +521,7 @@ fn carry_over_body<L: Lane>(_: Tier, lanes: &mut [L], totals: &mut [L::Total]) {
 
 /// The sum of totals: eight sums side by side, then one after the other.
 #[inline(always)]
-pub fn fold_all<A: Total>(totals: &[A]) -> A {
+fn fold_all<A: Total>(totals: &[A]) -> A {
     let mut sums = [A::default(); 8];
     for eight in totals.chunks(8) {
         sums.iter_mut().zip(eight).for_each(|(sum, &total)| sum.merge(total));
@@ -563,12 +563,6 @@ impl<T: Element> Block<T> {
         let Some(row) = rows.first() else { return };
         self.make_room(rows.len());
         add_rows(rows, &mut self.lanes[lane..lane + row.len()]);
-    }
-
-    /// Adds one row to the lanes from `lane` on.
-    pub fn add_strided(&mut self, lane: usize, row: impl Iterator<Item = T>) {
-        self.make_room(1);
-        self.lanes[lane..].iter_mut().zip(row).for_each(|(lane, x)| x.add_to(lane));
     }
 
     fn make_room(&mut self, rows: usize) {
