@@ -81,13 +81,13 @@ pub fn packed_channel_sums<const SIGNED: bool>(
     let channels = shape[channel_axis];
     let inner: usize = shape[channel_axis + 1..].iter().product();
     let len: usize = shape.iter().product();
-    let sums_of = |shape: &[usize], strides: &[isize], channel_axis| {
-        let mut sums = vec![[0; 2]; shape[channel_axis]];
-        channel_sums(&[Sample { elements: bytes, shape, strides, channel_axis }], &mut sums).map(|()| sums)
+    let sums_of = |shape: &[usize], strides: &[isize]| {
+        let mut sums = vec![[0; 2]; shape[1]];
+        channel_sums(&[Sample { elements: bytes, shape, strides, channel_axis: 1 }], &mut sums).map(|()| sums)
     };
     if inner.is_multiple_of(2) {
         let run = inner / 2;
-        let sums = sums_of(&[len / inner / channels, channels, run], &[(channels * run) as isize, run as isize, 1], 1)?;
+        let sums = sums_of(&[len / inner / channels, channels, run], &[(channels * run) as isize, run as isize, 1])?;
         totals.iter_mut().zip(sums).for_each(|(total, halves)| *total += i128::from(halves[0] + halves[1]));
         return Ok(());
     }
@@ -97,7 +97,7 @@ pub fn packed_channel_sums<const SIGNED: bool>(
     let rows = len / 2 / width;
     let mut add = |element: usize, sum: i64| totals[element / inner % channels] += i128::from(sum);
     if rows > 0 {
-        for (byte, halves) in sums_of(&[rows, width], &[width as isize, 1], 1)?.into_iter().enumerate() {
+        for (byte, halves) in sums_of(&[rows, width], &[width as isize, 1])?.into_iter().enumerate() {
             (0..2).for_each(|half| add(2 * byte + half, halves[half]));
         }
     }

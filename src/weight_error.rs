@@ -404,6 +404,14 @@ pub fn weight_error<T: Real>(
     Ok(shift)
 }
 
+/// Each axis, and positions in the order of the loops per step along it.
+fn with_positions(nest: &Nest<4>) -> impl Iterator<Item = (Axis<4>, isize)> {
+    nest.axes.iter().scan(nest.len() as isize, |step, &axis| {
+        *step /= axis.len as isize;
+        Some((axis, *step))
+    })
+}
+
 /// What the weights become, by position in the memory order of the weights.
 struct Source<'a, T> {
     fake_quantized: FakeQuantized<'a, T>,
@@ -413,11 +421,7 @@ struct Source<'a, T> {
 
 impl<'a, T: Real> Source<'a, T> {
     fn new(nest: &Nest<4>, fake_quantized: &FakeQuantized<'a, T>) -> Self {
-        let mut position = nest.len() as isize;
-        let axes = nest.axes.iter().map(|axis| {
-            position /= axis.len as isize;
-            Axis { len: axis.len, strides: [position, axis.strides[3]] }
-        });
+        let axes = with_positions(nest).map(|(axis, step)| Axis { len: axis.len, strides: [step, axis.strides[3]] });
         let nest = Nest { axes: axes.collect(), origin: [0, nest.origin[3]] }.merged();
         Source { fake_quantized: *fake_quantized, nest }
     }
@@ -475,11 +479,9 @@ impl<'a, T: Real> Source<'a, T> {
 
 /// The loops over weights, mean, shift and position, with the mean repeated where that lets runs merge.
 fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> (Nest<4>, Cow<'a, [f64]>) {
-    let mut position = nest.len() as isize;
-    let axes = nest.axes.iter().map(|axis| {
-        position /= axis.len as isize;
+    let axes = with_positions(nest).map(|(axis, step)| {
         let [w, mean, shift, _] = axis.strides;
-        Axis { len: axis.len, strides: [w, mean, shift, position] }
+        Axis { len: axis.len, strides: [w, mean, shift, step] }
     });
     let [w, m, s, _] = nest.origin;
     let mut nest = Nest { axes: axes.collect(), origin: [w, m, s, 0] }.merged();

@@ -113,3 +113,8 @@ def test_what_does_not_fit_is_named():
         prepare_input_mean([PackedInt4(data[:0], (0, 3))], None)
     with pytest.raises(ValueError, match=r"samples\[0\]"):
         prepare_input_mean([PackedInt4(data[:1], ())], None)
+
+
+def test_a_masked_array_is_refused():
+    with pytest.raises(TypeError, match=r"samples\[0\]: a masked array"):
+        prepare_input_mean([np.ma.masked_array(np.ones((2, 3), ml_dtypes.int4))], None)

@@ -144,7 +144,7 @@ class MeanBiasCorrector(BiasCorrector):
         Returns
         -------
         ndarray, (G*O,)
-            The same bits as ``calculate(weights, fake_quantize(weights, quantization, axis=axis, block_size=block_size))``.
+            As :meth:`calculate` returns, with the same bits as of weights that were moved to the same grids first.
 
         Raises
         ------

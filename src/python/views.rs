@@ -233,7 +233,7 @@ impl<'py, const SIGNED: bool> PackedView<'py, SIGNED> {
 
 /// The object as a view where it holds 4-bit integers: packed, or in a dtype of ml_dtypes.
 fn of_four_bits<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<AnyView<'py>>> {
-    let Ok(array) = object.cast::<PyUntypedArray>() else {
+    let Ok(array) = object.cast_exact::<PyUntypedArray>() else {
         if !object.get_type().getattr("__name__")?.eq("PackedInt4")? {
             return Ok(None);
         }
