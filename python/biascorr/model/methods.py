@@ -31,8 +31,10 @@ def input_means(
     for layer in layers:
         means.setdefault(_what_is_averaged(layer), _empty_mean(layer))
     names = list(dict.fromkeys(layer.input for layer in layers))
-    done = 0
-    for done, tensors in enumerate(network.tensors(names, batches), start=1):
+    done, compute = 0, None
+    for done, feeds in enumerate(batches, start=1):
+        compute = compute or network.part(feeds, names)
+        tensors = compute(feeds)
         for (name, *_), mean in means.items():
             mean.update(tensors[name])
         if progress is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
@@ -14,7 +14,27 @@ from biascorr.quantization import Quantization
 from biascorr.statistics import Window
 
 Feeds = Mapping[str, NDArray[Any]]
-"""One batch: input name -> array."""
+"""Tensors of one batch by name."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node of the graph that depends on the inputs of the model.
+
+    Parameters
+    ----------
+    name : str
+        Of the node, as layers are named.
+    inputs, outputs : tuple of str
+        The tensors it reads, constants left out, and makes.
+    dequantizes : bool
+        Whether it turns quantized values into real ones: its input is smaller and says as much as its output.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dequantizes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +55,10 @@ class Layer:
         Where the tensor holds quantized values: what they stand for.
     channel_axis : int
         Axis of the input that the weights contract.
+    output : str
+        The tensor that it makes, bias included, before any activation.
+    output_axis : int
+        Axis of the output that the bias belongs to, from the end (negative).
     groups : int
         Groups of a convolution.
     window : Window or None
@@ -52,6 +76,8 @@ class Layer:
     input: str
     input_quantization: Quantization | None
     channel_axis: int
+    output: str
+    output_axis: int
     groups: int = 1
     window: Window | None = None
     gain: float = 1.0
@@ -130,8 +156,19 @@ class Network(Protocol):
     def left_alone(self) -> Sequence[LayerReport]:
         """The layers that cannot, with the reasons."""
 
-    def tensors(self, names: Sequence[str], batches: Iterable[Feeds]) -> Iterator[dict[str, NDArray[Any]]]:
-        """Runs the network batch by batch and yields the values of the named tensors."""
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names of what the model gives out."""
+
+    @property
+    def operations(self) -> Sequence[Operation]:
+        """All nodes that depend on the inputs, in topological order."""
+
+    def part(self, given: Feeds, wanted: Sequence[str], *, threads: int = 0) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+        """What computes the wanted tensors from given ones, of which an example is needed for their dtypes.
+
+        May be called from several threads at once, each call with so many threads (0: all there are).
+        """
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
         """A copy whose layers, by name, have other weights."""

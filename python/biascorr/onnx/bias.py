@@ -44,6 +44,13 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
     return _add_input(graph, node, layer, shift)
 
 
+def biased_output(graph: Graph, node: onnx.NodeProto) -> str:
+    """The output of a layer with its bias in it."""
+    has_own = node.op_type == "Gemm" or (len(node.input) > 2 and node.input[2])
+    add = None if has_own else _following_add(graph, node)
+    return str(node.output[0] if add is None else add[0].output[0])
+
+
 def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:
     """The change of each channel, where a bias has other axes too."""
     channels = np.moveaxis(change, -1 - axes_behind, 0)

@@ -32,7 +32,7 @@ class Graph:
         self._nodes_reading: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
             self._add_reader(node)
-        for name in _captured(model.graph):
+        for name in (name for node in model.graph.node for name in captured(node)):
             self._readers[name] = self._readers.get(name, 0) + 1
         self.outputs = {output.name for output in model.graph.output}
         self._names = {*self.producer, *self.initializers, *(each.name for each in model.graph.input)}
@@ -76,25 +76,27 @@ class Graph:
         for name in wanted & set(self.initializers):
             self._values[name] = numpy_helper.to_array(self.initializers[name])
         computed = sorted(wanted - set(self.initializers))
-        self._values.update(zip(computed, run_constants(self._constant_model(computed))) if computed else ())
+        self._values.update(zip(computed, run_constants(self.part([], computed))) if computed else ())
         return {name: self._values[name] for name in names}
 
     def value(self, name: str) -> NDArray[Any]:
         return self.values([name])[name]
 
-    def _constant_model(self, names: Sequence[str]) -> onnx.ModelProto:
-        needed = set(names)
+    def part(self, given: Sequence[onnx.ValueInfoProto], wanted: Sequence[str]) -> onnx.ModelProto:
+        """A model that computes the wanted tensors from given ones."""
+        known = {value.name for value in given}
+        needed = set(wanted)
         nodes = []
         for node in reversed(self.nodes):
-            if needed.intersection(node.output):
-                needed.update(node.input)
+            if any(name in needed and name not in known for name in node.output):
+                needed.update(node.input, captured(node))
                 nodes.append(node)
         graph = helper.make_graph(
             nodes[::-1],
-            "constants",
-            [],
-            [onnx.ValueInfoProto(name=name) for name in names],
-            [self.initializers[name] for name in sorted(needed & set(self.initializers))],
+            "part",
+            list(given),
+            [onnx.ValueInfoProto(name=name) for name in wanted],
+            [tensor for name, tensor in self.initializers.items() if name in needed and name not in known],
         )
         return helper.make_model(
             graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
@@ -193,13 +195,12 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
-def _captured(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names that subgraphs read or give out; those of the main graph are among them."""
-    for node in graph.node:
-        for inner in subgraph_nodes(node):
-            yield from inner.input
-        for subgraph in _subgraphs(node):
-            yield from (output.name for output in subgraph.output)
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the subgraphs of a node read or give out; those of the main graph are among them."""
+    for inner in subgraph_nodes(node):
+        yield from inner.input
+    for subgraph in (subgraph for each in (node, *subgraph_nodes(node)) for subgraph in _subgraphs(each)):
+        yield from (output.name for output in subgraph.output)
 
 
 def _tensor(array: NDArray[Any], like: onnx.TensorProto) -> onnx.TensorProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.calibration import ModelInput
-from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport
+from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport, Operation
 from biascorr.onnx import files
-from biascorr.onnx.bias import add_to_bias
-from biascorr.onnx.graph import Graph, attributes, subgraph_nodes
+from biascorr.onnx.bias import add_to_bias, biased_output
+from biascorr.onnx.graph import Graph, attributes, captured, subgraph_nodes
 from biascorr.onnx.quantizers import dequantizer_of
 from biascorr.onnx.runtime import run, session
 from biascorr.quantization import Quantization
@@ -46,6 +46,8 @@ class OnnxNetwork:
         self._name = name
         self._nodes = _named_nodes(model)
         self.inputs = _inputs(model, name)
+        self.outputs = [value.name for value in model.graph.output]
+        self.operations = _operations(self._nodes, self._graph)
         self.layers: list[Layer] = []
         self.left_alone: list[LayerReport] = []
         self._graph.values(_weights_of(node, self._graph) for node in self._nodes.values() if _has_weights(node, self._graph))
@@ -75,17 +77,18 @@ class OnnxNetwork:
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         files.save(self.model, path, force=force)
 
-    def tensors(self, names: Sequence[str], batches: Iterable[Feeds]) -> Iterator[dict[str, NDArray[Any]]]:
-        probed = onnx.ModelProto()
-        probed.CopyFrom(self.model)
-        known = {value.name for value in (*probed.graph.output, *probed.graph.input)}
-        probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-        running = session(probed, self._name)
-        fed = {value.name for value in self.model.graph.input}
-        computed = [name for name in names if name not in fed]
-        for feeds in batches:
-            values = dict(zip(computed, run(running, computed, feeds, self._name)))
-            yield {name: feeds[name] if name in fed else values[name] for name in names}
+    def part(self, given: Feeds, wanted: Sequence[str], *, threads: int = 0) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+        computed = [name for name in wanted if name not in given]
+        if not computed:
+            return lambda feeds: {name: feeds[name] for name in wanted}
+        values = [helper.make_tensor_value_info(name, _element_type(array), None) for name, array in given.items()]
+        running = session(self._graph.part(values, computed), self._name, threads=threads)
+
+        def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
+            results = dict(zip(computed, run(running, computed, feeds, self._name)))
+            return {name: feeds[name] if name in feeds else results[name] for name in wanted}
+
+        return compute
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
         model = onnx.ModelProto()
@@ -141,7 +144,18 @@ class OnnxNetwork:
         layout = f"OI{_SPACE[rank]}"
         step = self._weight_step(node.input[1], weights)
         return Layer(
-            name, node.op_type, weights, layout, tensor, quantization, 1, given.get("group", 1), window, weight_step=step
+            name,
+            node.op_type,
+            weights,
+            layout,
+            tensor,
+            quantization,
+            1,
+            biased_output(self._graph, node),
+            -rank - 1,
+            given.get("group", 1),
+            window,
+            weight_step=step,
         )
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
@@ -153,7 +167,8 @@ class OnnxNetwork:
         weights = self._graph.value(node.input[1])
         tensor, quantization = self._read(node.input[0])
         gain, step = given.get("alpha", 1.0), self._weight_step(node.input[1], weights)
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, gain=gain, weight_step=step)
+        output = biased_output(self._graph, node)
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, output, -1, gain=gain, weight_step=step)
 
     def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """x W contracts the last axis of x, W x the one before."""
@@ -167,7 +182,8 @@ class OnnxNetwork:
         tensor, quantization = self._read(node.input[1 - index])
         layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
         step = self._weight_step(node.input[index], weights)
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, weight_step=step)
+        output = biased_output(self._graph, node)
+        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, output, axis, weight_step=step)
 
     def _weight_step(self, name: str, weights: NDArray[Any]) -> NDArray[Any] | None:
         dequantizer = dequantizer_of(self._graph, name)
@@ -192,6 +208,21 @@ def _named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
         own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
         nodes[own] = node
     return nodes
+
+
+def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Operation]:
+    operations, known = [], {value.name for value in graph.model.graph.input if value.name not in graph.initializers}
+    for name, node in nodes.items():
+        if not graph.is_constant(node.output[0]):
+            inputs = tuple(dict.fromkeys(each for each in (*node.input, *captured(node)) if each in known))
+            outputs = tuple(output for output in node.output if output)
+            operations.append(Operation(name, inputs, outputs, dequantizes=node.op_type == "DequantizeLinear"))
+            known.update(outputs)
+    return operations
+
+
+def _element_type(array: NDArray[Any]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(array.dtype))
 
 
 def _inputs(model: onnx.ModelProto, name: str) -> list[ModelInput]:

@@ -17,7 +17,7 @@ from biascorr.onnx.files import fits_in_a_message, write_with_external_data
 _FATAL = 4
 
 
-def session(model: onnx.ModelProto, name: str) -> Any:
+def session(model: onnx.ModelProto, name: str, *, threads: int = 0) -> Any:
     """A session on the CPU. Raises ValueError, naming the model, where onnxruntime does not take it.
 
     Only basic optimizations run: nothing that merges a quantizer into its neighbours, whose integer arithmetic may saturate
@@ -25,6 +25,7 @@ def session(model: onnx.ModelProto, name: str) -> Any:
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     providers = ["CPUExecutionProvider"]
     with _one_line(name):
