@@ -11,7 +11,8 @@ import pytest
 
 import biascorr
 from biascorr.model.correction import Correction, correct
-from biascorr.model.network import LayerReport
+from biascorr.model.network import ActivationType, LayerReport
+from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
 
 LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.calibration", "biascorr.model", "biascorr.onnx")
 LONGEST = 15e-3
@@ -33,12 +34,13 @@ def test_the_model_interface_is_imported_at_first_use():
 
 
 def test_names_that_are_imported_later_are_as_good_as_the_others():
-    names = {"Correction": Correction, "LayerReport": LayerReport, "correct": correct}
+    classes, functions = (ActivationType, ConvBnInfoType, Correction, LayerReport), (correct, find_all_convs_bn_with_activation)
+    names = {each.__name__: each for each in (*classes, *functions)}
     assert {name: getattr(biascorr, name) for name in names} == names
     listed, starred = run("import biascorr; print(*dir(biascorr)); from biascorr import *; print(*dir())").splitlines()
     assert set(biascorr.__all__) <= set(listed.split())
     assert set(biascorr.__all__) <= set(starred.split())
-    run("from biascorr import Correction, LayerReport, correct")
+    run(f"from biascorr import {', '.join(names)}")
     assert pickle.loads(pickle.dumps(biascorr.correct)) is correct
     report = biascorr.LayerReport("conv", "Conv")
     assert pickle.loads(pickle.dumps(report)) == report

@@ -21,13 +21,16 @@ from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
     from biascorr.model.correction import Correction, correct
-    from biascorr.model.network import LayerReport
+    from biascorr.model.network import ActivationType, LayerReport
+    from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
 
 __all__ = [
+    "ActivationType",
     "AnalyticalBiasCorrector",
     "BiasCorrectionType",
     "BiasCorrector",
     "ChannelMean",
+    "ConvBnInfoType",
     "Correction",
     "EmpiricalBiasCorrector",
     "LayerReport",
@@ -37,6 +40,7 @@ __all__ = [
     "Quantization",
     "correct",
     "fake_quantize",
+    "find_all_convs_bn_with_activation",
     "get_num_threads",
     "prepare_input_mean",
     "set_num_threads",
@@ -46,9 +50,12 @@ __version__ = _build_info()[0]
 
 if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an attribute of this module
     _MODULE_OF = {
+        "ActivationType": "biascorr.model.network",
+        "ConvBnInfoType": "biascorr.model.patterns",
         "Correction": "biascorr.model.correction",
         "LayerReport": "biascorr.model.network",
         "correct": "biascorr.model.correction",
+        "find_all_convs_bn_with_activation": "biascorr.model.patterns",
     }
 
     def __getattr__(name):

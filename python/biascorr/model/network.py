@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.calibration import ModelInput
@@ -89,6 +91,99 @@ class Layer:
         return int(self.weights.shape[self.layout.index("O")])
 
 
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """A batch normalization with its statistics fixed: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta.
+
+    Parameters
+    ----------
+    name : str
+        Of the node, as layers are named.
+    beta, gamma, mean, variance : ndarray, (C,), float64
+        Of each channel. The output is taken to be normal, with mean beta and standard deviation abs(gamma).
+    epsilon : float
+        What the variance is increased by.
+    """
+
+    name: str
+    beta: NDArray[np.float64]
+    gamma: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class ActivationType:
+    """What an activation does to each value.
+
+    `ActivationType.no_activation`, `relu` and `relu6` limit it to their bounds; :meth:`clip` makes one with any other bounds;
+    `ActivationType.other` is every other function.
+
+    Parameters
+    ----------
+    name : str
+        "no_activation", "relu", "relu6", "clip" or "other".
+    bounds : (float, float) or None
+        What values are limited to, infinite where there is no limit; None for "other".
+    """
+
+    name: str
+    bounds: tuple[float, float] | None
+
+    no_activation: ClassVar[ActivationType]
+    relu: ClassVar[ActivationType]
+    relu6: ClassVar[ActivationType]
+    other: ClassVar[ActivationType]
+
+    @classmethod
+    def clip(cls, low: float, high: float) -> ActivationType:
+        """What limits values to these bounds.
+
+        Examples
+        --------
+        >>> ActivationType.clip(0.0, 6.0) is ActivationType.relu6
+        True
+        >>> ActivationType.clip(-1.0, 1.0)
+        ActivationType(name='clip', bounds=(-1.0, 1.0))
+        """
+        named = (cls.no_activation, cls.relu, cls.relu6)
+        return next((each for each in named if each.bounds == (low, high)), cls("clip", (low, high)))
+
+
+ActivationType.no_activation = ActivationType("no_activation", (-math.inf, math.inf))
+ActivationType.relu = ActivationType("relu", (0.0, math.inf))
+ActivationType.relu6 = ActivationType("relu6", (0.0, 6.0))
+ActivationType.other = ActivationType("other", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """The operations around the layers, by name, as far as they tell what a layer reads.
+
+    Each reads the tensor that it acts on as its first input and gives out what it makes of it as its first output.
+
+    Parameters
+    ----------
+    batch_norms : mapping from str to BatchNorm
+        Their channels are along axis 1.
+    activations : mapping from str to ActivationType
+        What limits values, and other functions of each value.
+    identities : collection of str
+        What gives out its input, each channel where it was along axis 1.
+    averages : collection of str
+        What averages over positions, each channel where it was along axis 1.
+    shapes : mapping from str to tuple of int or None
+        Shapes of tensors, as far as they are known before the network runs; None for an axis that may have any size.
+    """
+
+    batch_norms: Mapping[str, BatchNorm]
+    activations: Mapping[str, ActivationType]
+    identities: Collection[str]
+    averages: Collection[str]
+    shapes: Mapping[str, tuple[int | None, ...]]
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What was done to one layer.
@@ -163,6 +258,10 @@ class Network(Protocol):
     @property
     def operations(self) -> Sequence[Operation]:
         """All nodes that depend on the inputs, in topological order."""
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What is around the layers."""
 
     def part(self, given: Feeds, wanted: Sequence[str], *, threads: int = 0) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
         """What computes the wanted tensors from given ones, of which an example is needed for their dtypes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.calibration import ModelInput
-from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport, Operation
+from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport, Operation, Surroundings
 from biascorr.onnx import files
 from biascorr.onnx.bias import add_to_bias, biased_output
 from biascorr.onnx.graph import Graph, attributes, captured, subgraph_nodes
 from biascorr.onnx.quantizers import dequantizer_of
 from biascorr.onnx.runtime import run, session
+from biascorr.onnx.surroundings import surroundings_of
 from biascorr.quantization import Quantization
 from biascorr.statistics import Window
 
@@ -73,6 +75,10 @@ class OnnxNetwork:
     def order(self) -> Sequence[str]:
         """Names of all nodes, in topological order."""
         return list(self._nodes)
+
+    @functools.cached_property
+    def surroundings(self) -> Surroundings:
+        return surroundings_of(self._graph, self._nodes)
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         files.save(self.model, path, force=force)
