@@ -1,62 +1,90 @@
-"""How the shift of each layer is found.
+"""How the shift of a layer is found.
 
-`mean`: one forward pass through the quantized network measures the mean input of every layer per kernel tap; the shift is the
-weight error times that mean.
+    mean         weight error times mean input, the inputs measured in one pass
+    iterative    the same, the inputs measured behind corrected layers
+    empirical    strength * (E[y float] - E[y quantized]), y behind corrected layers
+    activation   strength * s,  E[f(y quantized + s)] = E[f(y float)]  for the activation f behind the layer
+
+A pre-activation mean may be dominated by values in the flat part of the activation, which nothing behind it sees; the last
+method matches the mean that is seen. s is found by the secant method from the empirical shift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.correctors import MeanBiasCorrector
-from biascorr.model.network import Feeds, Layer, Network
-from biascorr.statistics import ChannelMean, TapMean
+from biascorr.model.network import Layer
+from biascorr.model.sweep import Measured
 
-Progress = Callable[[int], None]
-"""Called after each batch with the number of batches done."""
+Shift = NDArray[np.float64]
+Method = Callable[[Layer, Measured], Shift]
+"""The shift of a quantized layer, (channels,) in real units, from what a sweep has measured of it."""
 
+_LEAST_SLOPE = 0.02
+"""Of an activation that is inverted: a channel that is flat almost everywhere is not moved far to gain little."""
 
-def input_means(
-    network: Network, layers: Sequence[Layer], batches: Iterable[Feeds], progress: Progress | None
-) -> tuple[dict[str, NDArray[Any]], int]:
-    """The mean input of each layer by name, (C,) or (*K, C), and the number of batches, from one pass that keeps no activation.
-
-    Raises ValueError where there are no batches.
-    """
-    means: dict[Any, ChannelMean | TapMean] = {}
-    for layer in layers:
-        means.setdefault(_what_is_averaged(layer), _empty_mean(layer))
-    names = list(dict.fromkeys(layer.input for layer in layers))
-    done, compute = 0, None
-    for done, feeds in enumerate(batches, start=1):
-        compute = compute or network.part(feeds, names)
-        tensors = compute(feeds)
-        for (name, *_), mean in means.items():
-            mean.update(tensors[name])
-        if progress is not None:
-            progress(done)
-    if done == 0:
-        raise ValueError("data: no samples, at least one is needed")
-    by_layer = {layer.name: means[_what_is_averaged(layer)].mean(layer.input_quantization) for layer in layers}
-    return by_layer, done
+_SECANT_STEPS = 2
+"""More change nothing that matters (measured)."""
 
 
-def _what_is_averaged(layer: Layer) -> tuple[Any, ...]:
-    return layer.input, layer.channel_axis, layer.window
-
-
-def _empty_mean(layer: Layer) -> ChannelMean | TapMean:
-    if layer.window is None:
-        return ChannelMean(channel_axis=layer.channel_axis)
-    return TapMean(layer.window, channel_axis=layer.channel_axis)
-
-
-def mean_shift(layer: Layer, weights: NDArray[Any], input_mean: NDArray[Any]) -> NDArray[np.float64]:
+def mean_shift(layer: Layer, weights: NDArray[Any], input_mean: NDArray[Any]) -> Shift:
     """The shift of a quantized layer against the same layer with its float `weights`, (channels,) in real units."""
     corrector = MeanBiasCorrector(input_mean, groups=layer.groups, layout=layer.layout)
     shift = corrector.calculate(weights.astype(np.float64), layer.weights)
     return np.asarray(layer.gain * shift, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The weight error times the mean input, by the float weights of each layer."""
+
+    weights: Mapping[str, NDArray[Any]]
+
+    def __call__(self, layer: Layer, measured: Measured) -> Shift:
+        assert measured.input is not None
+        return mean_shift(layer, self.weights[layer.name], measured.input)
+
+
+@dataclass(frozen=True)
+class Empirical:
+    """The difference of the mean outputs.
+
+    Parameters
+    ----------
+    reference : mapping
+        What was measured of each layer in the float network.
+    strength : float
+        The part of the difference that is made up for.
+    """
+
+    reference: Mapping[str, Measured]
+    strength: float = 1.0
+
+    def __call__(self, layer: Layer, measured: Measured) -> Shift:
+        return self.strength * (self.reference[layer.name].output.mean - measured.output.mean)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The shift that makes the means behind the activations equal; the empirical one where there is none."""
+
+    reference: Mapping[str, Measured]
+    strength: float = 1.0
+
+    def __call__(self, layer: Layer, measured: Measured) -> Shift:
+        expected = self.reference[layer.name].activated
+        shift = Empirical(self.reference)(layer, measured)
+        if expected is None or measured.activated is None:
+            return self.strength * shift
+        start, goal = measured.activated.mean, expected.mean
+        for _ in range(_SECANT_STEPS):
+            moved = measured.activated_with(shift).mean - start
+            slope = np.divide(moved, shift, out=np.ones_like(shift), where=shift != 0)
+            shift = (goal - start) / np.maximum(slope, _LEAST_SLOPE)
+        return self.strength * shift

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,17 @@ Feeds = Mapping[str, NDArray[Any]]
 """Tensors of one batch by name."""
 
 
+class Kind(enum.Enum):
+    """What the engine has to know of an operation."""
+
+    QUANTIZE = enum.auto()
+    DEQUANTIZE = enum.auto()
+    """Its input is smaller than its output and says as much."""
+    POINTWISE = enum.auto()
+    """Each element of its output depends on the same elements of its inputs and on constants: activations, above all."""
+    OTHER = enum.auto()
+
+
 @dataclass(frozen=True)
 class Operation:
     """A node of the graph that depends on the inputs of the model.
@@ -29,14 +41,14 @@ class Operation:
         Of the node, as layers are named.
     inputs, outputs : tuple of str
         The tensors it reads, constants left out, and makes.
-    dequantizes : bool
-        Whether it turns quantized values into real ones: its input is smaller and says as much as its output.
+    kind : Kind
+        What is known of it.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    dequantizes: bool = False
+    kind: Kind = Kind.OTHER
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +280,9 @@ class Network(Protocol):
 
         May be called from several threads at once, each call with so many threads (0: all there are).
         """
+
+    def copy(self) -> Network:
+        """A network of its own, to change its biases."""
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
         """A copy whose layers, by name, have other weights."""

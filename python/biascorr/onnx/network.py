@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.calibration import ModelInput
-from biascorr.model.network import BiasChange, Feeds, Layer, LayerReport, Operation, Surroundings
+from biascorr.model.network import BiasChange, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
 from biascorr.onnx import files
 from biascorr.onnx.bias import add_to_bias, biased_output
 from biascorr.onnx.graph import Graph, attributes, captured, subgraph_nodes
@@ -24,6 +24,12 @@ from biascorr.quantization import Quantization
 from biascorr.statistics import Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
+
+_POINTWISE = {
+    "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "QuickGelu", "Relu", "Selu", "Sigmoid", "Softplus",
+    "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
+}  # fmt: skip
 
 _WEIGHTED = {
     "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
@@ -106,6 +112,11 @@ class OnnxNetwork:
             index = _weight_index(node, graph)
             shape = graph.value(node.input[index]).shape
             graph.set_constant(node, index, array.reshape(shape), f"{node.input[index]}_fake_quantized")
+        return OnnxNetwork(model, self._name)
+
+    def copy(self) -> OnnxNetwork:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
         return OnnxNetwork(model, self._name)
 
     def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
@@ -222,9 +233,14 @@ def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Opera
         if not graph.is_constant(node.output[0]):
             inputs = tuple(dict.fromkeys(each for each in (*node.input, *captured(node)) if each in known))
             outputs = tuple(output for output in node.output if output)
-            operations.append(Operation(name, inputs, outputs, dequantizes=node.op_type == "DequantizeLinear"))
+            operations.append(Operation(name, inputs, outputs, _kind(node)))
             known.update(outputs)
     return operations
+
+
+def _kind(node: onnx.NodeProto) -> Kind:
+    kinds = {"QuantizeLinear": Kind.QUANTIZE, "DequantizeLinear": Kind.DEQUANTIZE}
+    return kinds.get(node.op_type, Kind.POINTWISE if node.op_type in _POINTWISE else Kind.OTHER)
 
 
 def _element_type(array: NDArray[Any]) -> int:

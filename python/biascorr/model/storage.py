@@ -1,0 +1,80 @@
+"""Tensors of batches, held in memory up to a budget and beyond it in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHARE = 0.5
+"""Part of the free memory that is used where no budget is given; the rest is for the network that runs."""
+
+
+def default_budget() -> int:
+    """A share of the memory that is free now, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(_SHARE * free)
+
+
+class Storage:
+    """Arrays by key. A context manager: whatever happens, the temporary folder is removed at its end.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes held in memory; what comes beyond goes to disk.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held = 0
+        self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def __enter__(self) -> Storage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._arrays.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __setitem__(self, key: Hashable, array: NDArray[Any]) -> None:
+        if self._held + array.nbytes <= self._budget:
+            self._held += array.nbytes
+            self._arrays[key] = array
+        else:
+            self._arrays[key] = self._written(array)
+
+    def __getitem__(self, key: Hashable) -> NDArray[Any]:
+        found = self._arrays[key]
+        return np.load(found, allow_pickle=False) if isinstance(found, Path) else found
+
+    def __delitem__(self, key: Hashable) -> None:
+        found = self._arrays.pop(key)
+        if isinstance(found, Path):
+            found.unlink()
+        else:
+            self._held -= found.nbytes
+
+    def holds(self, key: Hashable) -> bool:
+        """Whether an array is in memory, so that whoever changes it changes it for all."""
+        return not isinstance(self._arrays[key], Path)
+
+    def _written(self, array: NDArray[Any]) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="biascorr-")
+        self._files += 1
+        path = Path(self._folder.name) / f"{self._files}.npy"
+        np.save(path, array, allow_pickle=False)
+        return path

@@ -1,0 +1,255 @@
+"""A sweep: the live activations of all samples at a cut of the graph, moved forward layer by layer.
+
+    stage of an operation = the most corrected layers on any path from the inputs to it
+
+The layers of a stage do not depend on each other, and all before them are corrected. A stage runs once per batch, from the
+live tensors; then the shifts of its layers are found and added to their live outputs, and the cut moves on. So every operation
+runs once per sample, however many layers there are. Quantized tensors are held as their codes: what dequantizes them runs
+where it is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from biascorr.model.network import Feeds, Kind, Layer, Network
+from biascorr.model.samples import SampleMeans, Samples
+from biascorr.statistics import ChannelMean, TapMean
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int, int], None]
+"""Called with what is done and how much there is."""
+
+CPUS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Operations that run together.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+        Those whose shifts are found at its end.
+    given, kept, dropped : tuple of str
+        The live tensors it reads; those it makes; those that nothing reads behind it.
+    """
+
+    layers: tuple[Layer, ...]
+    given: tuple[str, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> list[Stage]:
+    """The stages of a network in order. The last has no layers; it is there for the outputs of the model.
+
+    Where nothing is corrected on the way, `depth` layers behind each other can be measured in one stage.
+    """
+    inputs = {each.name for each in network.inputs}
+    measured = {layer.output for layer in layers}
+    level = dict.fromkeys(inputs, 0)  # of a tensor: layers on the path to it
+    made = dict.fromkeys(inputs, -1)
+    held = {name: {name} for name in inputs}  # what is live so that the tensor can be had
+    read: dict[str, set[int]] = {}
+    for operation in network.operations:
+        before = max((level[name] for name in operation.inputs), default=0)
+        sources = set().union(*(held[name] for name in operation.inputs))
+        for name in operation.outputs:
+            level[name], made[name] = before + (name in measured), before // depth
+            held[name] = sources if operation.kind is Kind.DEQUANTIZE else {name}
+        for source in () if operation.kind is Kind.DEQUANTIZE else sources:
+            read.setdefault(source, set()).add(before // depth)
+    last = max((made[name] + 1 for name in measured), default=0)
+    last = max([last, *made.values()])
+    for source in set().union(*(held[name] for name in network.outputs if name in held)):
+        read.setdefault(source, set()).add(last)
+    return [
+        Stage(
+            layers=tuple(layer for layer in layers if made[layer.output] == stage),
+            given=tuple(name for name in read if stage in read[name] and made[name] < stage),
+            kept=tuple(name for name in read if made[name] == stage < max(read[name])),
+            dropped=tuple(name for name in read if 0 <= made[name] < stage == max(read[name])),
+        )
+        for stage in range(last + 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a sweep has measured of a layer, all layers before it corrected.
+
+    Parameters
+    ----------
+    output : SampleMeans
+        Of its output.
+    activated : SampleMeans or None
+        Of the tensor behind its activation; None where that was not asked for.
+    input : ndarray or None
+        Its mean input over the fitted samples, (C,) or (*K, C); None where that was not asked for.
+    activated_with : callable
+        What `activated` would be if a shift, (channels,), were added to the output.
+    """
+
+    output: SampleMeans
+    activated: SampleMeans | None
+    input: NDArray[Any] | None
+    activated_with: Callable[[NDArray[Any]], SampleMeans]
+
+
+class Sweep:
+    """One sweep of a network.
+
+    Parameters
+    ----------
+    network : Network
+        What runs.
+    layers : sequence of Layer
+        The layers to measure and correct.
+    samples : Samples
+        What it runs over.
+    inputs : container of str
+        Names of the layers whose mean input is wanted.
+    activated : mapping
+        The tensors to measure behind the activations of layers, by layer name.
+    depth : int
+        Layers behind each other that are measured in one stage; 1 where they are corrected.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layers: Sequence[Layer],
+        samples: Samples,
+        *,
+        inputs: Container[str] = (),
+        activated: Mapping[str, str] | None = None,
+        depth: int = 1,
+    ) -> None:
+        self._network = network
+        self._samples = samples
+        self._inputs = inputs
+        self._activated = activated or {}
+        self._axes = {layer.output: layer.output_axis for layer in layers}
+        self._shifts: dict[str, NDArray[Any]] = {}
+        self._shifted: set[tuple[str, int]] = set()
+        self._stages = stages(network, layers, depth)
+
+    def correct(self, shift_of: Callable[[Layer, Measured], NDArray[Any] | None], progress: Progress) -> None:
+        """Asks for the shift of each layer: what was added to its bias, (channels,), or None."""
+        for done, stage in enumerate(self._stages[:-1], start=1):
+            for layer, measured in self._measured(stage):
+                shift = shift_of(layer, measured)
+                if shift is not None:
+                    self._shifts[layer.output] = shift
+            progress(done, len(self._stages))
+
+    def outputs(self) -> Iterator[Feeds]:
+        """What the model gives out for each batch, after all layers are corrected."""
+        return (results for results, _ in self._run(self._stages[-1], self._network.outputs, lambda results, batch: None))
+
+    def _measured(self, stage: Stage) -> Iterator[tuple[Layer, Measured]]:
+        means = {layer.name: empty_mean(layer) for layer in stage.layers if layer.name in self._inputs}
+        parts: dict[str, list[SampleMeans]] = {}
+        axes = {layer.output: layer.output_axis for layer in stage.layers}
+        axes |= {self._activated[layer.name]: layer.output_axis for layer in stage.layers if layer.name in self._activated}
+        wanted = dict.fromkeys([*stage.kept, *axes, *(layer.input for layer in stage.layers if layer.name in means)])
+
+        def measure(results: Feeds, batch: int) -> dict[str, SampleMeans]:
+            return {name: self._samples.means(results[name], axis, batch) for name, axis in axes.items()}
+
+        for batch, (results, measured) in enumerate(self._run(stage, list(wanted), measure)):
+            for name, part in measured.items():
+                parts.setdefault(name, []).append(part)
+            for layer in stage.layers:
+                for array in self._samples.fitted(results[layer.input], batch) if layer.name in means else ():
+                    means[layer.name].update(array)
+            for name in stage.kept:
+                self._samples.storage[name, batch] = results[name]
+        for layer in stage.layers:
+            activated = SampleMeans.joined(parts[self._activated[layer.name]]) if layer.name in self._activated else None
+            mean = means[layer.name].mean(layer.input_quantization) if layer.name in means else None
+            yield layer, Measured(SampleMeans.joined(parts[layer.output]), activated, mean, self._activated_with(layer))
+
+    def _activated_with(self, layer: Layer) -> Callable[[NDArray[Any]], SampleMeans]:
+        def measure(shift: NDArray[Any]) -> SampleMeans:
+            name = self._activated[layer.name]
+            batches = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
+            compute = self._part({layer.output: self._samples.storage[layer.output, 0]}, [name])
+
+            def means(batch: int) -> SampleMeans:
+                array = self._samples.storage[layer.output, batch]
+                results = compute({layer.output: array + _aligned(shift, array, layer.output_axis)})
+                return self._samples.means(results[name], layer.output_axis, batch)
+
+            return SampleMeans.joined(list(in_order(means, batches, self._workers)))
+
+        return measure
+
+    def _run(self, stage: Stage, wanted: Sequence[str], measure: Callable[[Feeds, int], R]) -> Iterator[tuple[Feeds, R]]:
+        """The wanted tensors of each batch and what is measured of them, in order; what nothing reads any more is dropped."""
+        compute = self._part(self._feeds(stage, 0), wanted)
+
+        def run(batch: int) -> tuple[Feeds, R]:
+            results = compute(self._feeds(stage, batch))
+            return results, measure(results, batch)
+
+        for batch, found in enumerate(in_order(run, range(self._samples.batches), self._workers)):
+            yield found
+            for name in stage.dropped:
+                del self._samples.storage[name, batch]
+
+    @property
+    def _workers(self) -> int:
+        return min(self._samples.batches, CPUS)
+
+    def _part(self, given: Feeds, wanted: Sequence[str]) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+        return self._network.part(given, wanted, threads=max(1, CPUS // self._workers))
+
+    def _feeds(self, stage: Stage, batch: int) -> Feeds:
+        return {name: self._live(name, batch) for name in stage.given}
+
+    def _live(self, name: str, batch: int) -> NDArray[Any]:
+        array = self._samples.storage[name, batch]
+        if name not in self._shifts or (name, batch) in self._shifted:
+            return array
+        array += _aligned(self._shifts[name], array, self._axes[name])
+        if self._samples.storage.holds((name, batch)):
+            self._shifted.add((name, batch))  # in place; what is on disk is read anew
+        return array
+
+
+def _aligned(shift: NDArray[Any], array: NDArray[Any], axis: int) -> NDArray[Any]:
+    """A shift as it is added to a layer's output."""
+    return shift.astype(array.dtype).reshape(-1, *[1] * (-1 - axis))
+
+
+def empty_mean(layer: Layer) -> ChannelMean | TapMean:
+    """What collects the mean input of a layer."""
+    if layer.window is None:
+        return ChannelMean(channel_axis=layer.channel_axis)
+    return TapMean(layer.window, channel_axis=layer.channel_axis)
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """What the function makes of each item, in order, by several threads that are never far ahead."""
+    waiting: collections.deque[Future[R]] = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
