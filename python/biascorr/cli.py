@@ -60,7 +60,7 @@ def correct(
     quantized: Annotated[
         Path | None, typer.Option(metavar="Q.onnx", help="The model quantized (QDQ). Without it, quantization is simulated.")
     ] = None,
-    method: Annotated[str, typer.Option(help="How shifts are found.")] = "mean",
+    method: Annotated[str, typer.Option(help="How shifts are found.")] = "auto",
     weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = 8,
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
@@ -71,7 +71,7 @@ def correct(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # names of layers may have letters that the terminal has not
-    columns = (TextColumn("measuring mean inputs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         if output.exists() and not force:
             raise FileExistsError(f"{output} exists; --force overwrites it")
@@ -86,9 +86,8 @@ def correct(
                 method=method,
                 weight_bits=weight_bits,
                 per_channel=per_channel,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
             )
-            bar.update(task, total=result.samples)
         result.save(output, force=force)
     except KeyboardInterrupt:
         _fail("interrupted, nothing was written", _INTERRUPTED)
@@ -109,4 +108,4 @@ def _print_report(result: Correction, output: Path) -> None:
         console.width = max(console.width, console.measure(table).maximum)
     console.print(table)
     corrected = sum(layer.method is not None for layer in result.report)
-    print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} batches", flush=True)
+    print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} samples", flush=True)

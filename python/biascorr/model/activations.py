@@ -29,7 +29,7 @@ def activated_pairs(
 def _behind(network: Network, layer: Layer, *, nonlinear: bool) -> str | None:
     """The first tensor that follows from the output of a layer element by element and that something else reads."""
     bends = {layer.output: False}  # tensor -> whether it is more than the output, quantized or not
-    codes = set()
+    codes: set[str] = set()
     read = set(network.outputs)
     for operation in network.operations:
         if operation.kind is not Kind.OTHER and operation.inputs and all(name in bends for name in operation.inputs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from biascorr.model.activations import activated_pairs
 from biascorr.model.judging import NOT_JUDGED, Judge, Score
-from biascorr.model.methods import Method, Shift
+from biascorr.model.methods import Method, Shift, mean_shift
 from biascorr.model.network import Feeds, Layer, LayerReport, Network
 from biascorr.model.samples import Samples
 from biascorr.model.sweep import CPUS, Measured, Sweep, in_order
@@ -58,9 +58,7 @@ class Candidate:
         change = self.network.add_to_bias(layer, shift)
         before, after = (float(np.abs(x).mean()) for x in (shift, shift - change.applied))
         self.shifts[layer.name] = shift
-        self.reports[layer.name] = replace(
-            report, method=self.name, shift_before=before, shift_after=after, reason=change.note
-        )
+        self.reports[layer.name] = replace(report, method=self.name, shift_before=before, shift_after=after, reason=change.note)
         return change.applied
 
 
@@ -93,6 +91,7 @@ class Workshop:
         self._samples = samples
         self._progress = progress
         self._layers = [layer for _, layer in pairs.values()]
+        self._has_expectations = False
 
     @functools.cached_property
     def weights(self) -> dict[str, NDArray[Any]]:
@@ -113,23 +112,29 @@ class Workshop:
         found: dict[str, Measured] = {}
         sweep.correct(lambda layer, measured: found.update({names[layer.name]: measured}), self._step("float network"))
         for batch, outputs in enumerate(sweep.outputs()):
-            for name in self._reference.outputs if self._samples.judge(batch).any() else ():
-                self._samples.storage["float", name, batch] = outputs[name]
+            if self._samples.judge(batch).any():
+                self._expect(outputs, batch)
         return found
 
     @functools.cached_property
     def input_means(self) -> dict[str, NDArray[Any]]:
         """The mean input of each layer in the network as it came."""
         sweep = Sweep(self._quantized, self._layers, self._samples, inputs=self._pairs, depth=_DEPTH)
-        found: dict[str, NDArray[Any]] = {}
+        found: dict[str, NDArray[Any] | None] = {}
         sweep.correct(lambda layer, measured: found.update({layer.name: measured.input}), self._step("quantized network"))
         collections.deque(sweep.outputs(), maxlen=0)  # drops what is live
-        return found
+        return {name: mean for name, mean in found.items() if mean is not None}
 
     @functools.cached_property
     def uncorrected(self) -> Candidate:
         """The network as it came."""
         return Candidate("none", self._quantized, self._judged(self._quantized))
+
+    @property
+    def mean_shifts(self) -> dict[str, Shift]:
+        """The weight error of each layer times its mean input in the network as it came."""
+        means = self.input_means
+        return {layer.name: mean_shift(layer, self.weights[layer.name], means[layer.name]) for layer in self._layers}
 
     def with_shifts(self, name: str, shifts: Mapping[str, Shift]) -> Candidate:
         """The network with shifts that are known."""
@@ -150,24 +155,34 @@ class Workshop:
             activated={name: tensor for name, (_, tensor) in self._activated.items()} if activated else {},
         )
         sweep.correct(lambda layer, measured: candidate.add(layer, method(layer, measured)), self._step(name))
-        judge = Judge()
-        for batch, outputs in enumerate(sweep.outputs()):
-            self._compare(judge, outputs, batch)
-        return replace(candidate, score=judge.score)
+        return replace(candidate, score=self._score(enumerate(sweep.outputs())))
 
     def _judged(self, network: Network) -> Score:
         """The score of a network, from a pass over the samples that judge."""
-        self.reference
-        batches = [batch for batch in range(self._samples.batches) if self._samples.judge(batch).any()]
-        names = [each.name for each in network.inputs]
-        storage = self._samples.storage
-        feeds = lambda batch: {name: storage[name, batch] for name in names}
-        workers = min(len(batches), CPUS)
-        compute = network.part(feeds(batches[0]), network.outputs, threads=max(1, CPUS // workers))
+        return self._score(self._outputs(network))
+
+    def _score(self, outputs: Iterable[tuple[int, Feeds]]) -> Score:
+        if not self._has_expectations:
+            for batch, expected in self._outputs(self._reference):
+                self._expect(expected, batch)
         judge = Judge()
-        for batch, outputs in zip(batches, in_order(lambda batch: compute(feeds(batch)), batches, workers)):
-            self._compare(judge, outputs, batch)
+        for batch, computed in outputs:
+            self._compare(judge, computed, batch)
         return judge.score
+
+    def _expect(self, outputs: Feeds, batch: int) -> None:
+        self._has_expectations = True
+        for name, array in outputs.items():
+            self._samples.storage["float", name, batch] = array
+
+    def _outputs(self, network: Network) -> Iterator[tuple[int, Feeds]]:
+        """Outputs of a network for the batches that judge."""
+        names, storage = [each.name for each in network.inputs], self._samples.storage
+        batches = [batch for batch in range(self._samples.batches) if self._samples.judge(batch).any()]
+        workers = min(len(batches), CPUS)
+        example = {name: storage[name, batches[0]] for name in names}
+        compute = network.part(example, network.outputs, threads=max(1, CPUS // workers))
+        return zip(batches, in_order(lambda k: compute({name: storage[name, k] for name in names}), batches, workers))
 
     def _compare(self, judge: Judge, outputs: Feeds, batch: int) -> None:
         if self._samples.judge(batch).any():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -10,10 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.calibration import batches_from_data, number_of_batches
-from biascorr.model.methods import input_means, mean_shift
+from biascorr.calibration import ModelInput, batches_from_data, number_of_batches
+from biascorr.model.candidates import Candidate, Progress, Workshop
+from biascorr.model.judging import Score
+from biascorr.model.loading import network_from_model
+from biascorr.model.methods import Activation, Empirical, Mean
 from biascorr.model.network import Layer, LayerReport, Network
+from biascorr.model.samples import ONE_OF, Samples
+from biascorr.model.storage import Storage, default_budget
 from biascorr.quantization import Quantization, fake_quantize
+
+METHODS = ("auto", "mean", "iterative", "empirical", "activation")
+
+_STRENGTHS = (1.0, 0.5)
+"""Of the candidates of `auto`: halves often win (docs/models.md)."""
+
+_FEW = 8
+"""Fewer samples than these tell too little of a network to judge it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +38,25 @@ class Correction:
     ----------
     network : Network
         The corrected network.
+    method : str
+        How it was corrected: the one asked for, or the one that `auto` chose ("none" where nothing was better).
     report : sequence of LayerReport
         One entry per layer, in topological order; those left alone have a reason.
-    samples : int
-        Batches of data that were used.
+    scores : mapping from str to Score
+        How near the outputs of each candidate come to those of the float network, the uncorrected one ("none") first.
+    notes : sequence of str
+        What is worth knowing about the judgement.
+    samples, batches : int
+        How many were used.
     """
 
     network: Network
+    method: str
     report: Sequence[LayerReport]
+    scores: Mapping[str, Score]
+    notes: Sequence[str]
     samples: int
+    batches: int
 
     @property
     def model(self) -> Any:
@@ -52,10 +76,12 @@ def correct(
     data: Any,
     *,
     quantized: Any = None,
-    method: str = "mean",
+    method: str = "auto",
+    strength: float = 1.0,
     weight_bits: int = 8,
     per_channel: bool = False,
-    progress: Callable[[int, int | None], None] | None = None,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
 ) -> Correction:
     """Takes the bias that weight quantization leaves in a model's layers out of their biases.
 
@@ -68,16 +94,29 @@ def correct(
         the first axis. An iterable or a `CalibrationDataReader` gives batches: arrays, tuples with one array per input, or
         mappings. A path is an .npy or .npz file or a folder of them, one batch per file.
     quantized : path, bytes or onnx.ModelProto, optional
-        The same model quantized, in QDQ format; its biases are corrected. None: the weights of the float model are
-        quantized in simulation, and the float model with corrected biases is returned.
-    method : "mean"
-        One pass: weight error times the mean input of each layer, per kernel tap.
+        The same model quantized; its biases are corrected. None: the weights of the float model are quantized in simulation,
+        and the float model with corrected biases is returned.
+    method : str
+        "auto": one sample of four is held back; each method corrects with the others, and the model that is best on those
+        held back is returned. The model as it came is among the candidates, so the result is never worse than that.
+
+        By name, from all samples:
+
+        - "mean": weight error times the mean input of each layer, per kernel tap, all measured in one pass.
+        - "iterative": the same, each layer behind corrected ones.
+        - "empirical": the mean output of each layer becomes that of the float one, each behind corrected ones.
+        - "activation": the same of what is behind the layer's activation.
+    strength : float
+        The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
     weight_bits : int
         Simulated quantization: bits of the weights, 2 to 32, symmetric.
     per_channel : bool
         Simulated quantization: a scale per output channel instead of one per tensor.
+    memory_budget : int, optional
+        Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. Half of
+        the memory that is free by default.
     progress : callable, optional
-        Called with the batches done and their total (None if unknown) after each batch.
+        Called with what is being done, how much of it is done, and how much there is (None if unknown).
 
     Returns
     -------
@@ -90,35 +129,118 @@ def correct(
         A file is missing.
     ImportError
         onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``).
+    OSError
+        The temporary folder is full.
     TypeError
         The model or the data is of a kind that is not understood; a sample has another dtype than the input.
     ValueError
-        The method is unknown; a model is invalid; the quantized model is not of this float model; there are no samples; a
-        sample has other names or shapes than the inputs, or nan.
+        An option has a value that is not allowed; a model is invalid; the quantized model is not of this float model; there
+        are no samples; a sample has other names or shapes than the inputs, or nan.
+
+    Warns
+    -----
+    UserWarning
+        A method asked for by name made the outputs worse.
     """
-    if method != "mean":
-        raise ValueError(f"method: {method!r}, expected 'mean'")
+    _check_options(method, strength, weight_bits, memory_budget)
+    reference = network_from_model(model, "model")
+    measured = (
+        _simulated(reference, weight_bits, per_channel) if quantized is None else network_from_model(quantized, "quantized")
+    )
+    counterparts = _matching_layers(reference, measured)
+    pairs, untouched = _split(measured, counterparts)
+    report_progress = progress or (lambda *_: None)
+    with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
+        samples = Samples(storage, held_back=method == "auto")
+        _read(samples, data, measured.inputs, report_progress)
+        workshop = Workshop(reference, measured, pairs, samples, report_progress)
+        candidates = _candidates(workshop, method, strength) if pairs else []
+        before = workshop.uncorrected
+        best = _best([before, *candidates]) if method == "auto" or not candidates else candidates[0]
+    network = best.network if quantized is not None else _shifted(reference, best)
+    notes = _notes(best, before, samples)
+    reports = dict(best.reports) | {report.name: report for report in (*untouched, *measured.left_alone)}
+    return Correction(
+        network,
+        best.name,
+        [reports[name] for name in measured.order if name in reports],
+        {each.name: each.score for each in (before, *candidates)},
+        notes,
+        samples.count,
+        samples.batches,
+    )
+
+
+def _check_options(method: str, strength: float, weight_bits: int, memory_budget: int | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength: {strength}, expected above 0 up to 1")
+    if strength != 1.0 and method not in ("empirical", "activation"):
+        raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
     if not 2 <= weight_bits <= 32:
         raise ValueError(f"weight_bits: {weight_bits}, expected 2 to 32")
-    reference = _network(model, "model")
-    measured = _simulated(reference, weight_bits, per_channel) if quantized is None else _network(quantized, "quantized")
-    weights = _matching_weights(reference, measured)
-    layers, untouched = _split(measured, weights)
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
+
+
+def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
+    """Takes all batches. Raises ValueError where there are none."""
     total = number_of_batches(data)
-    on_batch = None if progress is None else lambda done: progress(done, total)
-    means, done = input_means(measured, layers, batches_from_data(data, measured.inputs), on_batch)
-    corrected = reference if quantized is None else measured
-    reports = {layer.name: _corrected(corrected, layer, weights[layer.name], means[layer.name]) for layer in layers}
-    reports |= {report.name: report for report in (*untouched, *measured.left_alone)}
-    return Correction(corrected, [reports[name] for name in measured.order if name in reports], done)
+    for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
+        lengths = {len(feeds[each.name]) if _has_free_axis(each) else 1 for each in inputs}
+        samples.add(feeds, lengths.pop() if len(lengths) == 1 else 1)
+        progress("reading samples", done, total)
+    if samples.batches == 0:
+        raise ValueError("data: no samples, at least one is needed")
 
 
-def _network(model: Any, name: str) -> Network:
-    try:
-        from biascorr.onnx.network import OnnxNetwork
-    except ImportError as error:
-        raise ImportError(f'correcting a model needs {error.name}: pip install "biascorr[onnx]"') from error
-    return OnnxNetwork.load(model, name)
+def _has_free_axis(each: ModelInput) -> bool:
+    """Whether samples are along the first axis, as far as the model tells: an axis of any size."""
+    return bool(each.shape) and each.shape is not None and each.shape[0] is None
+
+
+def _candidates(workshop: Workshop, method: str, strength: float) -> list[Candidate]:
+    wanted = [method] if method != "auto" else ["mean", "iterative", "empirical", "activation"]
+    strengths = [strength] if method != "auto" else _STRENGTHS
+    made: list[Candidate] = []
+    for each in wanted:
+        if each == "mean":
+            made.append(workshop.with_shifts(each, workshop.mean_shifts))
+        elif each == "iterative":
+            made.append(workshop.swept(each, Mean(workshop.weights), inputs=True))
+        for part in strengths if each in ("empirical", "activation") else ():
+            kind = Empirical if each == "empirical" else Activation
+            name = each if part == 1.0 else f"{each} {part:g}"
+            made.append(workshop.swept(name, kind(workshop.reference, part), activated=each == "activation"))
+    return made
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The best candidate that is in no way worse than the first, the uncorrected one."""
+    before = candidates[0].score
+    return max((each for each in candidates if not each.score.is_worse_than(before)), key=lambda each: each.score.order)
+
+
+def _notes(best: Candidate, before: Candidate, samples: Samples) -> list[str]:
+    """What is worth knowing about the judgement; warns where the model got worse."""
+    notes = []
+    judges = samples.count if samples.all_judge else samples.count // ONE_OF
+    kind = "held-back samples" if samples.held_back else "samples, which were fitted too"
+    if judges < _FEW:
+        notes.append(f"judged by {judges} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
+    if best.score.is_worse_than(before.score):
+        notes.append(f"{best.name} made the outputs worse: {before.score} before, {best.score} after, of {judges} {kind}")
+        warnings.warn(notes[-1], stacklevel=3)
+    return notes
+
+
+def _shifted(network: Network, candidate: Candidate) -> Network:
+    """The float network with the shifts that its simulated quantization was given."""
+    layers = {layer.name: layer for layer in network.layers}
+    for name, shift in candidate.shifts.items():
+        network.add_to_bias(layers[name], shift)
+    return network
 
 
 def _simulated(network: Network, bits: int, per_channel: bool) -> Network:
@@ -136,15 +258,15 @@ def _fake_quantized(layer: Layer, bits: int, per_channel: bool) -> NDArray[Any]:
     return fake_quantize(layer.weights, quantization, axis=axis)
 
 
-def _matching_weights(reference: Network, quantized: Network) -> dict[str, NDArray[Any]]:
-    """The float weights of each quantized layer, by its name. Raises ValueError where they are not what was quantized."""
+def _matching_layers(reference: Network, quantized: Network) -> dict[str, Layer]:
+    """The float layer of each quantized one, by its name. Raises ValueError where its weights are not what was quantized."""
     counterparts = _counterparts(reference.layers, quantized.layers)
     for layer in quantized.layers:
         if layer.name in counterparts:
             _check_weights(layer, counterparts[layer.name].weights)
     if quantized.layers and not counterparts:
         raise ValueError(f"quantized: not of this float model: no layer named {quantized.layers[0].name} in it")
-    return {name: layer.weights for name, layer in counterparts.items()}
+    return counterparts
 
 
 def _counterparts(reference: Sequence[Layer], quantized: Sequence[Layer]) -> dict[str, Layer]:
@@ -173,27 +295,18 @@ def _check_weights(layer: Layer, weights: NDArray[Any]) -> None:
         raise ValueError(f"{of_another} other weights (was a BatchNormalization folded, or the model scaled?)")
 
 
-def _split(network: Network, weights: Mapping[str, NDArray[Any]]) -> tuple[list[Layer], list[LayerReport]]:
-    """The layers to correct, and the reports of those that need or allow no correction."""
-    layers, untouched = [], []
+def _split(network: Network, counterparts: Mapping[str, Layer]) -> tuple[dict[str, tuple[Layer, Layer]], list[LayerReport]]:
+    """The layers to correct with their float counterparts, and the reports of those that need or allow no correction."""
+    pairs, untouched = {}, []
     for layer in network.layers:
         report = LayerReport(layer.name, layer.op, channels=layer.channels)
-        if layer.name not in weights:
+        counterpart = counterparts.get(layer.name)
+        if counterpart is None:
             untouched.append(replace(report, reason="no layer of this name in the float model"))
-        elif not np.isfinite(layer.weights).all() or not np.isfinite(weights[layer.name]).all():
+        elif not np.isfinite(layer.weights).all() or not np.isfinite(counterpart.weights).all():
             untouched.append(replace(report, reason="weights are not finite"))
-        elif np.array_equal(layer.weights, weights[layer.name]):
+        elif np.array_equal(layer.weights, counterpart.weights):
             untouched.append(replace(report, shift_before=0.0, shift_after=0.0, reason="weights are not quantized"))
         else:
-            layers.append(layer)
-    return layers, untouched
-
-
-def _corrected(network: Network, layer: Layer, weights: NDArray[Any], input_mean: NDArray[Any]) -> LayerReport:
-    report = LayerReport(layer.name, layer.op, channels=layer.channels)
-    shift = mean_shift(layer, weights, input_mean)
-    if not np.isfinite(shift).all():
-        return replace(report, reason="its mean input is not finite")
-    change = network.add_to_bias(layer, shift)
-    before, after = (float(np.abs(x).mean()) for x in (shift, shift - change.applied))
-    return replace(report, method="mean", shift_before=before, shift_after=after, reason=change.note)
+            pairs[layer.name] = (counterpart, layer)
+    return pairs, untouched

@@ -1,7 +1,7 @@
 """How near the outputs of a network are to those of its float reference.
 
-    SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB, averaged over the outputs of the model
-    KL   = mean over positions of sum_c r_c log(r_c / q_c), where an output is probabilities
+SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB, averaged over the outputs of the model
+KL   = mean over positions of sum_c r_c log(r_c / q_c), where an output is probabilities
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Score:
     def is_worse_than(self, other: Score) -> bool:
         """Whether any measure is worse."""
         return self.sqnr < other.sqnr or (self.divergence or 0.0) > (other.divergence or 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.sqnr:.2f} dB" + ("" if self.divergence is None else f", KL {self.divergence:.3g}")
 
     @property
     def order(self) -> tuple[float, float]:
@@ -99,6 +102,4 @@ class Judge:
     def score(self) -> Score:
         outputs = self._outputs.values()
         divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
-        return Score(
-            float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None
-        )
+        return Score(float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None)

@@ -82,9 +82,8 @@ class Activation:
         shift = Empirical(self.reference)(layer, measured)
         if expected is None or measured.activated is None:
             return self.strength * shift
-        start, goal = measured.activated.mean, expected.mean
+        wanted = expected.mean - measured.activated.mean
         for _ in range(_SECANT_STEPS):
-            moved = measured.activated_with(shift).mean - start
-            slope = np.divide(moved, shift, out=np.ones_like(shift), where=shift != 0)
-            shift = (goal - start) / np.maximum(slope, _LEAST_SLOPE)
+            slope = np.divide(measured.change_behind(shift), shift, out=np.ones_like(shift), where=shift != 0)
+            shift = wanted / np.maximum(slope, _LEAST_SLOPE)
         return self.strength * shift

@@ -14,8 +14,7 @@ from biascorr.model.network import Feeds
 from biascorr.model.storage import Storage
 from biascorr.reference import mean_from_sums
 
-
-_ONE_OF = 4
+ONE_OF = 4
 """One of so many samples judges."""
 
 
@@ -79,9 +78,14 @@ class Samples:
         return self._starts[-1]
 
     @property
+    def all_judge(self) -> bool:
+        """Whether there are too few to choose judges from."""
+        return self.count < ONE_OF
+
+    @property
     def held_back(self) -> bool:
         """Whether other samples judge than are fitted."""
-        return self._wanted_back and self.count >= _ONE_OF
+        return self._wanted_back and not self.all_judge
 
     def add(self, feeds: Feeds, size: int) -> None:
         """Keeps a batch of so many samples along the first axis."""
@@ -92,7 +96,7 @@ class Samples:
     def judge(self, batch: int) -> NDArray[np.bool_]:
         """Which samples of a batch judge."""
         index = np.arange(*self._starts[batch : batch + 2])
-        return (index % _ONE_OF == _ONE_OF - 1) | (self.count < _ONE_OF)
+        return np.asarray((index % ONE_OF == ONE_OF - 1) | self.all_judge)
 
     def is_fitted(self, batch: int) -> NDArray[np.bool_]:
         """Which samples of a batch are fitted."""

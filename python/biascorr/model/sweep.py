@@ -11,12 +11,14 @@ where it is read.
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.model.network import Feeds, Kind, Layer, Network
@@ -95,14 +97,14 @@ class Measured:
         Of the tensor behind its activation; None where that was not asked for.
     input : ndarray or None
         Its mean input over the fitted samples, (C,) or (*K, C); None where that was not asked for.
-    activated_with : callable
-        What `activated` would be if a shift, (channels,), were added to the output.
+    change_behind : callable
+        How much a shift of the output, (channels,), would change the mean of that.
     """
 
     output: SampleMeans
     activated: SampleMeans | None
     input: NDArray[Any] | None
-    activated_with: Callable[[NDArray[Any]], SampleMeans]
+    change_behind: Callable[[NDArray[Any]], NDArray[np.float64]]
 
 
 class Sweep:
@@ -154,7 +156,7 @@ class Sweep:
 
     def outputs(self) -> Iterator[Feeds]:
         """What the model gives out for each batch, after all layers are corrected."""
-        return (results for results, _ in self._run(self._stages[-1], self._network.outputs, lambda results, batch: None))
+        return (results for results, _ in self._run(self._stages[-1], self._network.outputs, {}))
 
     def _measured(self, stage: Stage) -> Iterator[tuple[Layer, Measured]]:
         means = {layer.name: empty_mean(layer) for layer in stage.layers if layer.name in self._inputs}
@@ -162,11 +164,7 @@ class Sweep:
         axes = {layer.output: layer.output_axis for layer in stage.layers}
         axes |= {self._activated[layer.name]: layer.output_axis for layer in stage.layers if layer.name in self._activated}
         wanted = dict.fromkeys([*stage.kept, *axes, *(layer.input for layer in stage.layers if layer.name in means)])
-
-        def measure(results: Feeds, batch: int) -> dict[str, SampleMeans]:
-            return {name: self._samples.means(results[name], axis, batch) for name, axis in axes.items()}
-
-        for batch, (results, measured) in enumerate(self._run(stage, list(wanted), measure)):
+        for batch, (results, measured) in enumerate(self._run(stage, list(wanted), axes)):
             for name, part in measured.items():
                 parts.setdefault(name, []).append(part)
             for layer in stage.layers:
@@ -175,32 +173,36 @@ class Sweep:
             for name in stage.kept:
                 self._samples.storage[name, batch] = results[name]
         for layer in stage.layers:
-            activated = SampleMeans.joined(parts[self._activated[layer.name]]) if layer.name in self._activated else None
+            behind = self._activated.get(layer.name)
             mean = means[layer.name].mean(layer.input_quantization) if layer.name in means else None
-            yield layer, Measured(SampleMeans.joined(parts[layer.output]), activated, mean, self._activated_with(layer))
+            activated = None if behind is None else SampleMeans.joined(parts[behind])
+            change = functools.partial(self._change_behind, layer, behind or "", parts.get(behind or "", ()))
+            yield layer, Measured(SampleMeans.joined(parts[layer.output]), activated, mean, change)
 
-    def _activated_with(self, layer: Layer) -> Callable[[NDArray[Any]], SampleMeans]:
-        def measure(shift: NDArray[Any]) -> SampleMeans:
-            name = self._activated[layer.name]
-            batches = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
-            compute = self._part({layer.output: self._samples.storage[layer.output, 0]}, [name])
+    def _change_behind(
+        self, layer: Layer, name: str, before: Sequence[SampleMeans], shift: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """How a shift of a layer's output would change the mean of the tensor behind its activation."""
+        fitted = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
+        compute = self._part({layer.output: self._samples.storage[layer.output, fitted[0]]}, [name])
 
-            def means(batch: int) -> SampleMeans:
-                array = self._samples.storage[layer.output, batch]
-                results = compute({layer.output: array + _aligned(shift, array, layer.output_axis)})
-                return self._samples.means(results[name], layer.output_axis, batch)
+        def means(batch: int) -> SampleMeans:
+            array = self._samples.storage[layer.output, batch]
+            results = compute({layer.output: array + _aligned(shift, array, layer.output_axis)})
+            return self._samples.means(results[name], layer.output_axis, batch)
 
-            return SampleMeans.joined(list(in_order(means, batches, self._workers)))
+        after = SampleMeans.joined(list(in_order(means, fitted, self._workers)))
+        return after.mean - SampleMeans.joined(before).mean
 
-        return measure
-
-    def _run(self, stage: Stage, wanted: Sequence[str], measure: Callable[[Feeds, int], R]) -> Iterator[tuple[Feeds, R]]:
-        """The wanted tensors of each batch and what is measured of them, in order; what nothing reads any more is dropped."""
+    def _run(
+        self, stage: Stage, wanted: Sequence[str], axes: Mapping[str, int]
+    ) -> Iterator[tuple[Feeds, dict[str, SampleMeans]]]:
+        """The wanted tensors of each batch in order, and the means of some along their axes; drops what is read no more."""
         compute = self._part(self._feeds(stage, 0), wanted)
 
-        def run(batch: int) -> tuple[Feeds, R]:
+        def run(batch: int) -> tuple[Feeds, dict[str, SampleMeans]]:
             results = compute(self._feeds(stage, batch))
-            return results, measure(results, batch)
+            return results, {name: self._samples.means(results[name], axis, batch) for name, axis in axes.items()}
 
         for batch, found in enumerate(in_order(run, range(self._samples.batches), self._workers)):
             yield found
