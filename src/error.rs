@@ -102,6 +102,9 @@ pub enum Error {
     /// An integer cannot hold nan.
     #[error("array: contains nan, which has no quantized value")]
     Nan,
+    /// No range spans nan or an infinity.
+    #[error("weights: contains nan or inf, expected finite numbers")]
+    NotFinite,
     /// At least one thread is needed, and no more than a machine can have.
     #[error("num_threads: {found}, expected 1 to {limit}")]
     Threads {

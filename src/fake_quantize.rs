@@ -87,7 +87,7 @@ fn dequantized(q: f64, scale: f64, zero_point: f64) -> f64 {
 /// Adding 1.5 * 2^52 leaves no room for a fraction, in any CPU tier. Beyond 2^51 it may round to even numbers, which no grid of
 /// 32 bits can tell apart.
 #[inline(always)]
-fn round_half_even(x: f64) -> f64 {
+pub fn round_half_even(x: f64) -> f64 {
     const INTEGERS_ONLY: f64 = 6_755_399_441_055_744.0;
     (x + INTEGERS_ONLY) - INTEGERS_ONLY
 }

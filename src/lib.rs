@@ -6,11 +6,12 @@
 //! shift of output channel  shift[g,o] = sum over s,i of D[s,i,g,o] * E[x][g,i]
 //! ```
 //!
-//! The data flows top to bottom through three steps, one module each:
+//! The data flows top to bottom through four steps, one module each:
 //!
 //! 1. [`channel_mean`]: samples -> sums per channel and per kernel tap
-//! 2. [`fake_quantize`]: weights -> quantized, dequantized
-//! 3. [`weight_error`]: weights, fake-quantized weights, means -> shift
+//! 2. [`quantization_range`]: weights -> the range that their quantizer spans
+//! 3. [`fake_quantize`]: weights -> quantized, dequantized
+//! 4. [`weight_error`]: weights, fake-quantized weights, means -> shift
 //!
 //! They stand on [`accumulate`] (what each dtype is summed in), [`layout`] (any strided array as runs), [`parallel`] (the thread
 //! pool), [`simd`] (CPU tiers) and
@@ -22,6 +23,7 @@ pub mod error;
 pub mod fake_quantize;
 pub mod layout;
 pub mod parallel;
+pub mod quantization_range;
 pub mod simd;
 pub mod weight_error;
 

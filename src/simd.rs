@@ -69,18 +69,18 @@ fn probe() -> Tier {
 ///
 /// `tiered!(fn name<T: Bound>(argument: Type, ...) -> Output = body);`
 macro_rules! tiered {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident<$($t:ident: $bound:path),+>($($arg:ident: $ty:ty),* $(,)?)
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$($t:ident: $bound:path),*>($($arg:ident: $ty:ty),* $(,)?)
      $(-> $out:ty)? = $body:path) => {
         $(#[$doc])*
-        $vis fn $name<$($t: $bound),+>($($arg: $ty),*) $(-> $out)? {
+        $vis fn $name<$($t: $bound),*>($($arg: $ty),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$($t: $bound),+>($($arg: $ty),*) $(-> $out)? {
+            fn avx2<$($t: $bound),*>($($arg: $ty),*) $(-> $out)? {
                 $body($crate::simd::Tier::Avx2, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-            fn avx512<$($t: $bound),+>($($arg: $ty),*) $(-> $out)? {
+            fn avx512<$($t: $bound),*>($($arg: $ty),*) $(-> $out)? {
                 $body($crate::simd::Tier::Avx512, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]

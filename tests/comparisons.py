@@ -59,6 +59,11 @@ def _fake_quantize(array: Any, scale: Any, zero_point: Any, bits: int) -> NDArra
     return fake_quantize(array, Quantization(scale, zero_point, bits))
 
 
+def _quantization_range(weights: Any, bits: int, asymmetric: bool, search: bool) -> NDArray[Any]:
+    dtype = np.float64 if weights.dtype == np.float64 else np.float32
+    return _kernels.quantization_range(np.require(weights, dtype, "CA"), bits, asymmetric, search)
+
+
 def _weight_error(weights: Any, fake_quantized: Any, mean: Any, groups: int, layout: str) -> NDArray[Any]:
     return _kernels.weight_error(weights, fake_quantized, np.asarray(mean, dtype=np.float64), groups, layout, True)
 
@@ -67,6 +72,7 @@ COMPARISONS = {
     "channel_sums": Comparison(_channel_sums, reference.channel_sums, 1e-13),
     "channel_mean": Comparison(_channel_mean, reference.channel_mean, 1e-7),
     "tap_sums": Comparison(_tap_sums, reference.tap_sums, 1e-13),
+    "quantization_range": Comparison(_quantization_range, reference.quantization_range, 0),
     "quantize": Comparison(_quantize, reference.quantize, 0),
     "dequantize": Comparison(_dequantize, reference.dequantize, 0),
     "fake_quantize": Comparison(_fake_quantize, reference.fake_quantize, 0),

@@ -49,6 +49,9 @@ for threads in (1, 2, 3, 4):
         wq = fake_quantize(w, Quantization(scale=20.0))
         digest.update(wq)
         digest.update(fake_quantize(w, Quantization(scale=np.linspace(1.0, 30.0, 200))))
+        for axis in (None, -1):
+            searched = [Quantization.from_weights(w, 4, axis=axis, asymmetric=asymmetric) for asymmetric in (False, True)]
+            digest.update(repr(searched).encode())
         for layout in ("HWIO", "HWOI", "HWCM", "OIHW", "IOHW"):
             corrector = MeanBiasCorrector(np.arange(w.shape[max(layout.find("I"), layout.find("C"))]) / 3, layout=layout)
             given = corrector.calculate(w, wq)

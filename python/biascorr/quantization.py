@@ -18,6 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
 
+QUANT_MODES = ("tf", "tf_enhanced")
+"""How the range of weights is found; see :meth:`Quantization.from_weights`."""
+
 
 class BiasCorrectionType(enum.Enum):
     """How biases are corrected."""
@@ -104,11 +107,65 @@ class Quantization:
             raise ValueError(f"min, max: {low}, {high}, expected finite and min <= max")
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
         half = 2 ** (bits - 1)
-        span = high - low if asymmetric else np.maximum(-low, high)
         steps = 2 * half - 1 if asymmetric else half - 1
-        scale = np.divide(steps, span, out=np.ones_like(span), where=span > 0)
-        zero_point = -half - np.rint(low * scale) if asymmetric else np.zeros_like(scale)
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale of 0 or inf is an error of the constructor
+            span = high - low if asymmetric else np.maximum(-low, high)
+            scale = np.divide(steps, span, out=np.ones_like(span), where=span > 0)
+            zero_point = -half - np.rint(low * scale) if asymmetric else np.zeros_like(scale)
         return cls(scale, np.where(span > 0, zero_point, 0.0), bits)
+
+    @classmethod
+    def from_weights(
+        cls, weights: ArrayLike, bits: int = 8, *, axis: int | None = None, asymmetric: bool = False, mode: str = "tf_enhanced"
+    ) -> Quantization:
+        """The quantizer whose grid spans the range of weights, or that part of it which loses least.
+
+        Parameters
+        ----------
+        weights : array_like
+            Real units, any shape.
+        bits : int
+            2 to 32.
+        axis : int, optional
+            The axis whose elements have a grid each, and for :func:`fake_quantize` too; None: one grid for all.
+        asymmetric : bool
+            As in :meth:`from_range`.
+        mode : "tf_enhanced" or "tf"
+            "tf": the range from the least to the greatest weight. "tf_enhanced": of this range and narrower ones (k/100 of a
+            symmetric one; otherwise k/16 of its width, 0 being at j/20 of that), the one with the least sum of squared errors
+            for a histogram of the weights in 512 buckets, saturation being counted three times. What is rare and far from all
+            the rest is given up for a finer grid.
+
+        Raises
+        ------
+        TypeError
+            The dtype is not of real numbers.
+        ValueError
+            bits is out of range; the mode is unknown; the weights have no such axis; a weight is nan or inf; the weights are so
+            large or so small that float64 has no scale for them.
+
+        Notes
+        -----
+        Zero is on every grid. Weights of which there are none, or all 0, have scale 1. The result depends on neither memory
+        layout nor threads.
+
+        Examples
+        --------
+        >>> Quantization.from_weights([-1.0, 2.0], mode="tf").step
+        0.015748031496062992
+        >>> weights = np.append(np.linspace(-1, 1, 10_000), 4.0)
+        >>> Quantization.from_weights(weights, bits=4, mode="tf").step
+        0.5714285714285714
+        >>> Quantization.from_weights(weights, bits=4).step
+        0.13714285714285715
+        """
+        _check_bits(bits)
+        if mode not in QUANT_MODES:
+            raise ValueError(f"mode: {mode!r}, expected {' or '.join(map(repr, QUANT_MODES))}")
+        rows = _contiguous_reals(_rows(reference.native(weights, "weights"), axis))
+        ranges = _kernels.quantization_range(rows, bits, asymmetric, mode == "tf_enhanced")
+        low, high = ranges[0] if axis is None else ranges.T
+        return cls.from_range(low, high, bits, asymmetric)
 
     @property
     def step(self) -> Any:
@@ -255,6 +312,15 @@ def fake_quantize(
         kept = tuple(slice(length) for length in array.shape)
         result = reference.fake_quantize(array, scale[kept], zero_point[kept], quantization.bits)
     return result.astype(given) if narrow else result
+
+
+def _rows(weights: NDArray[Any], axis: int | None) -> NDArray[Any]:
+    """(C, M): a row per index along an axis, or one in all."""
+    if axis is None:
+        return weights.reshape(1, -1)
+    axis = _checked_axis(axis, weights.ndim)
+    weights = np.moveaxis(np.atleast_1d(weights), axis, 0)
+    return weights.reshape(len(weights), weights.size // max(len(weights), 1))
 
 
 def _checked_axis(axis: int, ndim: int) -> int:

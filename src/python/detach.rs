@@ -31,6 +31,7 @@ impl From<Error> for PyErr {
             | Error::MeanShape { .. }
             | Error::PerChannel { .. }
             | Error::Nan
+            | Error::NotFinite
             | Error::ChannelAxis { .. }
             | Error::Threads { .. } => PyValueError::new_err(message),
             Error::ThreadPool { .. } => PyRuntimeError::new_err(message),

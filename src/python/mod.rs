@@ -15,6 +15,7 @@ use crate::accumulate::Compensated;
 use crate::channel_mean::AxisWindow;
 use crate::error::Error;
 use crate::fake_quantize::{self, Grids, Quantized, Real};
+use crate::quantization_range::{self as ranges, Quantizer, Range};
 use crate::weight_error::{FakeQuantized, GridAxes, Mean, Tensor, weight_error as shift_of};
 use crate::{parallel, simd};
 use detach::detached;
@@ -242,6 +243,29 @@ fn weight_error_from_grids<'py>(
     Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, true))
 }
 
+fn ranges_of<'py, T: Real + Element>(
+    weights: &PyReadonlyArrayDyn<'py, T>, quantizer: Quantizer,
+) -> PyResult<Bound<'py, PyAny>> {
+    let xs = weights.as_slice()?;
+    let mut found: Vec<Range> = vec![[0.0; 2]; weights.shape().first().copied().unwrap_or(1)];
+    let work = ranges::work(size_of_val(xs), found.len(), quantizer);
+    detached(weights.py(), work, || ranges::quantization_range(xs, quantizer, &mut found))?;
+    Ok(PyArray1::from_slice(weights.py(), found.as_flattened()).reshape([found.len(), 2])?.into_any())
+}
+
+/// The least and the greatest value of a grid for each row of contiguous float32 or float64 weights, (C, 2).
+#[pyfunction]
+#[pyo3(signature = (weights, bits, asymmetric, search))]
+fn quantization_range<'py>(
+    weights: &Bound<'py, PyAny>, bits: u32, asymmetric: bool, search: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    let quantizer = Quantizer { bits, asymmetric, search };
+    if let Ok(weights) = weights.extract::<PyReadonlyArrayDyn<'py, f32>>() {
+        return ranges_of(&weights, quantizer);
+    }
+    ranges_of(&weights.extract::<PyReadonlyArrayDyn<'py, f64>>()?, quantizer)
+}
+
 /// The grids that quantize along an axis of an array: scales, zero points, bits, channels, elements per channel step.
 type PyGrids<'py> = (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>, u32, usize, usize);
 
@@ -350,7 +374,7 @@ fn build_info() -> (&'static str, &'static str, &'static str) {
 mod _kernels {
     #[pymodule_export]
     use super::{
-        build_info, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantize,
-        set_num_threads, tap_sums, weight_error, weight_error_from_grids,
+        build_info, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantization_range,
+        quantize, set_num_threads, tap_sums, weight_error, weight_error_from_grids,
     };
 }
