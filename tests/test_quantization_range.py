@@ -1,4 +1,4 @@
-"""The quantizers of weights: ranges and grids that are known, kernel against twin, what has no range."""
+"""The quantizers of weights: ranges and grids that are known, kernel against twin, what has no range; stochastic rounding."""
 
 import numpy as np
 import pytest
@@ -160,3 +160,44 @@ def test_the_number_of_threads_changes_nothing():
         assert len(found) == 1
     finally:
         set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stochastic_rounding_is_that_of_its_seed(layout):
+    weights = random_array((30, 40), "float32")
+    quantization = Quantization(scale=np.linspace(1.0, 5.0, 30), zero_point=3, bits=5)
+
+    def moved(weights, seed):
+        return fake_quantize(weights, quantization, axis=0, rng=np.random.default_rng(seed))
+
+    found = moved(LAYOUTS[layout](weights), 0)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, moved(weights, 0))
+    assert (found != moved(weights, 1)).any()
+    np.testing.assert_array_equal(moved(found, 1), found)  # what is on the grid stays
+    step, inside = quantization.step[:, None], np.abs(weights * quantization.scale[:, None]) < 12
+    assert (np.abs(found - weights) < step * (1 + 1e-6))[inside].all()
+
+
+def test_stochastic_rounding_is_right_on_average():
+    values = np.full(100_000, 0.3)
+    moved = fake_quantize(values, Quantization(), rng=np.random.default_rng(0))
+    assert set(moved) == {0.0, 1.0}
+    assert moved.mean() == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_stochastic_rounding_of_blocks_and_of_narrow_dtypes(dtype):
+    weights = random_array((4, 6), dtype)
+    quantization = Quantization([[1.0, 2.0]] * 4, bits=4)
+    found = fake_quantize(weights, quantization, axis=1, block_size=3, rng=np.random.default_rng(0))
+    assert found.dtype == fake_quantize(weights, quantization, axis=1, block_size=3).dtype
+    for block, scale in ((slice(0, 3), 1.0), (slice(3, 6), 2.0)):
+        steps = found[:, block].astype(np.float64) * scale
+        np.testing.assert_array_equal(steps, np.rint(steps))
+
+
+def test_stochastic_rounding_checks_channels():
+    with pytest.raises(ValueError, match="scale: 2 values, expected 1 or 3"):
+        fake_quantize(np.ones((2, 3)), Quantization([1.0, 2.0]), rng=np.random.default_rng(0))
+    assert fake_quantize(0.5, Quantization([4.0]), rng=np.random.default_rng(0)) == 0.5

@@ -260,7 +260,12 @@ class PackedInt4:
 
 
 def fake_quantize(
-    array: ArrayLike, quantization: Quantization, *, axis: int = -1, block_size: int | None = None
+    array: ArrayLike,
+    quantization: Quantization,
+    *,
+    axis: int = -1,
+    block_size: int | None = None,
+    rng: np.random.Generator | None = None,
 ) -> NDArray[Any]:
     """Quantize and dequantize: the values that a quantized tensor can stand for, nearest to those given.
 
@@ -275,6 +280,10 @@ def fake_quantize(
     block_size : int, optional
         Elements of a block along `axis` that share a grid. Scale, and zero point unless it is one for all, then have the shape
         of the array with ceil(length / block_size) along `axis`, as ONNX stores them.
+    rng : numpy.random.Generator, optional
+        Makes the rounding stochastic: up with the probability of the fraction, else down, so that errors are 0 on average. A
+        number is drawn for each element, in C order: a generator of equal seed gives equal values, whatever the memory layout
+        and the number of threads.
 
     Returns
     -------
@@ -302,16 +311,25 @@ def fake_quantize(
     narrow = given.itemsize < 4 and given.name.startswith(("float", "bfloat"))
     array = _contiguous_reals(np.asarray(array, dtype=np.float64) if narrow else array)
     axis = _checked_axis(axis, array.ndim)
-    if block_size is None:
+    if block_size is None and rng is None:
         result: NDArray[Any] = _kernels.fake_quantize_array(array, _grids(quantization, array, axis))
     else:
-        shape = _blocked_shape(quantization, array.shape, axis, block_size)
-        scale, zero_point = _affine_parameters(quantization)
-        repeats = min(block_size, array.shape[axis])
-        scale, zero_point = (np.repeat(np.broadcast_to(x, shape), repeats, axis=axis) for x in (scale, zero_point))
-        kept = tuple(slice(length) for length in array.shape)
-        result = reference.fake_quantize(array, scale[kept], zero_point[kept], quantization.bits)
+        scale, zero_point = _aligned(quantization, array.shape, axis, block_size)
+        result = reference.fake_quantize(array, scale, zero_point, quantization.bits, rng)
     return result.astype(given) if narrow else result
+
+
+def _aligned(quantization: Any, shape: tuple[int, ...], axis: int, block_size: int | None) -> list[NDArray[np.float64]]:
+    """Scale and zero point, so that they broadcast against an array of this shape."""
+    if block_size is None:
+        parameters = affine_parameters(quantization)
+        check_channels(*parameters, shape[axis] if shape else 1)
+        return [x.reshape([-1 if k == axis else 1 for k in range(len(shape))]) if x.size > 1 else x for x in parameters]
+    blocked = _blocked_shape(quantization, shape, axis, block_size)
+    repeats = min(block_size, shape[axis])
+    kept = tuple(slice(length) for length in shape)
+    parameters = _affine_parameters(quantization)
+    return [np.repeat(np.broadcast_to(x, blocked), repeats, axis=axis)[kept] for x in parameters]
 
 
 def _rows(weights: NDArray[Any], axis: int | None) -> NDArray[Any]:

@@ -264,18 +264,23 @@ def dequantize(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike) -> NDA
     return np.asarray(r, dtype=np.result_type(array.dtype, np.float32))
 
 
-def fake_quantize(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int) -> NDArray[Any]:
-    """The nearest values on the grid, in the dtype of the array."""
+def fake_quantize(
+    array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int, rng: np.random.Generator | None = None
+) -> NDArray[Any]:
+    """The nearest values on the grid, or with a generator one of the two nearest, in the dtype of the array."""
     array = np.asarray(array)
-    r = np.subtract(_grid(array, scale, zero_point, bits), zero_point) / np.asarray(scale, dtype=np.float64)
+    r = np.subtract(_grid(array, scale, zero_point, bits, rng), zero_point) / np.asarray(scale, dtype=np.float64)
     return np.asarray(r, dtype=array.dtype)
 
 
-def _grid(array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int) -> NDArray[np.float64]:
+def _grid(
+    array: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, bits: int, rng: np.random.Generator | None = None
+) -> NDArray[np.float64]:
     half = 2.0 ** (bits - 1)
     with np.errstate(over="ignore"):
         steps = np.multiply(array, scale, dtype=np.float64)
-    return np.asarray(np.clip(np.rint(steps) + zero_point, -half, half - 1))
+    rounded = np.rint(steps) if rng is None else np.floor(steps + rng.random(steps.shape))
+    return np.asarray(np.clip(rounded + zero_point, -half, half - 1))
 
 
 _SPACE = "DHW"
