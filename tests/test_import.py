@@ -13,6 +13,7 @@ import biascorr
 from biascorr.model.correction import Correction, correct
 from biascorr.model.network import ActivationType, LayerReport
 from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
+from biascorr.model.quant_params import QuantParams
 
 LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.calibration", "biascorr.model", "biascorr.onnx")
 LONGEST = 15e-3
@@ -34,8 +35,8 @@ def test_the_model_interface_is_imported_at_first_use():
 
 
 def test_names_that_are_imported_later_are_as_good_as_the_others():
-    classes, functions = (ActivationType, ConvBnInfoType, Correction, LayerReport), (correct, find_all_convs_bn_with_activation)
-    names = {each.__name__: each for each in (*classes, *functions)}
+    classes = ActivationType, ConvBnInfoType, Correction, LayerReport, QuantParams
+    names = {each.__name__: each for each in (*classes, correct, find_all_convs_bn_with_activation)}
     assert {name: getattr(biascorr, name) for name in names} == names
     listed, starred = run("import biascorr; print(*dir(biascorr)); from biascorr import *; print(*dir())").splitlines()
     assert set(biascorr.__all__) <= set(listed.split())

@@ -1,7 +1,7 @@
 """Takes the bias that quantization leaves in neural networks out again.
 
 Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`, :class:`MeanBiasCorrector` and its relatives,
-:func:`fake_quantize`. Whole models: :func:`correct`.
+:func:`fake_quantize`. Whole models: :func:`correct`, :class:`QuantParams`.
 """
 
 import importlib
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from biascorr.model.correction import Correction, correct
     from biascorr.model.network import ActivationType, LayerReport
     from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
+    from biascorr.model.quant_params import QuantParams
 
 __all__ = [
     "ActivationType",
@@ -37,6 +38,7 @@ __all__ = [
     "MeanBiasCorrector",
     "NullBiasCorrector",
     "PackedInt4",
+    "QuantParams",
     "Quantization",
     "correct",
     "fake_quantize",
@@ -54,6 +56,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "ConvBnInfoType": "biascorr.model.patterns",
         "Correction": "biascorr.model.correction",
         "LayerReport": "biascorr.model.network",
+        "QuantParams": "biascorr.model.quant_params",
         "correct": "biascorr.model.correction",
         "find_all_convs_bn_with_activation": "biascorr.model.patterns",
     }
