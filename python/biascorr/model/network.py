@@ -287,6 +287,12 @@ class Network(Protocol):
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
         """A copy whose layers, by name, have other weights."""
 
+    def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> Network:
+        """A copy in which layers, by name, read their input moved to a grid: one scale and zero point, up to 16 bits.
+
+        Other readers of the same tensors are as before. The layers keep their names.
+        """
+
     def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
         """Adds a shift, (channels,) in real units, to the bias of a layer; a layer without one gets one."""
 

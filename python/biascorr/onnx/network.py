@@ -17,7 +17,7 @@ from biascorr.model.network import BiasChange, Feeds, Kind, Layer, LayerReport, 
 from biascorr.onnx import files
 from biascorr.onnx.bias import add_to_bias, biased_output
 from biascorr.onnx.graph import Graph, attributes, captured, subgraph_nodes
-from biascorr.onnx.quantizers import dequantizer_of
+from biascorr.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.onnx.runtime import run, session
 from biascorr.onnx.surroundings import surroundings_of
 from biascorr.quantization import Quantization
@@ -102,6 +102,22 @@ class OnnxNetwork:
             return {name: feeds[name] if name in feeds else results[name] for name in wanted}
 
         return compute
+
+    def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        graph = Graph(model)
+        nodes = _named_nodes(model)
+        position = {name: k for k, name in enumerate(nodes)}
+        moved: dict[tuple[str, Quantization], str] = {}
+        for name in sorted(quantizations, key=position.__getitem__):
+            node, index = nodes[name], _activation_index(nodes[name], graph)
+            key = node.input[index], quantizations[name]
+            if key not in moved:
+                dtype = graph.value(_weights_of(node, graph)).dtype
+                moved[key] = insert_fake_quantizer(graph, key[0], dtype, key[1], node)
+            graph.set_input(node, index, moved[key])
+        return OnnxNetwork(model, self._name)
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
         model = onnx.ModelProto()
@@ -266,6 +282,10 @@ def _input(value: onnx.ValueInfoProto) -> ModelInput:
 
 def _weight_index(node: onnx.NodeProto, graph: Graph) -> int:
     return 0 if node.op_type == "MatMul" and graph.is_constant(node.input[0]) else 1
+
+
+def _activation_index(node: onnx.NodeProto, graph: Graph) -> int:
+    return 1 - _weight_index(node, graph)
 
 
 def _has_weights(node: onnx.NodeProto, graph: Graph) -> bool:

@@ -1,4 +1,4 @@
-"""DequantizeLinear nodes: r = (q - zero_point) * step."""
+"""Quantizers in a graph: DequantizeLinear nodes, r = (q - zero_point) * step, and what moves a tensor to a grid."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import helper
 
 from biascorr.onnx.graph import Graph, attributes
+from biascorr.quantization import Quantization
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,3 +61,38 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
         return None
     zero_point = rest[0] if rest else np.zeros((), dtype=np.int32)
     return Dequantizer(node, step, zero_point, attributes(node).get("axis", 1) if step.size > 1 else 0)
+
+
+def insert_fake_quantizer(
+    graph: Graph, tensor: str, dtype: np.dtype[Any], quantization: Quantization, before: onnx.NodeProto
+) -> str:
+    """The tensor moved to a grid, round(clip(x * scale)) / scale, by nodes in front of one that reads it.
+
+    They take any number of bits in any opset, where QuantizeLinear and Round have fewer. The clip has the bounds of
+    q - zero_point. Adding 1.5 * 2^23 leaves float32 no room for a fraction, so that it rounds to integers, half to even.
+    """
+    wide = dtype == np.float64
+    integers_only = 1.5 * 2.0 ** (52 if wide else 23)
+    least = -(2 ** (quantization.bits - 1)) - quantization.zero_point
+    greatest = least + 2**quantization.bits - 1
+    scale = quantization.scale
+    steps = [("Mul", scale), ("Max", least), ("Min", greatest), ("Add", integers_only), ("Sub", integers_only), ("Div", scale)]
+    narrow = dtype not in (np.float32, np.float64)  # whose arithmetic has no room for the numbers of large grids
+    tensor = _insert_cast(graph, tensor, np.dtype(np.float32), before) if narrow else tensor
+    for op, value in steps:
+        constant = graph.add_initializer(f"{tensor}_{op}_by", np.asarray(value, np.float64 if wide else np.float32))
+        tensor = _insert(graph, helper.make_node(op, [tensor, constant], [f"{tensor}_{op}"]), before)
+    return _insert_cast(graph, tensor, dtype, before) if narrow else tensor
+
+
+def _insert_cast(graph: Graph, tensor: str, dtype: np.dtype[Any], before: onnx.NodeProto) -> str:
+    to = helper.np_dtype_to_tensor_dtype(dtype)
+    return _insert(graph, helper.make_node("Cast", [tensor], [f"{tensor}_Cast"], to=to), before)
+
+
+def _insert(graph: Graph, node: onnx.NodeProto, before: onnx.NodeProto) -> str:
+    """The output of the node, under a fresh name."""
+    node.output[0] = graph.fresh_name(node.output[0])
+    node.name = graph.fresh_name(f"{node.output[0]}_node")
+    graph.insert(node, before, after=False)
+    return str(node.output[0])
