@@ -11,6 +11,7 @@ use biascorr::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use biascorr::error::Error;
 use biascorr::fake_quantize::{Grids, dequantize, fake_quantize, quantize};
 use biascorr::layout::Elements;
+use biascorr::quantization_range::{Quantizer, quantization_range};
 use biascorr::weight_error::{FakeQuantized, GridAxes, Mean, Tensor, weight_error};
 use biascorr::{parallel, simd};
 use half::{bf16, f16};
@@ -39,6 +40,10 @@ const WEIGHTS: [(&str, &[usize]); 4] =
 
 /// Channels, on the last axis, with a grid each.
 const GRIDS: [(&str, usize); 2] = [("per_tensor", 1), ("per_channel", 512)];
+
+/// Ways to the range of channels of 512 weights each: whether it is asymmetric, whether it is searched.
+const RANGES: [(&str, bool, bool); 3] =
+    [("tf", false, false), ("tf_enhanced", false, true), ("tf_enhanced/asymmetric", true, true)];
 
 /// A function at each type, with the type's name.
 macro_rules! at_each_type {
@@ -73,6 +78,11 @@ fn cases() -> BTreeMap<String, Run> {
         cases.insert(format!("dequantize/i8/{name}"), Box::new(run));
         let run = move |elements| run_map(fake_quantize::<f32>, grids, elements);
         cases.insert(format!("fake_quantize/f32/{name}"), Box::new(run));
+    }
+    for (name, asymmetric, search) in RANGES {
+        let quantizer = Quantizer { bits: 8, asymmetric, search };
+        let run = move |elements| run_quantization_range(quantizer, elements);
+        cases.insert(format!("quantization_range/f32/{name}"), Box::new(run));
     }
     cases
 }
@@ -124,6 +134,13 @@ fn run_map<X: TryFrom<u8>, Y: Clone + Default>(
     let (xs, mut ys) = (pattern::<X>(elements), vec![Y::default(); elements]);
     measured(&mut || kernel(&xs, &grids, &mut ys))?;
     Ok(elements)
+}
+
+fn run_quantization_range(quantizer: Quantizer, elements: usize) -> Result<usize, Error> {
+    let channels = elements.div_ceil(512);
+    let (weights, mut ranges) = (pattern::<f32>(512 * channels), vec![[0.0; 2]; channels]);
+    measured(&mut || quantization_range(&weights, quantizer, &mut ranges))?;
+    Ok(weights.len())
 }
 
 /// What is counted: not inlined, so that callgrind finds its name.

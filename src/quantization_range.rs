@@ -72,8 +72,7 @@ impl Grid {
     }
 }
 
-/// The buckets of a histogram that are not empty.
-#[derive(Default)]
+/// The buckets of a histogram that are not empty, and empty ones up to the next multiple of [`LANES`].
 struct Histogram {
     centres: Vec<f64>,
     counts: Vec<f64>,
@@ -92,48 +91,73 @@ impl Histogram {
             counts[(((weight.widen() - least) * per_unit) as usize).min(BUCKETS - 1)] += 1;
         }
         let filled = counts.into_iter().enumerate().filter(|&(_, count)| count > 0);
-        let (centres, counts) =
+        let (mut centres, mut counts): (Vec<f64>, Vec<f64>) =
             filled.map(|(bucket, count)| (least + (bucket as f64 + 0.5) * width, count as f64)).unzip();
+        let padded = centres.len().next_multiple_of(LANES);
+        centres.resize(padded, 0.0);
+        counts.resize(padded, 0.0);
         Some(Histogram { centres, counts })
     }
 }
 
-/// The least and the greatest of finite weights; nan among them where some are not.
+/// The least and the greatest weight that lanes have seen, and 0, or nan where one was not finite.
+#[derive(Clone, Copy)]
+struct Extremes {
+    least: [f64; LANES],
+    greatest: [f64; LANES],
+    zero: [f64; LANES],
+}
+
+impl Extremes {
+    #[inline(always)]
+    fn add<T: Real>(mut self, row: &[T; LANES]) -> Self {
+        let row = row.map(T::widen);
+        for (least, &x) in self.least.iter_mut().zip(&row) {
+            *least = if x < *least { x } else { *least };
+        }
+        for (greatest, &x) in self.greatest.iter_mut().zip(&row) {
+            *greatest = if x > *greatest { x } else { *greatest };
+        }
+        for (zero, &x) in self.zero.iter_mut().zip(&row) {
+            *zero += x * 0.0;
+        }
+        self
+    }
+}
+
+/// The least and the greatest weight; nan where some are not finite.
 #[inline(always)]
 fn extremes_body<T: Real>(_: Tier, weights: &[T]) -> Range {
-    let (mut least, mut greatest) = ([f64::INFINITY; LANES], [f64::NEG_INFINITY; LANES]);
-    let mut zeros = [0.0; LANES];
-    for weights in weights.chunks(LANES) {
-        for (k, weight) in weights.iter().enumerate() {
-            let x = weight.widen();
-            least[k] = if x < least[k] { x } else { least[k] };
-            greatest[k] = if x > greatest[k] { x } else { greatest[k] };
-            zeros[k] += x * 0.0;
-        }
+    let mut lanes =
+        Extremes { least: [f64::INFINITY; LANES], greatest: [f64::NEG_INFINITY; LANES], zero: [0.0; LANES] };
+    let (rows, rest) = weights.as_chunks::<LANES>();
+    for row in rows {
+        lanes = lanes.add(row);
     }
-    let zero: f64 = zeros.into_iter().sum();
-    [least.into_iter().fold(f64::INFINITY, f64::min) + zero, greatest.into_iter().fold(-f64::INFINITY, f64::max) + zero]
+    for &weight in rest {
+        lanes = lanes.add(&[weight; LANES]);
+    }
+    let zero: f64 = lanes.zero.into_iter().sum();
+    let least = lanes.least.into_iter().fold(f64::INFINITY, f64::min);
+    [least + zero, lanes.greatest.into_iter().fold(f64::NEG_INFINITY, f64::max) + zero]
 }
 
 #[inline(always)]
-fn add_cost(x: f64, count: f64, grid: Grid, sum: &mut f64) {
+fn cost_of(x: f64, count: f64, grid: Grid) -> f64 {
     let error = x - round_half_even(x * grid.scale).clamp(grid.first, grid.last) * grid.step;
-    let outside = x < grid.first * grid.step || x > grid.last * grid.step;
-    *sum += count * if outside { SATURATION_COST } else { 1.0 } * (error * error);
+    let outside = (x < grid.first * grid.step) | (x > grid.last * grid.step);
+    count * if outside { SATURATION_COST } else { 1.0 } * (error * error)
 }
 
+/// The cost of a grid. What each bucket costs goes to a buffer first, in a loop that vectorizes.
 #[inline(always)]
-fn cost_body(_: Tier, centres: &[f64], counts: &[f64], grid: Grid) -> f64 {
-    let mut sums = [0.0; LANES];
-    let (centre_rows, centres) = centres.as_chunks::<LANES>();
-    let (count_rows, counts) = counts.as_chunks::<LANES>();
-    for (centres, counts) in centre_rows.iter().zip(count_rows) {
-        for k in 0..LANES {
-            add_cost(centres[k], counts[k], grid, &mut sums[k]);
-        }
+fn cost_body(_: Tier, histogram: &Histogram, grid: Grid, costs: &mut [f64]) -> f64 {
+    for ((cost, &x), &count) in costs.iter_mut().zip(&histogram.centres).zip(&histogram.counts) {
+        *cost = cost_of(x, count, grid);
     }
-    for (k, (centre, count)) in centres.iter().zip(counts).enumerate() {
-        add_cost(*centre, *count, grid, &mut sums[k]);
+    let mut sums = [0.0; LANES];
+    for row in costs.as_chunks::<LANES>().0 {
+        sums.iter_mut().zip(row).for_each(|(sum, cost)| *sum += cost);
     }
     for half in [4, 2, 1] {
         for k in 0..half {
@@ -144,7 +168,7 @@ fn cost_body(_: Tier, centres: &[f64], counts: &[f64], grid: Grid) -> f64 {
 }
 
 tiered! { fn extremes<T: Real>(weights: &[T]) -> Range = extremes_body }
-tiered! { fn cost<>(centres: &[f64], counts: &[f64], grid: Grid) -> f64 = cost_body }
+tiered! { fn cost<>(histogram: &Histogram, grid: Grid, costs: &mut [f64]) -> f64 = cost_body }
 
 /// Ranges narrower than the observed one, widest first.
 fn candidates([low, high]: Range, asymmetric: bool) -> Vec<Range> {
@@ -164,15 +188,12 @@ fn candidates([low, high]: Range, asymmetric: bool) -> Vec<Range> {
 }
 
 fn least_cost(observed: Range, histogram: &Histogram, quantizer: Quantizer) -> Range {
-    let cost_of = |range: Range| {
-        let grid = Grid::new(range, quantizer)?;
-        Some(cost(&histogram.centres, &histogram.counts, grid))
-    };
-    let mut best = (cost_of(observed).unwrap_or(f64::INFINITY), observed);
-    for range in candidates(observed, quantizer.asymmetric) {
-        match cost_of(range) {
-            Some(cost) if cost < best.0 => best = (cost, range),
-            _ => {}
+    let mut costs = vec![0.0; histogram.counts.len()];
+    let mut best = (f64::INFINITY, observed);
+    for range in std::iter::once(observed).chain(candidates(observed, quantizer.asymmetric)) {
+        if let Some(grid) = Grid::new(range, quantizer) {
+            let cost = cost(histogram, grid, &mut costs);
+            best = if cost < best.0 { (cost, range) } else { best };
         }
     }
     best.1
