@@ -18,6 +18,7 @@ except ImportError as error:
 from biascorr import __version__
 from biascorr.model import correction
 from biascorr.model.correction import Correction
+from biascorr.model.quant_params import QuantParams
 from biascorr.report.table import table_from_report
 
 _INTERRUPTED = 130
@@ -84,8 +85,7 @@ def correct(
                 data,
                 quantized=quantized,
                 method=method,
-                weight_bits=weight_bits,
-                per_channel=per_channel,
+                quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
                 progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
             )
         result.save(output, force=force)

@@ -17,9 +17,10 @@ from biascorr.model.judging import Score
 from biascorr.model.loading import network_from_model
 from biascorr.model.methods import Activation, Empirical, Mean
 from biascorr.model.network import Layer, LayerReport, Network
+from biascorr.model.quant_params import QuantParams
 from biascorr.model.samples import ONE_OF, Samples
+from biascorr.model.simulation import simulated
 from biascorr.model.storage import Storage, default_budget
-from biascorr.quantization import Quantization, fake_quantize
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation")
 
@@ -78,8 +79,7 @@ def correct(
     quantized: Any = None,
     method: str = "auto",
     strength: float = 1.0,
-    weight_bits: int = 8,
-    per_channel: bool = False,
+    quant_params: QuantParams | None = None,
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Correction:
@@ -108,10 +108,8 @@ def correct(
         - "activation": the same of what is behind the layer's activation.
     strength : float
         The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
-    weight_bits : int
-        Simulated quantization: bits of the weights, 2 to 32, symmetric.
-    per_channel : bool
-        Simulated quantization: a scale per output channel instead of one per tensor.
+    quant_params : QuantParams, optional
+        How quantization is simulated, where no quantized model is given.
     memory_budget : int, optional
         Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. Half of
         the memory that is free by default.
@@ -142,17 +140,16 @@ def correct(
     UserWarning
         A method asked for by name made the outputs worse.
     """
-    _check_options(method, strength, weight_bits, memory_budget)
+    _check_options(method, strength, memory_budget)
     reference = network_from_model(model, "model")
-    measured = (
-        _simulated(reference, weight_bits, per_channel) if quantized is None else network_from_model(quantized, "quantized")
-    )
-    counterparts = _matching_layers(reference, measured)
-    pairs, untouched = _split(measured, counterparts)
+    measured = None if quantized is None else network_from_model(quantized, "quantized")
     report_progress = progress or (lambda *_: None)
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
-        _read(samples, data, measured.inputs, report_progress)
+        _read(samples, data, (measured or reference).inputs, report_progress)
+        if measured is None:
+            measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
+        pairs, untouched = _split(measured, _matching_layers(reference, measured))
         workshop = Workshop(reference, measured, pairs, samples, report_progress)
         candidates = _candidates(workshop, method, strength) if pairs else []
         before = workshop.uncorrected
@@ -171,15 +168,13 @@ def correct(
     )
 
 
-def _check_options(method: str, strength: float, weight_bits: int, memory_budget: int | None) -> None:
+def _check_options(method: str, strength: float, memory_budget: int | None) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: {strength}, expected above 0 up to 1")
     if strength != 1.0 and method not in ("empirical", "activation"):
         raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
-    if not 2 <= weight_bits <= 32:
-        raise ValueError(f"weight_bits: {weight_bits}, expected 2 to 32")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
 
@@ -241,21 +236,6 @@ def _shifted(network: Network, candidate: Candidate) -> Network:
     for name, shift in candidate.shifts.items():
         network.add_to_bias(layers[name], shift)
     return network
-
-
-def _simulated(network: Network, bits: int, per_channel: bool) -> Network:
-    return network.with_weights({layer.name: _fake_quantized(layer, bits, per_channel) for layer in network.layers})
-
-
-def _fake_quantized(layer: Layer, bits: int, per_channel: bool) -> NDArray[Any]:
-    axis = layer.layout.index("O")
-    others = tuple(k for k in range(layer.weights.ndim) if k != axis) if per_channel else None
-    low, high = layer.weights.min(axis=others, initial=0.0), layer.weights.max(axis=others, initial=0.0)
-    try:
-        quantization = Quantization.from_range(low, high, bits, asymmetric=False)
-    except ValueError as error:
-        raise ValueError(f"layer {layer.name}: weights: {error}") from None
-    return fake_quantize(layer.weights, quantization, axis=axis)
 
 
 def _matching_layers(reference: Network, quantized: Network) -> dict[str, Layer]:

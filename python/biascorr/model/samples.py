@@ -67,6 +67,7 @@ class Samples:
         self.storage = storage
         self._wanted_back = held_back
         self._starts = [0]
+        self._names: list[str] = []
 
     @property
     def batches(self) -> int:
@@ -89,9 +90,15 @@ class Samples:
 
     def add(self, feeds: Feeds, size: int) -> None:
         """Keeps a batch of so many samples along the first axis."""
+        self._names = list(feeds)
         for name, array in feeds.items():
             self.storage[name, self.batches] = array
         self._starts.append(self.count + size)
+
+    def feeds(self) -> Iterator[Feeds]:
+        """The inputs of each batch."""
+        for batch in range(self.batches):
+            yield {name: self.storage[name, batch] for name in self._names}
 
     def judge(self, batch: int) -> NDArray[np.bool_]:
         """Which samples of a batch judge."""
