@@ -395,6 +395,42 @@ def test_weights_with_a_step_per_block():
     np.testing.assert_allclose(constants_of(corrected)["b"], biases(5) + shift, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("groups", "per_channel"), [(1, False), (1, True), (2, False)])
+def test_transposed_conv(groups, per_channel, bias):
+    text = f"""g (float[N,3,8,8] x) => (float[N,6,?,?] y) {{
+        [first] t = Conv(x, w1, b1)
+        [up] y = ConvTranspose<group={groups}, strides=[2,2], pads=[1,0,2,1]>(t, w2{", b2" if bias else ""})
+    }}"""
+    constants = {"w1": weights(4, 3, 3, 3), "b1": biases(4), "w2": weights(4, 6 // groups, 3, 3, axis=1)}
+    model = model_from_text(text, **constants, **({"b2": biases(6)} if bias else {}))
+    given = quantized(model, BATCHES, per_channel=per_channel, weight_type=QuantType.QInt4, nodes_to_exclude=["first"])
+    correction = correct(model, X, quantized=given)
+    read, w = run(given, {"x": X}, node_named(given, "up").input[:2])
+    shift = output_shift(model, "up", read, constants["w2"].astype(np.float64) - w, 1)
+    after, step = real_and_step(correction.model, bias_tensor(correction.model, "up"))
+    before = real_and_step(given, bias_tensor(given, "up"))[0] if bias else 0.0
+    assert np.abs(shift).max() > step.max() > 0
+    assert (np.abs(after - before - shift) <= 0.501 * step + 1e-5 * np.abs(after)).all()
+    assert {layer.name: layer.channels for layer in correction.report}["up"] == 6
+
+
+def test_new_bias_of_a_grouped_transposed_conv_has_the_step_of_each_channel():
+    text = """g (float[?,4,?,?] x) => (float[?,6,?,?] y) {
+        xq = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(xq, xs, xz) wd = DequantizeLinear<axis=1>(wq, ws)
+        [up] y = ConvTranspose<group=2>(xd, wd)
+    }"""
+    w, x, step = weights(4, 3, 2, 2, axis=1), samples(5, 4, 6, 6), np.array([0.0625, 0.03125, 0.0625], np.float32)
+    wq = np.rint(w / step[:, None, None]).astype(np.int8)
+    given = model_from_text(text, xs=np.float32(1 / 8), xz=np.uint8(40), wq=wq, ws=step)
+    model = model_from_text("g (float[?,4,?,?] x) => (float[?,6,?,?] y) { [up] y = ConvTranspose<group=2>(x, w) }", w=w)
+    corrected = correct(model, [x], quantized=given).model
+    values, steps, _ = (constants_of(corrected)[name] for name in dequantizer(corrected, bias_tensor(corrected, "up")).input)
+    np.testing.assert_array_equal(steps, np.tile(step / 8, 2))
+    shift = output_shift(model, "up", x, w - wq * step[:, None, None], 1)
+    assert (np.abs(values * steps - shift) <= 0.501 * steps).all()
+
+
 # Which layer is which
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from arrays import LAYOUTS, random_array
 from biascorr import MeanBiasCorrector, Quantization
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean, TransposedWindow, Window
 from comparisons import COMPARISONS
 
 TAPS = COMPARISONS["tap_sums"]
@@ -173,3 +173,50 @@ def test_any_window_equals_the_twin(size, taps, stride, dilation, pads):
     windows = window_of((taps,), (stride,), (dilation,), (pads,)).along((size,))
     values = random_array((2, 3, size), "int8", size)
     assert TAPS.fast(values, windows).tolist() == TAPS.twin(values, windows).tolist()
+
+
+def spread(x, window):
+    """What each tap adds to all outputs of a transposed convolution of (N, C, W), from the definition."""
+    ((_, outputs),) = window.along(x.shape[2:])
+    reach = (x.shape[2] - 1) * window.strides[0] + (window.taps[0] - 1) * window.dilations[0] + 1
+    y = np.zeros((window.taps[0], len(x), x.shape[1], reach + window.output_padding[0]), x.dtype)
+    for tap in range(window.taps[0]):
+        first = tap * window.dilations[0]
+        y[tap, :, :, first : first + (x.shape[2] - 1) * window.strides[0] + 1 : window.strides[0]] = x
+    return y[..., window.pads[0][0] :][..., :outputs]
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 12),
+    taps=st.integers(1, 6),
+    stride=st.integers(1, 5),
+    dilation=st.integers(1, 4),
+    pads=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    output_padding=st.integers(0, 3),
+    dtype=st.sampled_from(["int8", "uint8", "int64", "float64"]),
+)
+def test_tap_of_a_transposed_window_counts_where_it_falls_on_an_output(
+    size, taps, stride, dilation, pads, output_padding, dtype
+):
+    window = TransposedWindow((taps,), (stride,), (dilation,), (pads,), (output_padding,))
+    ((_, outputs),) = window.along((size,))
+    assert outputs == max((size - 1) * stride + (taps - 1) * dilation + 1 + output_padding - sum(pads), 0)
+    x = random_array((2, 3, size), dtype)
+    mean = TapMean(window)
+    mean.update(x)
+    if outputs:
+        expected = spread(x.astype(np.float64), window).mean(axis=(1, 3))
+        np.testing.assert_allclose(mean.mean(), expected, rtol=1e-6, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_transposed_windows_of_quantized_images(axis):
+    window = TransposedWindow((3, 4), (2, 1), (1, 2), ((2, 3), (1, 0)), (1, 0))
+    quantization = Quantization(scale=[4.0, 8.0], zero_point=[-3, 7])
+    codes = random_array((2, 2, 7, 9), "int8")
+    by_codes, by_values = TapMean(window, channel_axis=axis), TapMean(window)
+    by_codes.update(np.moveaxis(codes, 1, axis))
+    by_values.update(np.moveaxis(quantization.dequantize(np.moveaxis(codes, 1, -1)), -1, 1).astype(np.float64))
+    assert by_codes.mean().shape == (3, 4, 2)
+    np.testing.assert_allclose(by_codes.mean(quantization), by_values.mean(), rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from biascorr.calibration import ModelInput
 from biascorr.quantization import Quantization
-from biascorr.statistics import Window
+from biascorr.statistics import TransposedWindow, Window
 
 Feeds = Mapping[str, NDArray[Any]]
 """Tensors of one batch by name."""
@@ -75,7 +75,7 @@ class Layer:
         Axis of the output that the bias belongs to, from the end (negative).
     groups : int
         Groups of a convolution.
-    window : Window or None
+    window : Window, TransposedWindow or None
         How a convolution's kernel moves; None for a matrix product.
     gain : float
         A constant factor on the product (alpha of a Gemm).
@@ -93,14 +93,15 @@ class Layer:
     output: str
     output_axis: int
     groups: int = 1
-    window: Window | None = None
+    window: Window | TransposedWindow | None = None
     gain: float = 1.0
     weight_step: NDArray[Any] | None = None
 
     @property
     def channels(self) -> int:
         """Output channels, of all groups."""
-        return int(self.weights.shape[self.layout.index("O")])
+        of_a_group = int(self.weights.shape[self.layout.index("O")])
+        return of_a_group * self.groups if self.layout.startswith("I") else of_a_group
 
 
 @dataclass(frozen=True, eq=False)

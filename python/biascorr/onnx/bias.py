@@ -33,7 +33,7 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
         factor = attributes(node).get("beta", 1.0)
         change = _add_input(graph, node, layer, shift / factor)
         return BiasChange(change.applied * factor, change.note)
-    axes_behind = len(layer.layout) - 2 if node.op_type == "Conv" else int(layer.channel_axis == -2)
+    axes_behind = len(layer.layout) - 2 if layer.window is not None else int(layer.channel_axis == -2)
     aligned = shift.reshape(-1, *[1] * axes_behind)
     add = _following_add(graph, node)
     if add is not None:
@@ -114,11 +114,11 @@ def _copy_of(graph: Graph, dequantizer: onnx.NodeProto, node: onnx.NodeProto, in
 def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
     name = f"{node.output[0]}_bias"
     dequantizers = [dequantizer_of(graph, each) for each in node.input[:2]]
-    if not all(each is not None and each.step.size in (1, layer.channels) for each in dequantizers):
+    steps = [step for each in dequantizers if each is not None and (step := _steps_of_channels(each, layer)) is not None]
+    if len(steps) < 2:
         bias = shift.astype(layer.weights.dtype)
         graph.set_input(node, 2, graph.add_initializer(name, bias))
         return BiasChange(bias.astype(np.float64), _ADDED)
-    steps = [each.step.reshape(-1 if each.step.size > 1 else ()) for each in dequantizers if each is not None]
     step = np.asarray(functools.reduce(np.multiply, steps), dtype=np.float32)
     limits = np.iinfo(np.int32)
     values = np.clip(np.rint(shift / step.astype(np.float64)), limits.min, limits.max).astype(np.int32)
@@ -131,6 +131,14 @@ def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[
     graph.set_input(node, 2, output)
     graph.insert(dequantize, node, after=False)
     return BiasChange(values * step.astype(np.float64), _ADDED)
+
+
+def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] | None:
+    """One step, or one for each output channel of all groups; None where the steps belong to something else."""
+    if dequantizer.step.size == 1:
+        return dequantizer.step.reshape(())
+    times, rest = divmod(layer.channels, dequantizer.step.size)
+    return np.tile(dequantizer.step, times) if rest == 0 and times in (1, layer.groups) else None
 
 
 def _insert_add(graph: Graph, node: onnx.NodeProto, bias: NDArray[Any]) -> BiasChange:

@@ -21,9 +21,11 @@ from biascorr.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.onnx.runtime import run, session
 from biascorr.onnx.surroundings import surroundings_of
 from biascorr.quantization import Quantization
-from biascorr.statistics import Window
+from biascorr.statistics import TransposedWindow, Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 _POINTWISE = {
     "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
@@ -33,7 +35,7 @@ _POINTWISE = {
 """Operators that activations are made of: each element of the output depends on one element of each input."""
 
 _WEIGHTED = {
-    "ConvInteger", "ConvTranspose", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
+    "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
     "LSTM", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
 }  # fmt: skip
 """Operators that multiply with weights and are not corrected."""
@@ -141,7 +143,7 @@ class OnnxNetwork:
 
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
-        layers = {"Conv", "Gemm", "MatMul", *_WEIGHTED}
+        layers = {*_LAYERS, *_WEIGHTED}
         if any(inner.op_type in layers for inner in subgraph_nodes(node)):
             return "its subgraphs have layers, which are not corrected"
         if any(inner.op_type in layers for inner in self._graph.function_nodes(node)):
@@ -152,12 +154,12 @@ class OnnxNetwork:
             return "operator is not supported"
         if node.op_type == "MatMul":
             return self._matmul(name, node)
-        if node.op_type not in ("Conv", "Gemm"):
+        if node.op_type not in _LAYERS:
             return None
         for what, given in zip(("weights are", "its bias is"), node.input[1:3]):
             if given and not self._graph.is_constant(given):
                 return f"{what} computed at run time"
-        return self._conv(name, node) if node.op_type == "Conv" else self._gemm(name, node)
+        return self._gemm(name, node) if node.op_type == "Gemm" else self._conv(name, node)
 
     def _conv(self, name: str, node: onnx.NodeProto) -> Layer | str:
         weights = self._graph.value(node.input[1])
@@ -165,31 +167,21 @@ class OnnxNetwork:
         if rank not in _SPACE:
             return f"{rank} spatial axes, expected 1 to 3"
         given = attributes(node)
-        pads = given.get("pads", [0] * 2 * rank)
-        auto_pad = given.get("auto_pad", b"NOTSET").decode()
-        window = Window(
-            taps=weights.shape[2:],
-            strides=tuple(given.get("strides", [1] * rank)),
-            dilations=tuple(given.get("dilations", [1] * rank)),
-            pads=((0, 0),) * rank if auto_pad == "VALID" else tuple(zip(pads[:rank], pads[rank:])),
-            auto_pad="NOTSET" if auto_pad == "VALID" else auto_pad,
-        )
+        transposed = node.op_type == "ConvTranspose"
         tensor, quantization = self._read(node.input[0])
-        layout = f"OI{_SPACE[rank]}"
-        step = self._weight_step(node.input[1], weights)
         return Layer(
             name,
             node.op_type,
             weights,
-            layout,
+            f"{'IO' if transposed else 'OI'}{_SPACE[rank]}",
             tensor,
             quantization,
             1,
             biased_output(self._graph, node),
             -rank - 1,
             given.get("group", 1),
-            window,
-            weight_step=step,
+            _transposed_window(given, weights.shape[2:]) if transposed else _window(given, weights.shape[2:]),
+            weight_step=self._weight_step(node.input[1], weights),
         )
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
@@ -233,6 +225,32 @@ class OnnxNetwork:
             return name, None
         step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
         return dequantizer.quantized, Quantization.from_step(step, zero_point)
+
+
+def _window(given: Mapping[str, Any], taps: tuple[int, ...]) -> Window:
+    """From the attributes of a Conv."""
+    return Window(taps, *_moves(given, len(taps)))
+
+
+def _transposed_window(given: Mapping[str, Any], taps: tuple[int, ...]) -> TransposedWindow:
+    """From the attributes of a ConvTranspose."""
+    strides, dilations, pads, auto_pad = _moves(given, len(taps))
+    padding = tuple(given.get("output_padding", [0] * len(taps)))
+    shape = tuple(given["output_shape"][-len(taps) :]) if given.get("output_shape") else None
+    return TransposedWindow(taps, strides, dilations, pads, padding, shape, auto_pad)
+
+
+def _moves(given: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], str]:
+    """Strides, dilations, pads and auto_pad of a convolution."""
+    pads = given.get("pads", [0] * 2 * rank)
+    auto_pad = given.get("auto_pad", b"NOTSET").decode()
+    valid = auto_pad == "VALID"
+    return (
+        tuple(given.get("strides", [1] * rank)),
+        tuple(given.get("dilations", [1] * rank)),
+        ((0, 0),) * rank if valid else tuple(zip(pads[:rank], pads[rank:])),
+        "NOTSET" if valid else auto_pad,
+    )
 
 
 def _named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -289,7 +307,7 @@ def _activation_index(node: onnx.NodeProto, graph: Graph) -> int:
 
 
 def _has_weights(node: onnx.NodeProto, graph: Graph) -> bool:
-    return node.op_type in ("Conv", "Gemm", "MatMul") and graph.is_constant(_weights_of(node, graph))
+    return node.op_type in _LAYERS and graph.is_constant(_weights_of(node, graph))
 
 
 def _weights_of(node: onnx.NodeProto, graph: Graph) -> str:
