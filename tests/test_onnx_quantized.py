@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from biascorr import correct
+from biascorr.onnx.network import OnnxNetwork
 from networks import (
     biases,
     constants_of,
@@ -363,6 +364,18 @@ def test_weights_alone_are_quantized():
     np.testing.assert_allclose(bias, hand_made_shift("", X), rtol=1e-6, atol=1e-7)
 
 
+def test_real_weights_between_quantizers_stay_as_they_are():
+    text = """g (float[?,3,?,?] x) => (float[?,4,?,?] ud) {
+        xq = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(xq, xs, xz)
+        [conv] u = Conv<pads=[1,1,1,1]>(xd, w, b)
+        uq = QuantizeLinear(u, us, xz) ud = DequantizeLinear(uq, us, xz)
+    }"""
+    constants = {"xs": np.float32(1 / 8), "us": np.float32(1 / 1024), "xz": np.uint16(2000), "w": weights(4, 3, 3, 3) / 3}
+    model = model_from_text(text, opset=21, b=biases(4), **constants)
+    (u,) = OnnxNetwork(model, "model").part({"x": X}, ["ud"])({"x": X}).values()
+    np.testing.assert_allclose(u, run(model, {"x": X})[0], rtol=0, atol=1.1 / 1024)
+
+
 def test_new_bias_of_a_quantized_matmul_is_an_add():
     text = """g (float[?,?] x) => (float[?,?] yd) {
         xq = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(xq, xs, xz) wd = DequantizeLinear(wq, ws)
@@ -510,14 +523,6 @@ def test_layers_that_are_not_quantized_are_left_alone_with_a_reason():
         assert layer.reason == "weights are not quantized" or not excluded
     for name in ("b1", "b3_quantized"):
         np.testing.assert_array_equal(constants_of(correction.model)[name], constants_of(given)[name])
-
-
-def test_layers_in_operator_format_are_left_alone_with_a_reason():
-    given = Quantizer(QuantType.QUInt8).model(quant_format=QuantFormat.QOperator)
-    correction = correct(network(), X, quantized=given)
-    assert [layer.op for layer in correction.report] == ["QLinearConv", "QLinearConv", "QLinearMatMul", "QGemm"]
-    assert all(layer.method is None and "not supported" in layer.reason for layer in correction.report)
-    assert correction.model == given
 
 
 def test_layers_of_dynamic_quantization_are_left_alone_with_a_reason(tmp_path):

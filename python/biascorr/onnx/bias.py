@@ -4,6 +4,8 @@ A bias is an input of the layer, or the constant of an Add that alone reads the 
 QuantizeLinear and DequantizeLinear. Either is float, or integers behind DequantizeLinear, which are rounded again with
 their own step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized as ONNX quantizers do it where the
 layer is quantized; an Add behind a MatMul.
+
+Operators with quantized weights inside keep theirs as they do: int32 in the steps of their products, 8 bits in a QLinearAdd.
 """
 
 from __future__ import annotations
@@ -18,19 +20,32 @@ from onnx import helper
 
 from biascorr.model.network import BiasChange, Layer
 from biascorr.onnx.graph import Graph, attributes
+from biascorr.onnx.lowering import bias_steps
 from biascorr.onnx.quantizers import Dequantizer, dequantizer_of
 
+_OWN_BIAS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "MatMulNBits": 5}
+"""Operators with an input for a bias of real numbers, or of integers behind DequantizeLinear."""
+
+_INTEGER_BIAS = {"QLinearConv": 8, "QGemm": 6}
+"""Operators with an input for a bias in int32, in the steps of their products."""
+
+_ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
+"""Operators that add, and the inputs that they add."""
+
+_CLAMPED = "left as it is: it has no bias, and its quantized output is clamped at 0"
 _ADDED = "it had no bias; one was added"
 
 
 def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
     """Adds a shift, (channels,) in real units, to the bias of a layer. See :class:`BiasChange`."""
-    if len(node.input) > 2 and node.input[2]:
-        factor = attributes(node).get("beta", 1.0)  # of a Gemm: y = alpha A B + beta C
-        change = _add_to_constant(graph, node, 2, shift / factor)
+    if node.op_type in _INTEGER_BIAS:
+        return _add_to_products(graph, node, layer, shift)
+    factor = attributes(node).get("beta", 1.0)  # of a Gemm: y = alpha A B + beta C
+    index = _OWN_BIAS.get(node.op_type)
+    if index is not None and index < len(node.input) and node.input[index]:
+        change = _add_to_constant(graph, node, index, shift / factor)
         return BiasChange(_per_channel(change.applied, 0) * factor, change.note)
     if node.op_type == "Gemm":
-        factor = attributes(node).get("beta", 1.0)
         change = _add_input(graph, node, layer, shift / factor)
         return BiasChange(change.applied * factor, change.note)
     axes_behind = len(layer.layout) - 2 if layer.window is not None else int(layer.channel_axis == -2)
@@ -39,7 +54,9 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
     if add is not None:
         change = _add_to_constant(graph, *add, aligned)
         return BiasChange(_per_channel(change.applied, axes_behind), change.note)
-    if node.op_type == "MatMul":
+    if _is_clamped(graph, node):
+        return BiasChange(np.zeros(layer.channels), _CLAMPED)
+    if layer.window is None:
         return _insert_add(graph, node, aligned.astype(layer.weights.dtype))
     return _add_input(graph, node, layer, shift)
 
@@ -51,6 +68,15 @@ def biased_output(graph: Graph, node: onnx.NodeProto) -> str:
     return str(node.output[0] if add is None else add[0].output[0])
 
 
+def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether the output is quantized to values of one sign: maybe in place of a Relu, before which biases belong."""
+    if node.op_type != "QLinearMatMul":
+        return False
+    zero_point = graph.value(node.input[7])
+    limits = np.iinfo(zero_point.dtype)
+    return zero_point.item() in (limits.min, limits.max)
+
+
 def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:
     """The change of each channel, where a bias has other axes too."""
     channels = np.moveaxis(change, -1 - axes_behind, 0)
@@ -58,21 +84,26 @@ def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:
 
 
 def _following_add(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
-    """The Add of a constant that alone reads the output, and which of its inputs the constant is."""
+    """The Add or QLinearAdd of a constant that alone reads the output, and which of its inputs the constant is."""
     name = node.output[0]
     reader = graph.only_reader(name)
-    if reader is not None and reader.op_type == "QuantizeLinear":
-        reader = graph.only_reader(reader.output[0])
-        if reader is not None and reader.op_type == "DequantizeLinear":
+    for quantizer in ("QuantizeLinear", "DequantizeLinear"):
+        if reader is not None and reader.op_type == quantizer:
             name = reader.output[0]
             reader = graph.only_reader(name)
-    if reader is None or reader.op_type != "Add":
+    if reader is None or reader.op_type not in _ADDS:
         return None
-    index = 1 if reader.input[0] == name else 0
+    first, second = _ADDS[reader.op_type]
+    index = second if reader.input[first] == name else first
     return (reader, index) if graph.is_constant(reader.input[index]) else None
 
 
 def _add_to_constant(graph: Graph, node: onnx.NodeProto, index: int, shift: NDArray[Any]) -> BiasChange:
+    if node.op_type == "QLinearAdd":
+        values, steps = (graph.value(node.input[k]) for k in (index, index + 1))
+        corrected, change = _rounded(values, steps.astype(np.float64).reshape(()), shift)
+        graph.set_constant(node, index, corrected, f"{node.output[0]}_bias")
+        return change
     dequantizer = dequantizer_of(graph, node.input[index])
     if dequantizer is not None and graph.is_constant(dequantizer.quantized):
         values = graph.value(dequantizer.quantized)
@@ -88,17 +119,33 @@ def _add_to_integers(
     graph: Graph, node: onnx.NodeProto, index: int, dequantizer: Dequantizer, shift: NDArray[Any]
 ) -> BiasChange:
     values = graph.value(dequantizer.quantized)
-    steps = dequantizer.steps_of(max(values.ndim, 1))
-    limits = np.iinfo(values.dtype)
-    wanted = values + np.rint(shift / steps)
-    corrected = np.clip(wanted, limits.min, limits.max)
+    corrected, change = _rounded(values, dequantizer.steps_of(max(values.ndim, 1)), shift)
     own = dequantizer.node
     if graph.only_reader(node.input[index]) is not node:
         own = _copy_of(graph, own, node, index)
-    graph.set_constant(own, 0, corrected.astype(values.dtype), f"{node.output[0]}_bias_quantized")
+    graph.set_constant(own, 0, corrected, f"{node.output[0]}_bias_quantized")
+    return change
+
+
+def _add_to_products(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
+    """Adds to the int32 bias of an operator that sums products of integers."""
+    index = _INTEGER_BIAS[node.op_type]
+    exists = index < len(node.input) and node.input[index]
+    values = graph.value(node.input[index]) if exists else np.zeros(layer.channels, np.int32)
+    corrected, change = _rounded(values, bias_steps(graph, node), shift)
+    graph.set_constant(node, index, corrected, f"{node.output[0]}_bias_quantized")
+    note = change.note if exists else "; ".join(filter(None, (_ADDED, change.note)))
+    return BiasChange(_per_channel(change.applied, 0), note)
+
+
+def _rounded(values: NDArray[Any], steps: NDArray[Any], shift: NDArray[Any]) -> tuple[NDArray[Any], BiasChange]:
+    """Integers after a shift in real units, within the limits of their type."""
+    limits = np.iinfo(values.dtype)
+    wanted = values + np.rint(shift / steps)
+    corrected = np.clip(wanted, limits.min, limits.max)
     saturated = np.count_nonzero(wanted != corrected)
     note = f"{values.dtype} bias saturates in {saturated} of {corrected.size} channels" if saturated else ""
-    return BiasChange((corrected - values) * steps, note)
+    return corrected.astype(values.dtype), BiasChange((corrected - values) * steps, note)
 
 
 def _copy_of(graph: Graph, dequantizer: onnx.NodeProto, node: onnx.NodeProto, index: int) -> onnx.NodeProto:
@@ -142,11 +189,20 @@ def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] |
 
 
 def _insert_add(graph: Graph, node: onnx.NodeProto, bias: NDArray[Any]) -> BiasChange:
-    """An Add behind a node: it takes over the name of the output, so that nothing else changes."""
+    """An Add behind a node: it takes over the name of the output, so that nothing else changes.
+
+    Behind an operator with a quantized output it stands between quantizers with that output's own step.
+    """
     output = node.output[0]
     constant = graph.add_initializer(f"{output}_bias", bias)
     node.output[0] = graph.fresh_name(f"{output}_before_bias")
-    add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
     graph.producer[node.output[0]] = node
-    graph.insert(add, node, after=True)
+    add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
+    new = [add]
+    if node.op_type == "QLinearMatMul":
+        add.input[0], add.output[0] = (graph.fresh_name(f"{output}_{what}") for what in ("real", "biased"))
+        dequantize = helper.make_node("DequantizeLinear", [node.output[0], *node.input[6:8]], [add.input[0]])
+        new = [dequantize, add, helper.make_node("QuantizeLinear", [add.output[0], *node.input[6:8]], [output])]
+    for each in new:
+        node = graph.insert(each, node, after=True)
     return BiasChange(bias.astype(np.float64).ravel(), _ADDED)

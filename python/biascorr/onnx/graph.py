@@ -175,6 +175,15 @@ class Graph:
         return inserted
 
 
+def named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Nodes by name; by operator and output where they have none of their own."""
+    nodes: dict[str, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
+        nodes[own] = node
+    return nodes
+
+
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """The attributes of a node by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

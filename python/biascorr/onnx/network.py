@@ -16,7 +16,8 @@ from biascorr.calibration import ModelInput
 from biascorr.model.network import BiasChange, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
 from biascorr.onnx import files
 from biascorr.onnx.bias import add_to_bias, biased_output
-from biascorr.onnx.graph import Graph, attributes, captured, subgraph_nodes
+from biascorr.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes
+from biascorr.onnx.lowering import lowered
 from biascorr.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.onnx.runtime import run, session
 from biascorr.onnx.surroundings import surroundings_of
@@ -44,6 +45,9 @@ _WEIGHTED = {
 class OnnxNetwork:
     """A model, indexed, with its layers.
 
+    What computes is the model with quantizers around layers of real numbers in place of operators that have quantized weights
+    inside; what is corrected and saved is the model as it was given.
+
     Parameters
     ----------
     model : onnx.ModelProto
@@ -53,9 +57,12 @@ class OnnxNetwork:
     """
 
     def __init__(self, model: onnx.ModelProto, name: str) -> None:
-        self._graph = Graph(model)
+        self._original = Graph(model)
+        self._original_nodes = named_nodes(model)
+        rewritten = lowered(model)
+        self._graph = self._original if rewritten is None else Graph(rewritten)
+        self._nodes = named_nodes(self._graph.model)
         self._name = name
-        self._nodes = _named_nodes(model)
         self.inputs = _inputs(model, name)
         self.outputs = [value.name for value in model.graph.output]
         self.operations = _operations(self._nodes, self._graph)
@@ -78,7 +85,7 @@ class OnnxNetwork:
 
     @property
     def model(self) -> onnx.ModelProto:
-        return self._graph.model
+        return self._original.model
 
     @property
     def order(self) -> Sequence[str]:
@@ -107,9 +114,9 @@ class OnnxNetwork:
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
         model = onnx.ModelProto()
-        model.CopyFrom(self.model)
+        model.CopyFrom(self._graph.model)
         graph = Graph(model)
-        nodes = _named_nodes(model)
+        nodes = named_nodes(model)
         position = {name: k for k, name in enumerate(nodes)}
         moved: dict[tuple[str, Quantization], str] = {}
         for name in sorted(quantizations, key=position.__getitem__):
@@ -123,9 +130,9 @@ class OnnxNetwork:
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
         model = onnx.ModelProto()
-        model.CopyFrom(self.model)
+        model.CopyFrom(self._graph.model)
         graph = Graph(model)
-        nodes = _named_nodes(model)
+        nodes = named_nodes(model)
         for name, array in weights.items():
             node = nodes[name]
             index = _weight_index(node, graph)
@@ -139,7 +146,10 @@ class OnnxNetwork:
         return OnnxNetwork(model, self._name)
 
     def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-        return add_to_bias(self._graph, self._nodes[layer.name], layer, shift)
+        change = add_to_bias(self._original, self._original_nodes[layer.name], layer, shift)
+        if self._graph is not self._original:
+            add_to_bias(self._graph, self._nodes[layer.name], layer, change.applied)
+        return change
 
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
@@ -251,15 +261,6 @@ def _moves(given: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[
         ((0, 0),) * rank if valid else tuple(zip(pads[:rank], pads[rank:])),
         "NOTSET" if valid else auto_pad,
     )
-
-
-def _named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Nodes by name; by operator and output where they have none of their own."""
-    nodes: dict[str, onnx.NodeProto] = {}
-    for node in model.graph.node:
-        own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
-        nodes[own] = node
-    return nodes
 
 
 def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Operation]:

@@ -20,8 +20,8 @@ _FATAL = 4
 def session(model: onnx.ModelProto, name: str, *, threads: int = 0) -> Any:
     """A session on the CPU. Raises ValueError, naming the model, where onnxruntime does not take it.
 
-    No optimization merges a quantizer into its neighbours, whose integer arithmetic may saturate on some CPUs: what runs is
-    the graph, in floating point, on every machine.
+    No optimization merges a quantizer into its neighbours, whose integer arithmetic may saturate on some CPUs, or rounds real
+    weights between quantizers to 8 bits: what runs is the graph, in floating point, on every machine.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
