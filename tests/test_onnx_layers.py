@@ -146,9 +146,30 @@ CASES = [
     biased_conv("bias per position in an Add", "[layer] t = Conv(x, w) y = Add(t, b)", (5, 7, 6)),
     biased_conv("bias per column in an Add", "[layer] t = Conv(x, w) y = Add(t, b)", (6,)),
     biased_conv("bias and an Add", "[layer] t = Conv(x, w, b) y = Add(t, t)", (5,)),
-    biased_conv("bias behind Identity", "i = Identity(b) [layer] y = Conv(x, w, i)", (5,), "replaced"),
+    biased_conv("bias behind Identity", "i = Identity(b) [layer] y = Conv(x, w, i)", (5,)),
+    biased_conv("bias behind Reshape", "s = Constant<value_ints=[-1]>() i = Reshape(b, s) [layer] y = Conv(x, w, i)", (1, 5)),
+    biased_conv("bias behind Cast", "i = Cast<to=1>(b) [layer] y = Conv(x, w, i)", (5,), "replaced"),
     biased_conv(
-        "bias behind Reshape", "s = Constant<value_ints=[-1]>() i = Reshape(b, s) [layer] y = Conv(x, w, i)", (1, 5), "replaced"
+        "bias behind Identity that others read",
+        "i = Identity(b) [layer] t = Conv(x, w, i) s = Sub(i, i) z = ReduceSum<keepdims=0>(s) y = Add(t, z)",
+        (5,),
+        "replaced",
+    ),
+    biased_conv(
+        "bias behind Reshape in an Add",
+        "s = Constant<value_ints=[1,5,1,1]>() i = Reshape(b, s) [layer] t = Conv(x, w) y = Add(t, i)",
+        (5,),
+    ),
+    biased_conv(
+        "bias unsqueezed for an Add",
+        "a = Constant<value_ints=[1,2]>() i = Unsqueeze(b, a) [layer] t = Conv(x, w) y = Add(i, t)",
+        (5,),
+    ),
+    biased_conv(
+        "scalar behind Reshape in an Add",
+        "s = Constant<value_ints=[1,1,1]>() i = Reshape(b, s) [layer] t = Conv(x, w) y = Add(t, i)",
+        (),
+        "replaced",
     ),
     biased_conv("output read twice", "[layer] t = Conv(x, w) p = Add(t, b) y = Add(p, t)", (1, 5, 1, 1), "added"),
     biased_conv("weights behind Identity", "i = Identity(w) [layer] y = Conv(x, i, b)", (5,)),
@@ -316,6 +337,62 @@ def test_shift_before_is_the_mean_over_channels_of_the_absolute_shift():
     shift = case.mean_output(model) - case.mean_output(case.quantized(model, False))
     (layer,) = correct(model, [case.samples()], weight_bits=BITS).report
     np.testing.assert_allclose(layer.shift_before, np.abs(shift).mean(), rtol=1e-5)
+
+
+# Biases and samples of any kind
+
+
+def trip(name, b, x=IMAGES, body="[layer] y = Conv<pads=[1,1,1,1]>(x, w, b)"):
+    return name, np.asarray(b, np.float32), x, body
+
+
+TRIPS = [
+    trip("a bias of exact zeros", np.zeros(5)),
+    trip("a bias with one zero", [0.5, 0.0, -0.25, 1.0, 2.0]),
+    trip("tiny biases", np.full(5, 1e-30)),
+    trip("large biases", [1000.0, -1000.0, 500.0, 0.0, 1.0]),
+    trip("negative zeros", np.full(5, -0.0)),
+    trip("a batch of one", biases(5), (1, 3, 9, 8)),
+    trip("zeros in an Add", np.zeros((1, 5, 1, 1)), body="[layer] t = Conv(x, w) y = Add(t, b)"),
+]
+
+
+@pytest.mark.parametrize(("name", "b", "x", "body"), TRIPS, ids=[each[0] for each in TRIPS])
+def test_any_bias_is_corrected(name, b, x, body):
+    case = Case(name, body, x, KERNEL, b.shape)
+    model = case.model(b=b)
+    correction = correct(model, [case.samples()], weight_bits=BITS)
+    found, expected = (case.mean_output(each) for each in (case.quantized(correction.model, False), model))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert [layer.method for layer in correction.report] == ["mean"]
+    assert stripped(correction.model, ["b"]) == stripped(model, ["b"])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 8), (3, 9, 8)])
+def test_model_without_a_batch_axis_of_its_own(shape):
+    axes = ",".join(map(str, shape))
+    batch = "u = Constant<value_ints=[0]>() i = Unsqueeze(x, u)" if len(shape) == 3 else "i = Identity(x)"
+    text = f"g (float[{axes}] x) => (float[?,?,?,?] y) {{ {batch} [layer] y = Conv<pads=[1,1,1,1]>(i, w, b) }}"
+    model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
+    batches = [samples(*shape, seed=seed) for seed in range(4)]
+    corrected = correct(model, batches, weight_bits=BITS).model
+    simulated = with_constants(corrected, w=fake_quantized(weights(*KERNEL), None))
+    found, expected = (np.mean([channel_mean(run(each, {"x": x})[0], 1) for x in batches], 0) for each in (simulated, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", range(9, min(onnx.defs.onnx_opset_version(), 25) + 1))
+def test_every_opset(opset):
+    model = two_layers()
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", opset))
+    correction = correct(model, samples(4, 3, 6, 6), weight_bits=BITS)
+    assert [layer.method for layer in correction.report] == ["mean"] * 3
+    assert correction.model.opset_import == model.opset_import
+    np.testing.assert_array_equal(
+        constants_of(correction.model)["b1"],
+        constants_of(correct(two_layers(), samples(4, 3, 6, 6), weight_bits=BITS).model)["b1"],
+    )
 
 
 # Where constants are kept

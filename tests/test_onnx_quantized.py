@@ -328,6 +328,80 @@ def test_bias_that_two_dequantizers_read_is_told_apart():
         np.testing.assert_array_equal(values, BQ + np.rint(hand_made_shift(attributes, X) / BS))
 
 
+RESHAPED = {
+    "Identity": ("bi = DequantizeLinear<axis=0>(bq, bs) bd = Identity(bi) " + ONE_CONV, (4,)),
+    "Identity before": ("bi = Identity(bq) bd = DequantizeLinear<axis=0>(bi, bs) " + ONE_CONV, (4,)),
+    "Reshape": ("bi = DequantizeLinear<axis=0>(bq, bs) bd = Reshape(bi, s) " + ONE_CONV, (4, 1)),
+    "Reshape before an Add": (
+        "bi = DequantizeLinear<axis=0>(bq, bs) bd = Reshape(bi, c) [conv] t = Conv<pads=[1,1,1,1]>(xd, wd) u = Add(t, bd)", (4,)
+    ),
+    "Unsqueeze before an Add": (
+        "bi = DequantizeLinear<axis=0>(bq, bs) bd = Unsqueeze(bi, a) [conv] t = Conv<pads=[1,1,1,1]>(xd, wd) u = Add(bd, t)",
+        (4,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_bias_of_integers_behind_a_reshape(name):
+    layers, shape = RESHAPED[name]
+    shapes = {"s": np.array([-1]), "c": np.array([1, 4, 1, 1]), "a": np.array([1, 2])}
+    given = hand_made(layers, bq=BQ.reshape(shape), bs=BS, **shapes)
+    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    shift = hand_made_shift("<pads=[1,1,1,1]>", X)
+    before, after = (run(each, {"x": X}, ["bd"])[0].reshape(-1) for each in (given, corrected))
+    np.testing.assert_allclose(after - before, np.rint(shift / BS) * BS, rtol=1e-4)
+    if name != "Identity before":
+        np.testing.assert_array_equal(constants_of(corrected)["bq"].reshape(-1), BQ + np.rint(shift / BS))
+        assert stripped(corrected, ["bq"]) == stripped(given, ["bq"])
+
+
+def test_bias_that_is_a_product_of_integers_and_a_step():
+    given = hand_made("bi = Cast<to=1>(bq) bd = Mul(bi, bs) " + ONE_CONV, bq=BQ, bs=BS)
+    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    (bias,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
+    np.testing.assert_allclose(bias, BQ * BS + hand_made_shift("<pads=[1,1,1,1]>", X), rtol=1e-5)
+
+
+def test_bias_of_an_add_of_8_bits_that_saturates_is_clamped_and_reported():
+    given = with_constants(Quantizer().model(), b3_quantized=np.full(7, -128, np.int8))
+    correction = correct(network(), X, quantized=given)
+    wanted = -128 + np.rint(shifts(given)["product"] / constants_of(given)["b3_scale"])
+    beyond = (wanted < -128).sum()
+    assert 0 < beyond < 7
+    np.testing.assert_array_equal(constants_of(correction.model)["b3_quantized"], np.maximum(wanted, -128))
+    assert correction.report[2].reason == f"int8 bias saturates in {beyond} of 7 channels"
+
+
+@pytest.mark.parametrize("opset", range(13, min(onnx.defs.onnx_opset_version(), 25) + 1))
+def test_every_opset_with_quantizers_per_channel(opset):
+    given = hand_made("bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV, bq=BQ, bs=BS, opset=opset)
+    model = model_from_text(FLOAT_CONV, opset=opset, w=weights(4, 3, 3, 3), b=biases(4))
+    corrected = correct(model, X, quantized=given).model
+    np.testing.assert_array_equal(constants_of(corrected)["bq"], BQ + np.rint(hand_made_shift("<pads=[1,1,1,1]>", X) / BS))
+    assert corrected.opset_import == given.opset_import
+
+
+@pytest.mark.parametrize("opset", range(10, 13))
+def test_every_opset_with_a_quantizer_per_tensor(opset):
+    w, step = weights(4, 3, 3, 3), np.float32(1 / 16)
+    text = (
+        HAND_MADE.format(
+            inputs="float[?,3,?,?] x", outputs="float[?,4,?,?] u", quantize="xq = QuantizeLinear(x, xs, xz)", layers=ONE_CONV
+        )
+        .replace("<axis=0>", "")
+        .replace(", bd", "")
+    )
+    constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "wq": np.rint(w / step).astype(np.int8), "ws": step}
+    given = model_from_text(text, opset=opset, **{name: np.asarray(array) for name, array in constants.items()})
+    model = model_from_text(FLOAT_CONV.replace(", b)", ")"), opset=opset, w=w)
+    corrected = correct(model, X, quantized=given).model
+    shift = output_shift(model, "conv", X, w - np.rint(w / step) * step, 1)
+    (bias,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
+    np.testing.assert_array_equal(np.rint(bias / (step / 8)), np.rint(shift / (step / 8)))
+    onnx.checker.check_model(corrected, full_check=True)
+
+
 def test_bias_behind_quantize_and_dequantize_of_floats():
     layers = "bq = QuantizeLinear<axis=0>(b, bs, bz) bd = DequantizeLinear<axis=0>(bq, bs, bz) " + ONE_CONV
     b = np.array([0.5, -0.25, 0.75, 0.3], np.float32)

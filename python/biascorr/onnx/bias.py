@@ -32,6 +32,9 @@ _INTEGER_BIAS = {"QLinearConv": 8, "QGemm": 6}
 _ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
 """Operators that add, and the inputs that they add."""
 
+_RESHAPES = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+"""Operators that keep the values of a tensor and their order."""
+
 _CLAMPED = "left as it is: it has no bias, and its quantized output is clamped at 0"
 _ADDED = "it had no bias; one was added"
 
@@ -104,26 +107,50 @@ def _add_to_constant(graph: Graph, node: onnx.NodeProto, index: int, shift: NDAr
         corrected, change = _rounded(values, steps.astype(np.float64).reshape(()), shift)
         graph.set_constant(node, index, corrected, f"{node.output[0]}_bias")
         return change
-    dequantizer = dequantizer_of(graph, node.input[index])
-    if dequantizer is not None and graph.is_constant(dequantizer.quantized):
-        values = graph.value(dequantizer.quantized)
-        if values.dtype.kind in "iu":
-            return _add_to_integers(graph, node, index, dequantizer, shift)
+    reader, at = _reader_of_source(graph, node, index, shift)
+    dequantizer = dequantizer_of(graph, reader.input[at])
     values = graph.value(node.input[index])
+    if dequantizer is not None and _holds_integers(graph, dequantizer.quantized):
+        return _add_to_integers(graph, reader, at, dequantizer, shift, values.shape)
     corrected = (values + shift).astype(values.dtype)
-    graph.set_constant(node, index, corrected, f"{node.output[0]}_bias")
+    shape = corrected.shape if reader is node else graph.value(reader.input[at]).shape
+    graph.set_constant(reader, at, corrected.reshape(shape), f"{node.output[0]}_bias")
     return BiasChange(np.subtract(corrected, values, dtype=np.float64))
 
 
+def _holds_integers(graph: Graph, name: str) -> bool:
+    return graph.is_constant(name) and graph.value(name).dtype.kind in "iu"
+
+
+def _reader_of_source(graph: Graph, node: onnx.NodeProto, index: int, shift: NDArray[Any]) -> tuple[onnx.NodeProto, int]:
+    """What reads a constant of a node before it is reshaped for it, and as which of its inputs.
+
+    The node itself where others read the constant too, or where it must grow to hold a shift.
+    """
+    shape = graph.value(node.input[index]).shape
+    reader, at = node, index
+    while np.broadcast_shapes(shape, shift.shape) == shape and graph.only_reader(reader.input[at]) is reader:
+        source = graph.producer.get(reader.input[at])
+        if source is None or source.op_type not in _RESHAPES:
+            break
+        reader, at = source, 0
+    return reader, at
+
+
 def _add_to_integers(
-    graph: Graph, node: onnx.NodeProto, index: int, dequantizer: Dequantizer, shift: NDArray[Any]
+    graph: Graph, node: onnx.NodeProto, index: int, dequantizer: Dequantizer, shift: NDArray[Any], shape: tuple[int, ...]
 ) -> BiasChange:
+    """Adds to integers that the node reads dequantized, and that are added in this shape."""
     values = graph.value(dequantizer.quantized)
-    corrected, change = _rounded(values, dequantizer.steps_of(max(values.ndim, 1)), shift)
+    steps = dequantizer.steps_of(max(values.ndim, 1))
+    if shape != values.shape:
+        steps = np.broadcast_to(steps, values.shape).reshape(shape)
+    corrected, change = _rounded(values.reshape(shape), steps, shift)
     own = dequantizer.node
     if graph.only_reader(node.input[index]) is not node:
         own = _copy_of(graph, own, node, index)
-    graph.set_constant(own, 0, corrected, f"{node.output[0]}_bias_quantized")
+    kept = corrected if corrected.size != values.size else corrected.reshape(values.shape)
+    graph.set_constant(own, 0, kept, f"{node.output[0]}_bias_quantized")
     return change
 
 

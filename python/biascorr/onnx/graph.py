@@ -122,10 +122,17 @@ class Graph:
             own = self._own_tensor(name)
             if own is not None:
                 own.CopyFrom(_tensor(array, own))
-                self._values.pop(name, None)
+                self._forget(name)
                 self._set_declared_shape(name, array.shape)
                 return
         self.set_input(node, index, self.add_initializer(base, array))
+
+    def _forget(self, name: str) -> None:
+        """Drops the value of a constant that changed, and of what is computed from it."""
+        self._values.pop(name, None)
+        readers = self._nodes_reading.get(name, [])
+        for output in (output for node in readers for output in node.output if output in self._constant):
+            self._forget(output)
 
     def _own_tensor(self, name: str) -> onnx.TensorProto | None:
         """Where the values of a constant are kept; None where they are computed."""
