@@ -381,7 +381,7 @@ def test_model_without_a_batch_axis_of_its_own(shape):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("opset", range(9, min(onnx.defs.onnx_opset_version(), 25) + 1))
+@pytest.mark.parametrize("opset", range(9, min(onnx.defs.onnx_opset_version(), 26) + 1))
 def test_every_opset(opset):
     model = two_layers()
     del model.opset_import[:]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -373,7 +374,7 @@ def test_bias_of_an_add_of_8_bits_that_saturates_is_clamped_and_reported():
     assert correction.report[2].reason == f"int8 bias saturates in {beyond} of 7 channels"
 
 
-@pytest.mark.parametrize("opset", range(13, min(onnx.defs.onnx_opset_version(), 25) + 1))
+@pytest.mark.parametrize("opset", range(13, min(onnx.defs.onnx_opset_version(), 26) + 1))
 def test_every_opset_with_quantizers_per_channel(opset):
     given = hand_made("bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV, bq=BQ, bs=BS, opset=opset)
     model = model_from_text(FLOAT_CONV, opset=opset, w=weights(4, 3, 3, 3), b=biases(4))
@@ -516,6 +517,48 @@ def test_new_bias_of_a_grouped_transposed_conv_has_the_step_of_each_channel():
     np.testing.assert_array_equal(steps, np.tile(step / 8, 2))
     shift = output_shift(model, "up", x, w - wq * step[:, None, None], 1)
     assert (np.abs(values * steps - shift) <= 0.501 * steps).all()
+
+
+BLOCKED = {
+    "rows of a product": ("MatMul", (70, 5), 0, 1, "int4"),
+    "columns of a product": ("MatMul", (70, 5), 1, 1, "int8"),
+    "input channels of a conv": ("Conv", (5, 7, 3, 3), 1, 0, "int4"),
+    "taps of a conv": ("Conv", (5, 7, 3, 3), 3, 0, "uint4"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_weights_in_blocks_of_few_bits(name):
+    op, shape, axis, channels, dtype = BLOCKED[name]
+    size = 2 if shape[axis] < 16 else 16
+    w, x = weights(*shape, axis=channels), samples(12, 70) if op == "MatMul" else samples(4, 7, 6, 6)
+    blocks = [-(-length // size) if k == axis else length for k, length in enumerate(shape)]
+    steps = np.random.default_rng(0).uniform(0.0625, 0.08, blocks).astype(np.float32)
+    zero_points = np.random.default_rng(1).integers(0, 5, blocks)
+    step, zero_point = (np.take(each, np.arange(shape[axis]) // size, axis) for each in (steps, zero_points))
+    q = np.clip(np.rint(w / step) + zero_point, 0 if dtype == "uint4" else -8, 15 if dtype == "uint4" else 7).astype(np.int8)
+    axes = "?,?" if op == "MatMul" else "?,?,?,?"
+    given = model_from_text(
+        f"""g (float[{axes}] x) => (float[{axes}] y) {{
+            wd = DequantizeLinear<axis={axis}, block_size={size}>(wq, ws, wz) [layer] y = {op}(x, wd)
+        }}""",
+        opset=21,
+        ir_version=10,
+        wq=q.astype(getattr(ml_dtypes, dtype, dtype)),
+        ws=steps,
+        wz=zero_points.astype(getattr(ml_dtypes, dtype, dtype)),
+    )
+    model = model_from_text(f"g (float[{axes}] x) => (float[{axes}] y) {{ [layer] y = {op}(x, w) }}", opset=21, w=w)
+    (layer,) = OnnxNetwork(given, "model").layers
+    np.testing.assert_allclose(layer.weights, (q - zero_point) * step, rtol=1e-6)
+    np.testing.assert_array_equal(layer.weight_step, step)
+    correction = correct(model, [x], quantized=given)
+    assert correction.report[0].method == "mean"
+    means = [run(each, {"x": x})[0].astype(np.float64) for each in (model, correction.model)]
+    others = (0,) if op == "MatMul" else (0, 2, 3)
+    np.testing.assert_allclose(*(each.mean(axis=others) for each in means), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^quantized: .*layer layer "):
+        correct(with_constants(model, w=np.roll(w, 1)), [x], quantized=given)
 
 
 # Which layer is which

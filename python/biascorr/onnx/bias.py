@@ -142,7 +142,7 @@ def _add_to_integers(
 ) -> BiasChange:
     """Adds to integers that the node reads dequantized, and that are added in this shape."""
     values = graph.value(dequantizer.quantized)
-    steps = dequantizer.steps_of(max(values.ndim, 1))
+    steps = dequantizer.steps_of(np.atleast_1d(values).shape)
     if shape != values.shape:
         steps = np.broadcast_to(steps, values.shape).reshape(shape)
     corrected, change = _rounded(values.reshape(shape), steps, shift)
@@ -209,6 +209,8 @@ def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[
 
 def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] | None:
     """One step, or one for each output channel of all groups; None where the steps belong to something else."""
+    if dequantizer.block_size:
+        return None
     if dequantizer.step.size == 1:
         return dequantizer.step.reshape(())
     times, rest = divmod(layer.channels, dequantizer.step.size)

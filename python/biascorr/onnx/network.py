@@ -225,7 +225,7 @@ class OnnxNetwork:
         dequantizer = dequantizer_of(self._graph, name)
         if dequantizer is None:
             return None
-        steps = dequantizer.steps_of(self._graph.value(name).ndim)
+        steps = dequantizer.steps_of(self._graph.value(name).shape)
         return steps.reshape(steps.shape[steps.ndim - weights.ndim :])
 
     def _read(self, name: str) -> tuple[str, Quantization | None]:

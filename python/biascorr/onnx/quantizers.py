@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,34 +23,40 @@ class Dequantizer:
     ----------
     node : onnx.NodeProto
         The node.
-    step : ndarray, () or (C,)
-        Real units between neighbouring values (ONNX calls it scale).
+    step : ndarray, (), (C,), or of the rank of the values
+        Real units between neighbouring values (ONNX calls it scale): one, one per channel, or one per block.
     zero_point : ndarray
         The quantized value of 0.
     axis : int
-        The axis that several steps belong to.
+        The axis that several steps belong to, or that is divided into blocks.
+    block_size : int
+        Values of a block along the axis; 0 where there are no blocks.
     """
 
     node: onnx.NodeProto
     step: NDArray[Any]
     zero_point: NDArray[Any]
     axis: int
+    block_size: int = 0
 
     @property
     def quantized(self) -> str:
         """The tensor of quantized values."""
         return str(self.node.input[0])
 
-    def steps_of(self, rank: int) -> NDArray[np.float64]:
-        """The steps in the shape in which they broadcast against values of this rank."""
-        shape = [1] * rank
+    def steps_of(self, shape: Sequence[int]) -> NDArray[Any]:
+        """The steps, broadcastable to values of this shape: in float64, in their own type where there is one for each value."""
+        if self.block_size:
+            blocks = np.arange(shape[self.axis]) // self.block_size
+            return np.asarray(self.step.take(blocks, self.axis))
+        aligned = [1] * len(shape)
         if self.step.size > 1:
-            shape[self.axis] = -1
-        return self.step.astype(np.float64).reshape(shape)
+            aligned[self.axis] = -1
+        return self.step.astype(np.float64).reshape(aligned)
 
 
 def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
-    """The dequantizer that makes a tensor; None where there is none, or one with a step per block or none above 0."""
+    """The dequantizer that makes a tensor; None where there is none, or one with a step that is not above 0."""
     node = graph.producer.get(name)
     if node is None or node.op_type != "DequantizeLinear":
         return None
@@ -57,10 +64,13 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     if not all(map(graph.is_constant, parameters)):
         return None
     step, *rest = (graph.value(parameter) for parameter in parameters)
-    if (step.size > 1 and step.ndim != 1) or not (np.isfinite(step) & (step > 0)).all():
+    given = attributes(node)
+    block_size = given.get("block_size", 0)
+    if (step.size > 1 and step.ndim != 1 and not block_size) or not (np.isfinite(step) & (step > 0)).all():
         return None
     zero_point = rest[0] if rest else np.zeros((), dtype=np.int32)
-    return Dequantizer(node, step, zero_point, attributes(node).get("axis", 1) if step.size > 1 else 0)
+    axis = given.get("axis", 1) if step.size > 1 or block_size else 0
+    return Dequantizer(node, step, zero_point, axis, block_size)
 
 
 def insert_fake_quantizer(
