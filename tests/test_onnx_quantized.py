@@ -13,6 +13,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from biascorr import correct
 from biascorr.onnx.network import OnnxNetwork
 from networks import (
+    as_constant_nodes,
     biases,
     constants_of,
     model_from_text,
@@ -517,6 +518,50 @@ def test_new_bias_of_a_grouped_transposed_conv_has_the_step_of_each_channel():
     np.testing.assert_array_equal(steps, np.tile(step / 8, 2))
     shift = output_shift(model, "up", x, w - wq * step[:, None, None], 1)
     assert (np.abs(values * steps - shift) <= 0.501 * steps).all()
+
+
+SHARED_QUANTIZERS = """g (float[?,3,8,8] x) => (float[?,6,?,?] u, float[?,5,?,?] v) {
+    xq = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(xq, xs, xz)
+    wd1 = DequantizeLinear<axis=0>(w1q, w1s, w1z) [conv] t1 = Conv(xd, wd1, b1) r1 = Relu(t1)
+    r1q = QuantizeLinear<axis=1>(r1, rs, rz) r1d = DequantizeLinear<axis=1>(r1q, rs, rz)
+    wd2 = DequantizeLinear<axis=0>(w2q, w2s, w2z) [depthwise] t2 = Conv<group=4, pads=[1,1,1,1]>(r1d, wd2, b2) r2 = Relu(t2)
+    r2q = QuantizeLinear(r2, xs, xz) r2d = DequantizeLinear(r2q, xs, xz)
+    wd3 = DequantizeLinear<axis=0>(w3q, w3s, w3z) [one] u = Conv(r2d, wd3, b3)
+    wd4 = DequantizeLinear<axis=0>(w4q, w4s, w4z) [two] v = Conv<strides=[2,2]>(r2d, wd4)
+}"""
+
+
+@pytest.mark.parametrize("constant_nodes", [False, True])
+def test_quantizers_that_layers_share_and_quantizers_with_a_step_per_channel(constant_nodes):
+    shapes = {"w1": (4, 3, 3, 3), "w2": (4, 1, 3, 3), "w3": (6, 4, 1, 1), "w4": (5, 4, 3, 3)}
+    floats = {name: weights(*shape) for name, shape in shapes.items()} | {"b1": biases(4), "b2": biases(4), "b3": biases(6)}
+    constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "rs": np.array([1, 2, 3, 4], np.float32) / 16}
+    constants |= {"rz": np.zeros(4, np.uint8)} | {name: array for name, array in floats.items() if name[0] == "b"}
+    for name, shape in shapes.items():
+        step = np.abs(floats[name]).max(axis=(1, 2, 3)).astype(np.float32) / 7
+        constants |= {f"{name}s": step, f"{name}z": np.zeros(shape[0], np.int8)}
+        constants[f"{name}q"] = np.rint(floats[name] / step[:, None, None, None]).astype(np.int8)
+    given = model_from_text(SHARED_QUANTIZERS, **{name: np.asarray(array) for name, array in constants.items()})
+    given = as_constant_nodes(given) if constant_nodes else given
+    model = model_from_text(
+        """g (float[?,3,8,8] x) => (float[?,6,?,?] u, float[?,5,?,?] v) {
+            [conv] t1 = Conv(x, w1, b1) r1 = Relu(t1)
+            [depthwise] t2 = Conv<group=4, pads=[1,1,1,1]>(r1, w2, b2) r2 = Relu(t2)
+            [one] u = Conv(r2, w3, b3) [two] v = Conv<strides=[2,2]>(r2, w4)
+        }""",
+        **floats,
+    )
+    correction = correct(model, X, quantized=given)
+    assert [(layer.name, layer.method) for layer in correction.report] == [
+        ("conv", "mean"), ("depthwise", "mean"), ("one", "mean"), ("two", "mean")
+    ]  # fmt: skip
+    for layer, w, b in [("conv", "w1", "b1"), ("depthwise", "w2", "b2"), ("one", "w3", "b3"), ("two", "w4", None)]:
+        read, wq = run(given, {"x": X}, node_named(given, layer).input[:2])
+        shift = output_shift(model, layer, read, floats[w].astype(np.float64) - wq, 1)
+        (after,) = run(correction.model, {"x": X}, [node_named(correction.model, layer).input[2]])
+        assert np.abs(shift).max() > 0.01
+        atol = 1e-6 if b else constants["w4s"].max() / 16
+        np.testing.assert_allclose(after - (floats[b] if b else 0.0), shift, rtol=1e-4, atol=atol)
 
 
 BLOCKED = {
