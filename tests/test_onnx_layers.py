@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from biascorr import correct
+from biascorr.onnx.network import OnnxNetwork
 from networks import (
     BITS,
     as_constant_nodes,
@@ -236,6 +237,20 @@ def test_result_is_valid_and_its_outputs_keep_names_and_shapes(case):
     before, after = (run(each, {"x": case.samples()})[0] for each in (model, corrected))
     assert after.shape == before.shape
     assert after.dtype == before.dtype
+
+
+@every_case
+def test_a_shift_moves_the_output_of_the_layer_along_its_axis(case):
+    network, feeds = OnnxNetwork(case.model(), "model"), {"x": case.samples()}
+    (layer,) = network.layers
+    before = network.part(feeds, [layer.output])(feeds)[layer.output]
+    shift = np.arange(1, layer.channels + 1) / 4
+    change = network.add_to_bias(layer, shift)
+    after = network.part(feeds, [layer.output])(feeds)[layer.output]
+    assert layer.output_axis < 0
+    aligned = shift.reshape(-1, *[1] * (-layer.output_axis - 1))
+    np.testing.assert_allclose(after - before, np.broadcast_to(aligned, before.shape), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(change.applied, shift, rtol=1e-6)
 
 
 @every_case
