@@ -237,6 +237,19 @@ def test_bias_of_8_bits_that_saturates_is_clamped_and_reported():
     assert correction.report[2].reason == f"int8 bias saturates in {(wanted > 0).sum()} of 7 channels"
 
 
+@pytest.mark.parametrize(("scale", "zero_point"), [((5,), ()), ((5,), (1,)), ((), (1,)), ((1,), ()), ((1,), (1,))])
+def test_parameters_of_weights_may_differ_in_shape(scale, zero_point):
+    text = "g (uint8[?,3,?,?] x) => (uint8[?,5,?,?] y) { [layer] y = QLinearConv(x, xs, xz, w, ws, wz, ys, xz, b) }"
+    w, step = weights(5, 3, 3, 3), np.full(scale, 1 / 16, np.float32)
+    constants = {"w": (np.rint(w * 16) + 3).astype(np.int8), "ws": step, "wz": np.full(zero_point, 3, np.int8)}
+    constants |= {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ys": np.float32(0.2), "b": np.arange(5, dtype=np.int32)}
+    given = model_from_text(text, **{name: np.asarray(array) for name, array in constants.items()})
+    model = model_from_text("g (float[?,3,?,?] x) => (float[?,5,?,?] y) { [layer] y = Conv(x, w, b) }", w=w, b=biases(5))
+    corrected = correct(model, (X * 8 + 40).astype(np.uint8), quantized=given).model
+    shift = output_shift(model, "layer", X, w - np.rint(w * 16) / 16, 1)
+    np.testing.assert_array_equal(constants_of(corrected)["b"], np.arange(5) + np.rint(shift * 128))
+
+
 def test_a_bias_that_two_operators_share_is_told_apart():
     text = """g (uint8[?,3,?,?] x) => (uint8[?,5,?,?] u, uint8[?,5,?,?] v) {
         [one] u = QLinearConv(x, xs, xz, w, ws, wz, ys, xz, b)
