@@ -400,6 +400,19 @@ def test_weights_in_blocks_are_what_onnxruntime_multiplies_with(name):
     np.testing.assert_allclose(run(given, {"x": np.eye(K, dtype=np.float32)})[0], layer.weights, rtol=1e-6, atol=1e-6)
 
 
+def test_weights_in_blocks_of_a_model_of_float16():
+    blocks, w = Blocks(4, 32, dtype="float16"), weights(K, N, axis=1)
+    text = f"g (float16[?,70] x) => (float16[?,5] y) {{ [layer] y = {blocks.node()} }}"
+    given = contributed(model_from_text(text, **blocks.constants(w)))
+    half = model_from_text(MATMUL.replace("float", "float16"), w=w.astype(np.float16))
+    x = samples(12, K, dtype="float16")
+    correction = correct(half, [x], quantized=given)
+    (bias,) = (array for name, array in constants_of(correction.model).items() if name.startswith("y_bias"))
+    shift = x.mean(axis=0, dtype=np.float64) @ (w - blocks.quantized(w)[1])
+    assert bias.dtype == np.float16
+    np.testing.assert_allclose(bias, shift, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("bias", ["input", "add", "none"])
 def test_bias_of_weights_in_blocks(name, bias):

@@ -102,7 +102,7 @@ class _Lowering:
 
     def _matmul_n_bits(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         given, bias = attributes(node), _input(node, 5)
-        unknown = given["bits"] not in _PACKED_BITS or given.get("weight_prepacked", 0) or _input(node, 4)
+        unknown = given.setdefault("bits", 4) not in _PACKED_BITS or given.get("weight_prepacked", 0) or _input(node, 4)
         if unknown or not self._are_constant(*node.input[1:4], bias):
             return None
         packed, scales, *zero_points = (self._graph.value(each) for each in node.input[1:4] if each)

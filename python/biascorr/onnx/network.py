@@ -36,8 +36,10 @@ _POINTWISE = {
 """Operators that activations are made of: each element of the output depends on one element of each input."""
 
 _WEIGHTED = {
-    "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
-    "LSTM", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "RNN",
+    "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
+    "GRU", "GemmFastGelu", "GemmFloat8", "LSTM", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat",
+    "MatMulNBits", "MoE", "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE",
+    "QOrderedMatMul", "RNN", "TransposeMatMul",
 }  # fmt: skip
 """Operators that multiply with weights and are not corrected."""
 
