@@ -41,7 +41,7 @@ _WEIGHTED = {
     "MatMulNBits", "MoE", "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE",
     "QOrderedMatMul", "RNN", "TransposeMatMul",
 }  # fmt: skip
-"""Operators that multiply with weights and are not corrected."""
+"""Operators that multiply with weights and are not corrected; some of them only in forms that are not lowered."""
 
 
 class OnnxNetwork:
