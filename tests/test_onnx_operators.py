@@ -304,6 +304,42 @@ def contributed(model):
     return model
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_bias_in_an_add_without_a_zero_point_of_its_output(dtype):
+    text = f"""g ({dtype}[?,7] x) => ({dtype}[?,5] y) {{
+        [layer] t = QLinearMatMul(x, xs, xz, w, ws, wz, ts, xz)
+        [sum] y = com.microsoft.QLinearAdd(b, bs, bz, t, ts, xz, ts)
+    }}"""
+    x, w, step = samples(12, 7), weights(7, 5, axis=1), np.float32(1 / 16)
+    constants = {
+        "xs": np.float32(1 / 8),
+        "xz": np.array(40, dtype),
+        "ts": np.float32(1 / 8),
+        "bs": np.float32(1 / 32),
+        "bz": np.array(0, dtype),
+    }
+    constants |= {"w": np.rint(w / step).astype(np.int8), "ws": step, "wz": np.int8(0), "b": np.full(5, 9, dtype)}
+    given = contributed(model_from_text(text, **{name: np.asarray(array) for name, array in constants.items()}))
+    float_text = "g (float[?,7] x) => (float[?,5] y) { [layer] t = MatMul(x, w) [sum] y = Add(t, b) }"
+    model = model_from_text(float_text, w=w, b=biases(5))
+    codes = (x * 8 + 40).astype(dtype)
+    corrected = correct(model, codes, quantized=given).model
+    shift = x.mean(axis=0, dtype=np.float64) @ (w - np.rint(w / step) * step)
+    np.testing.assert_array_equal(constants_of(corrected)["b"], 9 + np.rint(shift * 32))
+    assert stripped(corrected, ["b"]) == stripped(given, ["b"])
+    (layer,) = OnnxNetwork(given, "model").layers
+    feeds = {"x": codes}
+    assert OnnxNetwork(given, "model").part(feeds, [layer.output])(feeds)[layer.output].dtype == np.float32
+
+
+def test_product_with_a_step_per_row_of_its_input_is_left_alone():
+    text = "g (uint8[4,7] x) => (uint8[4,5] y) { [layer] y = QLinearMatMul(x, xs, xz, w, ws, wz, ws, wz) }"
+    constants = {"xs": np.ones(4, np.float32), "xz": np.zeros(4, np.uint8), "ws": np.float32(1), "wz": np.uint8(0)}
+    arrays = {name: np.asarray(array) for name, array in constants.items()}
+    adapter = OnnxNetwork(model_from_text(text, w=np.ones((7, 5), np.uint8), **arrays), "model")
+    assert (adapter.layers, [each.name for each in adapter.left_alone]) == ([], ["layer"])
+
+
 LEFT_ALONE = {
     "a step that is computed": "s = Abs(t) y = QLinearConv(x, s, xz, w, ws, wz, ys, xz, b)",
     "channels last": "y = com.microsoft.QLinearConv<channels_last=1>(x, xs, xz, w, ws, wz, ys, xz, b)",

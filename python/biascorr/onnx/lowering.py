@@ -71,7 +71,10 @@ class _Lowering:
     def _matmul(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         a, b, y = node.input[:3], node.input[3:6], node.input[6:8]
         constant = [self._graph.is_constant(each[0]) for each in (a, b)]
-        if not self._are_constant(*a[1:], *b[1:], *y) or not any(constant) or self._graph.value(y[0]).size > 1:
+        if not self._are_constant(*a[1:], *b[1:], *y) or not any(constant):
+            return None
+        steps = [(self._graph.value(each[1]), known) for each, known in zip((a, b), constant)]
+        if self._graph.value(y[0]).size > 1 or any(step.ndim > 1 or (step.size > 1 and not known) for step, known in steps):
             return None
         operands = [
             self._real(each, self._graph.value(each[0]).ndim - axis if known else None)
@@ -81,7 +84,8 @@ class _Lowering:
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         a, b, c, y = node.input[:3], node.input[3:6], _input(node, 6), node.input[7:9]
-        if not self._are_constant(*a[1:], *b, c, *y) or sum(map(bool, y)) == 1:
+        without_zero_point = any(y) and not _input(node, 8)
+        if without_zero_point or not self._are_constant(*a[1:], *b, c, *y):
             return None
         given = attributes(node)
         axis = 0 if given.get("transB", 0) else 1
@@ -95,8 +99,8 @@ class _Lowering:
         follows = any(each is not None and each.op_type == "QLinearMatMul" for each in made_by)
         if not follows or not any(self._graph.is_constant(each[0]) for each in sides):
             return None
-        y = node.input[6:8]
-        if not self._are_constant(*sides[0][1:], *sides[1][1:], *y) or not all(y):
+        y = [node.input[6], _input(node, 7) or self._zero_of(sides)]
+        if not self._are_constant(*sides[0][1:], *sides[1][1:], *y):
             return None
         return self._layer(name, "Add", {}, [self._real(each) for each in sides], node, y)
 
@@ -165,6 +169,11 @@ class _Lowering:
                 same = np.full(shape, value.item()) if value.size == 1 else value.reshape(shape)
                 zero_points[k] = self._graph.add_initializer(f"{zero_point}_of_{step}", same.astype(value.dtype))
         return [step, *zero_points]
+
+    def _zero_of(self, sides: Sequence[Sequence[str]]) -> str:
+        """A zero of the type of a constant among these."""
+        constant = next(each[0] for each in sides if self._graph.is_constant(each[0]))
+        return self._graph.add_initializer(f"{constant}_zero", np.zeros((), self._graph.value(constant).dtype))
 
     def _are_constant(self, *names: str) -> bool:
         return all(not name or self._graph.is_constant(name) for name in names)
