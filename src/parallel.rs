@@ -3,6 +3,7 @@
 //! A kernel cuts its work by size alone and folds the parts in order, so the number of threads never shows in a result.
 //! A forked child has none of its parent's threads; it builds a pool of its own at first use.
 
+use std::cell::Cell;
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,11 @@ const SERIAL_BYTES: usize = 256 << 10;
 
 /// More threads than any machine has cores for; starting some ten thousand takes minutes.
 const MAX_THREADS: usize = 1024;
+
+thread_local! {
+    /// Whether this thread is one of several that share the CPUs among them.
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
 
 struct State {
     process: u32,
@@ -68,9 +74,14 @@ fn pool() -> Result<Arc<ThreadPool>, Error> {
     Ok(pool)
 }
 
+/// From now on this thread does its work itself: it is one of several that share the CPUs among them.
+pub fn work_alone() {
+    ALONE.set(true);
+}
+
 /// `f` of each item, in order; over the pool when `bytes` of work are worth it.
 pub fn map<I: Send, R: Send>(items: Vec<I>, bytes: usize, f: impl Fn(I) -> R + Send + Sync) -> Result<Vec<R>, Error> {
-    if bytes < SERIAL_BYTES || items.len() < 2 || num_threads() == 1 {
+    if bytes < SERIAL_BYTES || items.len() < 2 || ALONE.get() || num_threads() == 1 {
         return Ok(items.into_iter().map(f).collect());
     }
     Ok(pool()?.install(|| items.into_par_iter().map(f).collect()))

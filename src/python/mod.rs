@@ -363,6 +363,12 @@ fn get_num_threads() -> usize {
     parallel::num_threads()
 }
 
+/// From now on the calling thread does its work itself: it is one of several that share the CPUs among them.
+#[pyfunction]
+fn work_alone() {
+    parallel::work_alone();
+}
+
 /// Version, CPU tier in use, build profile.
 #[pyfunction]
 fn build_info() -> (&'static str, &'static str, &'static str) {
@@ -375,6 +381,6 @@ mod _kernels {
     #[pymodule_export]
     use super::{
         build_info, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads, quantization_range,
-        quantize, set_num_threads, tap_sums, weight_error, weight_error_from_grids,
+        quantize, set_num_threads, tap_sums, weight_error, weight_error_from_grids, work_alone,
     };
 }

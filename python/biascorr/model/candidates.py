@@ -75,6 +75,8 @@ class Workshop:
         What they run over.
     progress : callable
         See :data:`Progress`.
+    activated : bool
+        Whether what is behind the activations is measured too.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Workshop:
         pairs: Mapping[str, tuple[Layer, Layer]],
         samples: Samples,
         progress: Progress,
+        *,
+        activated: bool = True,
     ) -> None:
         self._reference = reference
         self._quantized = quantized
@@ -91,16 +95,13 @@ class Workshop:
         self._samples = samples
         self._progress = progress
         self._layers = [layer for _, layer in pairs.values()]
+        self._activated = activated_pairs(reference, quantized, pairs) if activated else {}
         self._has_expectations = False
 
     @functools.cached_property
     def weights(self) -> dict[str, NDArray[Any]]:
         """The float weights of each layer."""
         return {name: layer.weights for name, (layer, _) in self._pairs.items()}
-
-    @functools.cached_property
-    def _activated(self) -> dict[str, tuple[str, str]]:
-        return activated_pairs(self._reference, self._quantized, self._pairs)
 
     @functools.cached_property
     def reference(self) -> dict[str, Measured]:

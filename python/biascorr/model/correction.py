@@ -150,7 +150,8 @@ def correct(
         if measured is None:
             measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
         pairs, untouched = _split(measured, _matching_layers(reference, measured))
-        workshop = Workshop(reference, measured, pairs, samples, report_progress)
+        activated = method in ("auto", "activation")
+        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated)
         candidates = _candidates(workshop, method, strength) if pairs else []
         before = workshop.uncorrected
         best = _best([before, *candidates]) if method == "auto" or not candidates else candidates[0]

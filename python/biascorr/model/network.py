@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.calibration import ModelInput
+from biascorr.model.storage import Buffers
 from biascorr.quantization import Quantization
 from biascorr.statistics import TransposedWindow, Window
 
@@ -276,10 +277,13 @@ class Network(Protocol):
     def surroundings(self) -> Surroundings:
         """What is around the layers."""
 
-    def part(self, given: Feeds, wanted: Sequence[str], *, threads: int = 0) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+    def part(
+        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, buffers: Buffers | None = None
+    ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
         """What computes the wanted tensors from given ones, of which an example is needed for their dtypes.
 
-        May be called from several threads at once, each call with so many threads (0: all there are).
+        May be called from several threads at once, each call with so many threads (0: all there are). What it computes is
+        written into the buffers, where there are any.
         """
 
     def copy(self) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,14 @@ class Samples:
         """Whether other samples judge than are fitted."""
         return self._wanted_back and not self.all_judge
 
+    @functools.cached_property
+    def _judges(self) -> NDArray[np.bool_]:
+        return np.asarray((np.arange(self.count) % ONE_OF == ONE_OF - 1) | self.all_judge)
+
+    @functools.cached_property
+    def _fitted(self) -> NDArray[np.bool_]:
+        return ~self._judges if self.held_back else np.ones(self.count, dtype=bool)
+
     def add(self, feeds: Feeds, size: int) -> None:
         """Keeps a batch of so many samples along the first axis."""
         self._names = list(feeds)
@@ -102,13 +111,11 @@ class Samples:
 
     def judge(self, batch: int) -> NDArray[np.bool_]:
         """Which samples of a batch judge."""
-        index = np.arange(*self._starts[batch : batch + 2])
-        return np.asarray((index % ONE_OF == ONE_OF - 1) | self.all_judge)
+        return self._judges[slice(*self._starts[batch : batch + 2])]
 
     def is_fitted(self, batch: int) -> NDArray[np.bool_]:
         """Which samples of a batch are fitted."""
-        judge = self.judge(batch)
-        return ~judge if self.held_back else np.ones_like(judge)
+        return self._fitted[slice(*self._starts[batch : batch + 2])]
 
     def fitted(self, array: NDArray[Any], batch: int) -> Iterator[NDArray[Any]]:
         """The parts of a tensor that belong to fitted samples."""
@@ -127,9 +134,10 @@ class Samples:
         """Means per sample and channel; of the whole batch as one where its samples cannot be told apart."""
         fitted = self.is_fitted(batch)
         apart = array.ndim + axis > 0 and len(array) % len(fitted) == 0
-        means, positions = [], []
-        for part in np.split(array, len(fitted)) if apart else [array]:
-            (integers, reals), count, _ = _kernels.channel_sums([part], axis, 0, None)
-            means.append(mean_from_sums(integers, reals, count))
-            positions.append(count)
-        return SampleMeans(np.stack(means), np.array(positions), fitted if apart else fitted[:1])
+        parts = np.split(array, len(fitted)) if apart and len(fitted) > 1 else [array]
+        means = np.empty((len(parts), array.shape[axis]))
+        positions = np.empty(len(parts), dtype=np.int64)
+        for k, part in enumerate(parts):
+            (integers, reals), positions[k], _ = _kernels.channel_sums([part], axis, 0, None)
+            means[k] = mean_from_sums(integers, reals, positions[k])
+        return SampleMeans(means, positions, fitted[: len(parts)])

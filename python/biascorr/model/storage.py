@@ -1,10 +1,11 @@
-"""Tensors of batches, held in memory up to a budget and beyond it in a temporary folder."""
+"""Memory of a sweep: what is live, up to a budget and beyond it in a temporary folder; what can be written again."""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,36 @@ def default_budget() -> int:
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return int(_SHARE * free)
+
+
+class Buffers:
+    """Memory that is written again instead of freed: fresh pages take longer to get than to fill.
+
+    May be used by several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array with any values."""
+        size = math.prod(shape) * dtype.itemsize
+        room = 1 << max(size - 1, 0).bit_length()
+        try:
+            block = self._free[room].pop()
+        except (KeyError, IndexError):
+            block = np.empty(room, dtype=np.uint8)
+        return block[:size].view(dtype).reshape(shape)
+
+    def give(self, array: NDArray[Any]) -> None:
+        """Takes an array back that nobody reads any more; one that did not come from here is left alone."""
+        block = array.base
+        if isinstance(block, np.ndarray) and block.dtype == np.uint8 and block.base is None and block.size >= array.nbytes:
+            self._free.setdefault(block.size, []).append(block)
+
+    def clear(self) -> None:
+        """Frees what is not in use."""
+        self._free.clear()
 
 
 class Storage:
@@ -60,12 +91,14 @@ class Storage:
         found = self._arrays[key]
         return np.load(found, allow_pickle=False) if isinstance(found, Path) else found
 
-    def __delitem__(self, key: Hashable) -> None:
+    def pop(self, key: Hashable) -> NDArray[Any] | None:
+        """Forgets an array; returns it if it was in memory."""
         found = self._arrays.pop(key)
         if isinstance(found, Path):
             found.unlink()
-        else:
-            self._held -= found.nbytes
+            return None
+        self._held -= found.nbytes
+        return found
 
     def holds(self, key: Hashable) -> bool:
         """Whether an array is in memory, so that whoever changes it changes it for all."""

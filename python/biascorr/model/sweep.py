@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr import _kernels
 from biascorr.model.network import Feeds, Kind, Layer, Network
 from biascorr.model.samples import SampleMeans, Samples
+from biascorr.model.storage import Buffers
 from biascorr.statistics import ChannelMean, TapMean
 
 T = TypeVar("T")
@@ -143,6 +145,7 @@ class Sweep:
         self._axes = {layer.output: layer.output_axis for layer in layers}
         self._shifts: dict[str, NDArray[Any]] = {}
         self._shifted: set[tuple[str, int]] = set()
+        self._buffers = Buffers()
         self._stages = stages(network, layers, depth)
 
     def correct(self, shift_of: Callable[[Layer, Measured], NDArray[Any] | None], progress: Progress) -> None:
@@ -164,14 +167,19 @@ class Sweep:
         axes = {layer.output: layer.output_axis for layer in stage.layers}
         axes |= {self._activated[layer.name]: layer.output_axis for layer in stage.layers if layer.name in self._activated}
         wanted = dict.fromkeys([*stage.kept, *axes, *(layer.input for layer in stage.layers if layer.name in means)])
+        computed = set(wanted).difference(stage.given)
         for batch, (results, measured) in enumerate(self._run(stage, list(wanted), axes)):
             for name, part in measured.items():
                 parts.setdefault(name, []).append(part)
             for layer in stage.layers:
                 for array in self._samples.fitted(results[layer.input], batch) if layer.name in means else ():
                     means[layer.name].update(array)
-            for name in stage.kept:
-                self._samples.storage[name, batch] = results[name]
+            for name, array in results.items():
+                if name in stage.kept:
+                    self._samples.storage[name, batch] = array
+                if name in computed and not (name in stage.kept and self._samples.storage.holds((name, batch))):
+                    self._buffers.give(array)
+        self._buffers.clear()
         for layer in stage.layers:
             behind = self._activated.get(layer.name)
             mean = means[layer.name].mean(layer.input_quantization) if layer.name in means else None
@@ -186,12 +194,16 @@ class Sweep:
         fitted = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
         compute = self._part({layer.output: self._samples.storage[layer.output, fitted[0]]}, [name])
 
-        def means(batch: int) -> SampleMeans:
+        def measure(batch: int) -> SampleMeans:
             array = self._samples.storage[layer.output, batch]
-            results = compute({layer.output: array + _aligned(shift, array, layer.output_axis)})
-            return self._samples.means(results[name], layer.output_axis, batch)
+            shifted = np.add(array, _aligned(shift, array, layer.output_axis), out=self._buffers.take(array.shape, array.dtype))
+            (activated,) = compute({layer.output: shifted}).values()
+            means = self._samples.means(activated, layer.output_axis, batch)
+            self._buffers.give(shifted)
+            self._buffers.give(activated)
+            return means
 
-        after = SampleMeans.joined(list(in_order(means, fitted, self._workers)))
+        after = SampleMeans.joined(list(in_order(measure, fitted, self._workers)))
         return after.mean - SampleMeans.joined(before).mean
 
     def _run(
@@ -207,14 +219,16 @@ class Sweep:
         for batch, found in enumerate(in_order(run, range(self._samples.batches), self._workers)):
             yield found
             for name in stage.dropped:
-                del self._samples.storage[name, batch]
+                array = self._samples.storage.pop((name, batch))
+                if array is not None:
+                    self._buffers.give(array)
 
     @property
     def _workers(self) -> int:
         return min(self._samples.batches, CPUS)
 
     def _part(self, given: Feeds, wanted: Sequence[str]) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
-        return self._network.part(given, wanted, threads=max(1, CPUS // self._workers))
+        return self._network.part(given, wanted, threads=max(1, CPUS // self._workers), buffers=self._buffers)
 
     def _feeds(self, stage: Stage, batch: int) -> Feeds:
         return {name: self._live(name, batch) for name in stage.given}
@@ -244,7 +258,8 @@ def empty_mean(layer: Layer) -> ChannelMean | TapMean:
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """What the function makes of each item, in order, by several threads that are never far ahead."""
     waiting: collections.deque[Future[R]] = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
+    alone = _kernels.work_alone if workers > 1 else None
+    with ThreadPoolExecutor(workers, initializer=alone) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))

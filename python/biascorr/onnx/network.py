@@ -14,12 +14,13 @@ from onnx import helper
 
 from biascorr.calibration import ModelInput
 from biascorr.model.network import BiasChange, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
+from biascorr.model.storage import Buffers
 from biascorr.onnx import files
 from biascorr.onnx.bias import add_to_bias, biased_output
 from biascorr.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes
 from biascorr.onnx.lowering import lowered
 from biascorr.onnx.quantizers import dequantizer_of, insert_fake_quantizer
-from biascorr.onnx.runtime import run, session
+from biascorr.onnx.runtime import Runner, session
 from biascorr.onnx.surroundings import surroundings_of
 from biascorr.quantization import Quantization
 from biascorr.statistics import TransposedWindow, Window
@@ -101,15 +102,18 @@ class OnnxNetwork:
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         files.save(self.model, path, force=force)
 
-    def part(self, given: Feeds, wanted: Sequence[str], *, threads: int = 0) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+    def part(
+        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, buffers: Buffers | None = None
+    ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
         computed = [name for name in wanted if name not in given]
         if not computed:
             return lambda feeds: {name: feeds[name] for name in wanted}
         values = [helper.make_tensor_value_info(name, _element_type(array), None) for name, array in given.items()]
         running = session(self._graph.part(values, computed), self._name, threads=threads)
+        runner = Runner(running, computed, self._name, buffers)
 
         def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
-            results = dict(zip(computed, run(running, computed, feeds, self._name)))
+            results = dict(zip(computed, runner(feeds)))
             return {name: feeds[name] if name in feeds else results[name] for name in wanted}
 
         return compute

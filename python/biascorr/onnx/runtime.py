@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from biascorr.model.storage import Buffers
 from biascorr.onnx.files import fits_in_a_message, write_with_external_data
 
 _FATAL = 4
@@ -42,6 +44,48 @@ def run(running: Any, names: Sequence[str], feeds: Any, name: str) -> list[NDArr
     with _one_line(name):
         outputs: list[NDArray[Any]] = running.run(list(names), dict(feeds))
     return outputs
+
+
+class Runner:
+    """A session that runs again and again and, where the sizes of its outputs are known by then, writes into given memory.
+
+    Parameters
+    ----------
+    running : onnxruntime.InferenceSession
+        What runs; several threads may call.
+    names : sequence of str
+        Its outputs.
+    name : str
+        What errors call it.
+    buffers : Buffers or None
+        Where outputs are written; None: each run has new memory.
+    """
+
+    def __init__(self, running: Any, names: Sequence[str], name: str, buffers: Buffers | None) -> None:
+        self._running = running
+        self._names = list(names)
+        self._name = name
+        self._buffers = buffers
+        self._outputs: dict[Any, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}  # by the shapes of the inputs
+
+    def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        key = tuple(array.shape for array in feeds.values())
+        if self._buffers is not None and key in self._outputs:
+            with contextlib.suppress(Exception):  # sizes may depend on values; what is wrong otherwise fails below too
+                return self._bound(feeds, [self._buffers.take(*each) for each in self._outputs[key]])
+        arrays = run(self._running, self._names, feeds, self._name)
+        if all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.size for array in arrays):
+            self._outputs[key] = [(array.shape, array.dtype) for array in arrays]
+        return arrays
+
+    def _bound(self, feeds: Mapping[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        binding = self._running.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in zip(self._names, arrays):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._running.run_with_iobinding(binding)
+        return arrays
 
 
 def run_constants(model: onnx.ModelProto) -> list[NDArray[Any]]:
