@@ -328,6 +328,12 @@ def _sums_of_region(channels_last: NDArray[Any], region: Sequence[tuple[int, int
     return sums, wide
 
 
+@functools.lru_cache(maxsize=256)
+def _seen(window: Window | TransposedWindow, space: tuple[int, ...]) -> tuple[NDArray[np.float64], int]:
+    """See :meth:`Window.seen`; batch after batch has the same shape."""
+    return window.seen(space)
+
+
 class TapMean:
     """The mean of what each kernel tap sees, zeros of the padding included: exact for any padding, stride and dilation.
 
@@ -366,9 +372,18 @@ class TapMean:
         sums, wide = self._window.tap_sums(sample, axis, space)
         self._sums.add(*sums, wide)
         self._channels = shape[axis]
-        seen, outputs = self._window.seen(space)
+        seen, outputs = _seen(self._window, tuple(space))
         self._outputs += shape[0] * outputs
         self._seen += shape[0] * seen[..., None]
+
+    def merge(self, other: TapMean) -> None:
+        """Adds what another accumulator of the same window has seen. ValueError if its number of channels differs."""
+        if None not in (self._channels, other._channels) and self._channels != other._channels:
+            raise ValueError(f"other: {other._channels} channels, expected {self._channels}")
+        self._sums.add(other._sums.integers, other._sums.reals, other._sums.wide)
+        self._channels = self._channels or other._channels
+        self._outputs += other._outputs
+        self._seen += other._seen
 
     def mean(self, quantization: Any = None) -> NDArray[Any]:
         """The mean in real units, (*K, C): float64 if any sample was float64, else float32."""

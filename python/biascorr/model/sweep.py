@@ -109,6 +109,14 @@ class Measured:
     change_behind: Callable[[NDArray[Any]], NDArray[np.float64]]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is measured of one batch: means of tensors by name, and of inputs by what is averaged."""
+
+    means: dict[str, SampleMeans]
+    inputs: dict[Any, ChannelMean | TapMean]
+
+
 class Sweep:
     """One sweep of a network.
 
@@ -159,40 +167,62 @@ class Sweep:
 
     def outputs(self) -> Iterator[Feeds]:
         """What the model gives out for each batch, after all layers are corrected."""
-        return (results for results, _ in self._run(self._stages[-1], self._network.outputs, {}))
+        return (results for results, _ in self._run(self._stages[-1], self._network.outputs))
 
     def _measured(self, stage: Stage) -> Iterator[tuple[Layer, Measured]]:
-        means = {layer.name: empty_mean(layer) for layer in stage.layers if layer.name in self._inputs}
-        parts: dict[str, list[SampleMeans]] = {}
-        axes = {layer.output: layer.output_axis for layer in stage.layers}
-        axes |= {self._activated[layer.name]: layer.output_axis for layer in stage.layers if layer.name in self._activated}
-        wanted = dict.fromkeys([*stage.kept, *axes, *(layer.input for layer in stage.layers if layer.name in means)])
-        computed = set(wanted).difference(stage.given)
-        for batch, (results, measured) in enumerate(self._run(stage, list(wanted), axes)):
-            for name, part in measured.items():
-                parts.setdefault(name, []).append(part)
-            for layer in stage.layers:
-                for array in self._samples.fitted(results[layer.input], batch) if layer.name in means else ():
-                    means[layer.name].update(array)
-            for name, array in results.items():
-                if name in stage.kept:
-                    self._samples.storage[name, batch] = array
-                if name in computed and not (name in stage.kept and self._samples.storage.holds((name, batch))):
-                    self._buffers.give(array)
+        axes = self._measured_axes(stage)
+        read = [layer.input for layer in stage.layers if layer.name in self._inputs]
+        means: dict[str, list[SampleMeans]] = {name: [] for name in axes}
+        inputs: dict[Any, ChannelMean | TapMean] = {}
+        for batch, (results, parts) in enumerate(self._run(stage, list(dict.fromkeys([*stage.kept, *axes, *read])))):
+            for name, part in parts.means.items():
+                means[name].append(part)
+            for key, mean in parts.inputs.items():
+                inputs[key] = _merged(inputs.get(key), mean)
+            self._keep(stage, results, batch)
         self._buffers.clear()
         for layer in stage.layers:
-            behind = self._activated.get(layer.name)
-            mean = means[layer.name].mean(layer.input_quantization) if layer.name in means else None
-            activated = None if behind is None else SampleMeans.joined(parts[behind])
-            change = functools.partial(self._change_behind, layer, behind or "", parts.get(behind or "", ()))
-            yield layer, Measured(SampleMeans.joined(parts[layer.output]), activated, mean, change)
+            behind = self._activated.get(layer.name, "")
+            yield (
+                layer,
+                Measured(
+                    SampleMeans.joined(means[layer.output]),
+                    SampleMeans.joined(means[behind]) if behind else None,
+                    inputs[_what_is_averaged(layer)].mean(layer.input_quantization) if layer.name in self._inputs else None,
+                    functools.partial(self._change_behind, layer, means.get(behind, ())),
+                ),
+            )
 
-    def _change_behind(
-        self, layer: Layer, name: str, before: Sequence[SampleMeans], shift: NDArray[Any]
-    ) -> NDArray[np.float64]:
+    def _measured_axes(self, stage: Stage) -> dict[str, int]:
+        """The tensors whose means are wanted, and the axes of their channels."""
+        axes = {layer.output: layer.output_axis for layer in stage.layers}
+        behind = [layer for layer in stage.layers if layer.name in self._activated]
+        return axes | {self._activated[layer.name]: layer.output_axis for layer in behind}
+
+    def _measure(self, stage: Stage, results: Feeds, batch: int) -> _Parts:
+        """What is measured of one batch."""
+        means = {name: self._samples.means(results[name], axis, batch) for name, axis in self._measured_axes(stage).items()}
+        wanted = {_what_is_averaged(layer): layer for layer in stage.layers if layer.name in self._inputs}
+        inputs = {key: _empty_mean(layer) for key, layer in wanted.items()}
+        for key, mean in inputs.items():
+            for array in self._samples.fitted(results[wanted[key].input], batch):
+                mean.update(array)
+        return _Parts(means, inputs)
+
+    def _keep(self, stage: Stage, results: Feeds, batch: int) -> None:
+        """Keeps what is live; the memory of the rest can be written again."""
+        storage = self._samples.storage
+        for name in stage.kept:
+            storage[name, batch] = results[name]
+        for name, array in results.items():
+            if name not in stage.given and not (name in stage.kept and storage.holds((name, batch))):
+                self._buffers.give(array)
+
+    def _change_behind(self, layer: Layer, before: Sequence[SampleMeans], shift: NDArray[Any]) -> NDArray[np.float64]:
         """How a shift of a layer's output would change the mean of the tensor behind its activation."""
         fitted = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
-        compute = self._part({layer.output: self._samples.storage[layer.output, fitted[0]]}, [name])
+        example = {layer.output: self._samples.storage[layer.output, fitted[0]]}
+        compute = self._part(example, [self._activated[layer.name]])
 
         def measure(batch: int) -> SampleMeans:
             array = self._samples.storage[layer.output, batch]
@@ -206,15 +236,13 @@ class Sweep:
         after = SampleMeans.joined(list(in_order(measure, fitted, self._workers)))
         return after.mean - SampleMeans.joined(before).mean
 
-    def _run(
-        self, stage: Stage, wanted: Sequence[str], axes: Mapping[str, int]
-    ) -> Iterator[tuple[Feeds, dict[str, SampleMeans]]]:
-        """The wanted tensors of each batch in order, and the means of some along their axes; drops what is read no more."""
+    def _run(self, stage: Stage, wanted: Sequence[str]) -> Iterator[tuple[Feeds, _Parts]]:
+        """The wanted tensors of each batch in order, and what is measured of it; what nothing reads any more is dropped."""
         compute = self._part(self._feeds(stage, 0), wanted)
 
-        def run(batch: int) -> tuple[Feeds, dict[str, SampleMeans]]:
+        def run(batch: int) -> tuple[Feeds, _Parts]:
             results = compute(self._feeds(stage, batch))
-            return results, {name: self._samples.means(results[name], axis, batch) for name, axis in axes.items()}
+            return results, self._measure(stage, results, batch)
 
         for batch, found in enumerate(in_order(run, range(self._samples.batches), self._workers)):
             yield found
@@ -248,11 +276,21 @@ def _aligned(shift: NDArray[Any], array: NDArray[Any], axis: int) -> NDArray[Any
     return shift.astype(array.dtype).reshape(-1, *[1] * (-1 - axis))
 
 
-def empty_mean(layer: Layer) -> ChannelMean | TapMean:
-    """What collects the mean input of a layer."""
+def _what_is_averaged(layer: Layer) -> tuple[Any, ...]:
+    return layer.input, layer.channel_axis, layer.window
+
+
+def _empty_mean(layer: Layer) -> ChannelMean | TapMean:
     if layer.window is None:
         return ChannelMean(channel_axis=layer.channel_axis)
     return TapMean(layer.window, channel_axis=layer.channel_axis)
+
+
+def _merged(mean: Any, part: Any) -> Any:
+    if mean is None:
+        return part
+    mean.merge(part)
+    return mean
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
