@@ -5,6 +5,7 @@ left of a shift after a correction is the rounding of the bias, not that of the 
 """
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ import onnxruntime
 from onnx import helper, numpy_helper, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from biascorr import Quantization, fake_quantize
+from biascorr import Correction, Quantization, QuantParams, correct, fake_quantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,6 +66,17 @@ def fake_quantized(array: Array, axis: int | None, bits: int = BITS) -> Array:
     return fake_quantize(array, quantization, axis=-1 if axis is None else axis)
 
 
+def mean_corrected(model: Any, data: Any, *, weight_bits: int = BITS, per_channel: bool = False, **options: Any) -> Correction:
+    """A model corrected by the mean method; where it is quantized in simulation, on the grids of `fake_quantized`.
+
+    Layers are small and read what these tests are about, not what a network reads: its outputs may get worse.
+    """
+    params = None if "quantized" in options else QuantParams("tf", weight_bits=weight_bits, per_channel=per_channel)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "mean made the outputs worse", UserWarning)
+        return correct(model, data, method="mean", quant_params=params, **options)
+
+
 def two_layers(*, image: int = 6) -> onnx.ModelProto:
     """Conv, Relu, Conv, Relu, mean over space, Gemm: what a first model looks like."""
     text = f"""g (float[N,3,{image},{image}] x) => (float[N,5] y) {{
@@ -77,6 +89,23 @@ def two_layers(*, image: int = 6) -> onnx.ModelProto:
     }}"""
     constants = {"w1": weights(4, 3, 3, 3), "w2": weights(6, 4, 3, 3), "w3": weights(5, 6)}
     return model_from_text(text, **constants, b1=biases(4), b2=biases(6), b3=biases(5))
+
+
+def gated_network() -> onnx.ModelProto:
+    """A layer and a gate that is shut where its inputs are far from zero: its mean output is not that of what gets through."""
+    text = """g (float[N,6] x) => (float[N,4] y) {
+        [layer] t = Gemm(x, w, b)
+        least = ReduceMin<axes=[1]>(x)
+        gate = Relu(least)
+        y = Mul(t, gate)
+    }"""
+    return model_from_text(text, w=weights(6, 4, axis=1), b=biases(4))
+
+
+def gated_samples(count: int) -> Array:
+    """Two of three shut the gate: every correction of the mean makes what gets through worse."""
+    passing = np.arange(count) % 3 == 0
+    return np.where(passing[:, None], 0.5, -8.0).astype(np.float32) + samples(count, 6).clip(0) / 4
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, Array]:

@@ -7,9 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from biascorr import correct
 from biascorr.calibration import ModelInput, batches_from_data
-from networks import Reader, biases, constants_of, model_from_text, samples, two_layers, weights
+from networks import Reader, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
 X = samples(6, 3, 6, 6)
 INPUTS = [ModelInput("x", np.dtype(np.float32), (None, 3, 6, 6))]
@@ -86,12 +85,12 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.replace(" ", "_"))
 def test_result_is_the_same_for_every_form_of_the_same_samples(form, tmp_path):
-    expected = correct(two_layers(), [X[k : k + 1] for k in range(6)], weight_bits=4)
-    assert_same_biases(correct(two_layers(), FORMS[form](tmp_path), weight_bits=4), expected)
+    expected = mean_corrected(two_layers(), [X[k : k + 1] for k in range(6)])
+    assert_same_biases(mean_corrected(two_layers(), FORMS[form](tmp_path)), expected)
 
 
 def test_order_of_the_samples_does_not_matter():
-    assert_same_biases(correct(two_layers(), X[::-1], weight_bits=4), correct(two_layers(), X, weight_bits=4))
+    assert_same_biases(mean_corrected(two_layers(), X[::-1]), mean_corrected(two_layers(), X))
 
 
 TWO_INPUTS = """g (float[?,3,?,?] image, float[?,7] row) => (float[?,5,?,?] y, float[?,4] z) {
@@ -117,8 +116,8 @@ PAIRS = {
 def test_result_is_the_same_for_every_form_of_the_same_pairs(form, tmp_path):
     constants = {"w1": weights(5, 3, 3, 3), "w2": weights(7, 4, axis=1), "b1": biases(5), "b2": biases(4)}
     model = model_from_text(TWO_INPUTS, **constants)
-    expected = correct(model, [(IMAGE, ROW)], weight_bits=4)
-    assert_same_biases(correct(model, PAIRS[form](tmp_path), weight_bits=4), expected)
+    expected = mean_corrected(model, [(IMAGE, ROW)])
+    assert_same_biases(mean_corrected(model, PAIRS[form](tmp_path)), expected)
 
 
 def one_conv(x, prepare="", read="x"):
@@ -132,9 +131,9 @@ ANY_BATCH = one_conv("float[?,3,6,6] x")
 
 @pytest.mark.parametrize("data", [X, {"x": X}, np.split(X, 3), Reader([{"x": X[:2]}, {"x": X[2:4]}, {"x": X[4:]}])])
 def test_model_of_a_fixed_batch_size_gets_batches_of_that_size(data):
-    correction = correct(one_conv("float[2,3,6,6] x"), data, weight_bits=4)
-    assert correction.samples == 3
-    assert_same_biases(correction, correct(ANY_BATCH, X, weight_bits=4))
+    correction = mean_corrected(one_conv("float[2,3,6,6] x"), data)
+    assert correction.batches == 3
+    assert_same_biases(correction, mean_corrected(ANY_BATCH, X))
 
 
 @pytest.mark.parametrize("form", ["stacked", "mapping", "list", "npy", "npz", "npz without names", "folder"])
@@ -149,31 +148,31 @@ def test_model_without_a_batch_axis_gets_samples_one_by_one(form, tmp_path):
         "npz without names": lambda: npz(tmp_path, *X),
         "folder": lambda: folder_of(tmp_path, np.save, X),
     }[form]()
-    correction = correct(model, data, weight_bits=4)
-    assert correction.samples == 6
-    assert_same_biases(correction, correct(ANY_BATCH, X, weight_bits=4))
+    correction = mean_corrected(model, data)
+    assert (correction.samples, correction.batches) == (6, 6)
+    assert_same_biases(correction, mean_corrected(ANY_BATCH, X))
 
 
 def test_one_sample_of_a_model_without_a_batch_axis():
     model = one_conv("float[3,6,6] x", "axes = Constant<value_ints=[0]>() t = Unsqueeze(x, axes)", "t")
-    assert_same_biases(correct(model, X[0], weight_bits=4), correct(ANY_BATCH, X[:1], weight_bits=4))
+    assert_same_biases(mean_corrected(model, X[0]), mean_corrected(ANY_BATCH, X[:1]))
 
 
 @pytest.mark.parametrize("data", [{"x": X, "factor": np.ones(6, np.float32)}, [(X, np.array(1, np.float32))]])
 def test_an_input_that_is_a_number(data):
     model = one_conv("float[?,3,6,6] x, float factor", "t = Mul(x, factor)", "t")
-    assert_same_biases(correct(model, data, weight_bits=4), correct(ANY_BATCH, X, weight_bits=4))
+    assert_same_biases(mean_corrected(model, data), mean_corrected(ANY_BATCH, X))
 
 
 def test_an_input_of_unknown_rank():
-    assert_same_biases(correct(one_conv("float[] x"), X, weight_bits=4), correct(ANY_BATCH, X, weight_bits=4))
+    assert_same_biases(mean_corrected(one_conv("float[] x"), X), mean_corrected(ANY_BATCH, X))
 
 
 def test_inputs_that_are_not_of_floats_may_hold_anything():
     text = "g (int64[?,4] ids, bool[?,4] flags) => (float[?,4,5] y) { e = Gather(t, ids) y = MatMul(e, w) f = Not(flags) }"
     model = model_from_text(text, t=weights(9, 7), w=weights(7, 5, axis=1))
     data = {"ids": np.arange(24).reshape(6, 4) % 9, "flags": np.ones((6, 4), bool)}
-    assert correct(model, data, weight_bits=4).report[0].method == "mean"
+    assert mean_corrected(model, data).report[0].method == "mean"
 
 
 # How samples are read
@@ -187,11 +186,12 @@ def test_samples_are_read_one_by_one():
             read.append(k)
             yield X[k : k + 1]
 
-    def progress(done, total):
-        assert total is None
-        assert len(read) == done
+    def progress(step, done, total):
+        if step == "reading samples":
+            assert total is None
+            assert len(read) == done
 
-    assert correct(two_layers(), batches(), progress=progress).samples == 6
+    assert mean_corrected(two_layers(), batches(), progress=progress).samples == 6
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,11 @@ def test_samples_are_read_one_by_one():
 )
 def test_progress_counts_batches(form, steps, tmp_path):
     found = []
-    correct(two_layers(), FORMS[form](tmp_path), progress=lambda *step: found.append(step))
+    mean_corrected(
+        two_layers(),
+        FORMS[form](tmp_path),
+        progress=lambda step, *counts: found.append(counts) if step == "reading samples" else None,
+    )
     if form == "array":
         assert [done for done, _ in found] == [done for done, _ in steps]
     else:
@@ -218,7 +222,7 @@ def test_errors_of_a_generator_are_passed_on():
         raise ZeroDivisionError("of the caller")
 
     with pytest.raises(ZeroDivisionError, match="of the caller"):
-        correct(two_layers(), batches())
+        mean_corrected(two_layers(), batches())
 
 
 def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
@@ -273,20 +277,20 @@ def parts_in_order(parts):
 def test_mistake_in_the_samples(name):
     data, parts = MISTAKES[name]
     with pytest.raises(ValueError, match=parts_in_order(parts)):
-        correct(two_layers(), data)
+        mean_corrected(two_layers(), data)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "uint8", "bool", "complex64", "object", "U4"])
 def test_samples_of_another_dtype(dtype):
     given = X.astype(dtype)
     with pytest.raises(TypeError, match=parts_in_order([r"data\[0\]", "input x", str(given.dtype), "float32"])):
-        correct(two_layers(), given)
+        mean_corrected(two_layers(), given)
 
 
 @pytest.mark.parametrize("data", [None, 3, 2.5, object(), b"samples", bytearray(3), len])
 def test_data_of_a_kind_that_is_not_understood(data):
     with pytest.raises(TypeError, match=parts_in_order(["^data: ", re.escape(type(data).__name__), "expected"])):
-        correct(two_layers(), data)
+        mean_corrected(two_layers(), data)
 
 
 PAIR_MISTAKES = {
@@ -305,17 +309,17 @@ def test_mistake_in_the_samples_of_two_inputs(name):
     data, parts = PAIR_MISTAKES[name]
     constants = {"w1": weights(5, 3, 3, 3), "w2": weights(7, 4, axis=1), "b1": biases(5), "b2": biases(4)}
     with pytest.raises(ValueError, match=parts_in_order(parts)):
-        correct(model_from_text(TWO_INPUTS, **constants), data)
+        mean_corrected(model_from_text(TWO_INPUTS, **constants), data)
 
 
 def test_number_of_samples_that_is_no_multiple_of_the_batch_size():
     with pytest.raises(ValueError, match=parts_in_order(["data", "5 samples", "2"])):
-        correct(one_conv("float[2,3,6,6] x"), X[:5])
+        mean_corrected(one_conv("float[2,3,6,6] x"), X[:5])
 
 
 def test_batches_of_another_size_than_the_model_takes():
     with pytest.raises(ValueError, match=parts_in_order([r"data\[0\]", "input x", r"\(3, 3, 6, 6\)", r"\(2, 3, 6, 6\)"])):
-        correct(one_conv("float[2,3,6,6] x"), np.split(X, 2))
+        mean_corrected(one_conv("float[2,3,6,6] x"), np.split(X, 2))
 
 
 # Files that cannot be read
@@ -324,7 +328,7 @@ def test_batches_of_another_size_than_the_model_takes():
 @pytest.mark.parametrize("name", ["none.npy", "none.npz", "none", "none/none.npy"])
 def test_missing_file(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / name))):
-        correct(two_layers(), tmp_path / name)
+        mean_corrected(two_layers(), tmp_path / name)
 
 
 def encrypted(path):
@@ -375,7 +379,7 @@ def zip_of(path, name):
 def test_file_that_cannot_be_read_is_named(name, tmp_path):
     BAD_FILES[name](tmp_path / name)
     with pytest.raises(ValueError, match=re.escape(name)):
-        correct(two_layers(), tmp_path / name)
+        mean_corrected(two_layers(), tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -408,7 +412,7 @@ def test_folder_without_samples(others, tmp_path):
     for name in others:
         (tmp_path / name).write_text("no samples")
     with pytest.raises(ValueError, match=r"data: .*no samples"):
-        correct(two_layers(), tmp_path)
+        mean_corrected(two_layers(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -424,15 +428,15 @@ def test_bad_file_in_a_folder_is_named(save, parts, tmp_path):
     np.save(tmp_path / "a.npy", X)
     save(tmp_path / "b.npy")
     with pytest.raises(ValueError, match=parts_in_order([r"b\.npy", *parts])):
-        correct(two_layers(), tmp_path)
+        mean_corrected(two_layers(), tmp_path)
 
 
 def test_nan_in_a_file_is_named_by_file_and_sample(tmp_path):
     with pytest.raises(ValueError, match=parts_in_order([r"samples\.npz", r"\[4\]", "input x", "nan"])):
-        correct(two_layers(), npz(tmp_path, x=with_value(np.nan, 4)))
+        mean_corrected(two_layers(), npz(tmp_path, x=with_value(np.nan, 4)))
 
 
 def test_folder_that_is_named_like_a_file(tmp_path):
     (tmp_path / "batches.npz").mkdir()
     np.save(tmp_path / "batches.npz" / "a.npy", X)
-    assert correct(two_layers(), tmp_path / "batches.npz").samples == 1
+    assert mean_corrected(two_layers(), tmp_path / "batches.npz").batches == 1

@@ -14,9 +14,8 @@ import pytest
 from google.protobuf.message import EncodeError
 from onnx import helper, numpy_helper
 
-from biascorr import correct
 from biascorr.onnx import files
-from networks import as_constant_nodes, biases, constants_of, model_from_text, samples, two_layers, weights
+from networks import as_constant_nodes, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
 X = samples(4, 3, 6, 6)
 
@@ -24,7 +23,7 @@ X = samples(4, 3, 6, 6)
 def outcome(model):
     """ "corrected", or what is wrong with the model."""
     try:
-        correct(model, X, weight_bits=4)
+        mean_corrected(model, X)
     except ValueError as error:
         return str(error)
     return "corrected"
@@ -59,28 +58,28 @@ def with_entry(path, key, value):
 @pytest.mark.parametrize("location", ["model.data", "data/weights.bin", "Gewichte für x.data"])
 def test_external_data_is_read(location, tmp_path):
     path = external(tmp_path, location=location)
-    correction = correct(path, X, weight_bits=4)
+    correction = mean_corrected(path, X)
     assert constants_of(correction.model).keys() == constants_of(two_layers()).keys()
-    for name, array in constants_of(correct(two_layers(), X, weight_bits=4).model).items():
+    for name, array in constants_of(mean_corrected(two_layers(), X).model).items():
         np.testing.assert_array_equal(constants_of(correction.model)[name], array)
 
 
 def test_external_data_is_read_from_the_folder_of_a_relative_path(tmp_path, monkeypatch):
     external(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert correct("model.onnx", X).report[0].method == "mean"
+    assert mean_corrected("model.onnx", X).report[0].method == "mean"
 
 
 def test_external_data_is_read_for_a_folder_that_is_a_symbolic_link(tmp_path):
     (tmp_path / "real").mkdir()
     external(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert correct(tmp_path / "link" / "model.onnx", X).report[0].method == "mean"
+    assert mean_corrected(tmp_path / "link" / "model.onnx", X).report[0].method == "mean"
 
 
 def test_external_data_of_constant_nodes_is_read(tmp_path):
     path = external(tmp_path, as_constant_nodes(two_layers()), convert_attribute=True)
-    assert [layer.method for layer in correct(path, X, weight_bits=4).report] == ["mean"] * 3
+    assert [layer.method for layer in mean_corrected(path, X).report] == ["mean"] * 3
 
 
 def test_external_data_of_a_subgraph_is_read(tmp_path):
@@ -96,13 +95,13 @@ def test_external_data_of_a_subgraph_is_read(tmp_path):
     inner.external_data.add(key="location", value="model.data")
     (tmp_path / "model.data").write_bytes(np.float32(2).tobytes())
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    corrected = correct(tmp_path / "model.onnx", [{"x": samples(6, 7), "flag": np.array(True)}]).model
+    corrected = mean_corrected(tmp_path / "model.onnx", [{"x": samples(6, 7), "flag": np.array(True)}]).model
     assert numpy_helper.to_array(corrected.graph.node[1].attribute[0].g.initializer[0]) == 2
 
 
 def test_corrected_model_of_external_data_is_one_file(tmp_path):
     path = external(tmp_path)
-    correct(path, X).save(tmp_path / "out.onnx")
+    mean_corrected(path, X).save(tmp_path / "out.onnx")
     assert names_in(tmp_path) == ["model.data", "model.onnx", "out.onnx"]
     onnx.checker.check_model(onnx.load(tmp_path / "out.onnx", load_external_data=False), full_check=True)
 
@@ -111,7 +110,7 @@ def test_missing_external_data(tmp_path):
     path = external(tmp_path)
     (tmp_path / "model.data").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.onnx: tensor w1: external data model\.data is missing"):
-        correct(path, X)
+        mean_corrected(path, X)
 
 
 def test_external_data_without_a_path():
@@ -120,7 +119,7 @@ def test_external_data_without_a_path():
         given = (path.read_bytes(), onnx.load(path, load_external_data=False))
     for each in given:
         with pytest.raises(ValueError, match=r"^model: tensor w1 is in an external file; give the path"):
-            correct(each, X)
+            mean_corrected(each, X)
 
 
 @pytest.mark.parametrize("left", [0, 1, 100, -1])
@@ -129,7 +128,7 @@ def test_truncated_external_data(left, tmp_path):
     data = (tmp_path / "model.data").read_bytes()
     (tmp_path / "model.data").write_bytes(data[:left])
     with pytest.raises(ValueError, match=r"model\.onnx: tensor \w+: external data model\.data is truncated"):
-        correct(path, X)
+        mean_corrected(path, X)
 
 
 def link(path, target):
@@ -154,7 +153,7 @@ def test_external_data_outside_the_folder_is_refused(way, tmp_path):
     (tmp_path / "inside" / "model.data").rename(tmp_path / "outside" / "model.data")
     with_entry(path, "location", OUTSIDE[way](tmp_path))
     with pytest.raises(ValueError, match=r"model\.onnx: tensor w1: external data .* is outside the model's folder"):
-        correct(path, X)
+        mean_corrected(path, X)
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
@@ -180,7 +179,7 @@ def test_malformed_description_of_external_data_is_refused(key, value, tmp_path)
     path = with_entry(external(tmp_path), key, value)
     (tmp_path / "sub").mkdir()
     with pytest.raises((OSError, ValueError), match="w1"):
-        correct(path, X)
+        mean_corrected(path, X)
 
 
 # What is no model
@@ -205,9 +204,9 @@ def test_bytes_that_are_no_model(name, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(NO_MODELS[name])
     with pytest.raises(ValueError, match=r"^model: .*model\.onnx: not an ONNX model"):
-        correct(path, X)
+        mean_corrected(path, X)
     with pytest.raises(ValueError, match=r"^model: not an ONNX model"):
-        correct(NO_MODELS[name], X)
+        mean_corrected(NO_MODELS[name], X)
 
 
 def test_model_cut_off_anywhere_is_refused():
@@ -219,12 +218,12 @@ def test_model_cut_off_anywhere_is_refused():
 
 def test_folder_as_model(tmp_path):
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
-        correct(tmp_path, X)
+        mean_corrected(tmp_path, X)
 
 
 def test_missing_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"model: no such file: {tmp_path / 'none.onnx'}")):
-        correct(tmp_path / "none.onnx", X)
+        mean_corrected(tmp_path / "none.onnx", X)
 
 
 CONV = "g (float[?,3,6,6] x) => (float[?,5,?,?] y) { [layer] y = Conv(x, w, b) }"
@@ -299,14 +298,14 @@ def test_invalid_model_is_refused(name):
     parts = Parts()
     INVALID[name](parts)
     with pytest.raises(ValueError, match=r"model|layer"):
-        correct(parts.model, X)
+        mean_corrected(parts.model, X)
 
 
 # Writing
 
 
 def test_saved_model_is_the_corrected_one(tmp_path):
-    correction = correct(two_layers(), X)
+    correction = mean_corrected(two_layers(), X)
     correction.save(str(tmp_path / "out.onnx"))
     assert onnx.load(tmp_path / "out.onnx") == correction.model
     assert names_in(tmp_path) == ["out.onnx"]
@@ -316,7 +315,7 @@ def test_existing_file_is_kept(tmp_path):
     path = tmp_path / "out.onnx"
     path.write_bytes(b"precious")
     with pytest.raises(FileExistsError, match=re.escape(str(path))):
-        correct(two_layers(), X).save(path)
+        mean_corrected(two_layers(), X).save(path)
     assert path.read_bytes() == b"precious"
     assert names_in(tmp_path) == ["out.onnx"]
 
@@ -324,7 +323,7 @@ def test_existing_file_is_kept(tmp_path):
 def test_existing_file_is_overwritten_when_forced(tmp_path):
     path = tmp_path / "out.onnx"
     path.write_bytes(b"precious" * 1000)
-    correction = correct(two_layers(), X)
+    correction = mean_corrected(two_layers(), X)
     correction.save(path, force=True)
     assert onnx.load(path) == correction.model
     assert names_in(tmp_path) == ["out.onnx"]
@@ -333,7 +332,7 @@ def test_existing_file_is_overwritten_when_forced(tmp_path):
 def test_model_may_be_overwritten_with_its_own_correction(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(two_layers(), path)
-    correction = correct(path, X)
+    correction = mean_corrected(path, X)
     correction.save(path, force=True)
     assert onnx.load(path) == correction.model
 
@@ -343,7 +342,7 @@ def test_file_that_appears_while_writing_is_kept(tmp_path, monkeypatch):
     flush = files._flush
     monkeypatch.setattr(files, "_flush", lambda temporary: (flush(temporary), path.write_bytes(b"precious")))
     with pytest.raises(FileExistsError, match=re.escape(str(path))):
-        correct(two_layers(), X).save(path)
+        mean_corrected(two_layers(), X).save(path)
     assert path.read_bytes() == b"precious"
     assert names_in(tmp_path) == ["out.onnx"]
 
@@ -353,7 +352,7 @@ def test_file_that_appears_while_writing_is_kept(tmp_path, monkeypatch):
 def test_folder_that_is_none_cannot_be_written_to(name, force, tmp_path):
     (tmp_path / "file").write_bytes(b"precious")
     with pytest.raises(OSError, match=re.escape(str(tmp_path / name).rsplit("/", 1)[0])):
-        correct(two_layers(), X).save(tmp_path / name, force=force)
+        mean_corrected(two_layers(), X).save(tmp_path / name, force=force)
     assert names_in(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"precious"
 
@@ -362,7 +361,7 @@ def test_folder_that_is_none_cannot_be_written_to(name, force, tmp_path):
 def test_folder_is_not_overwritten(force, tmp_path):
     (tmp_path / "out.onnx").mkdir()
     with pytest.raises(OSError, match=r"out\.onnx"):
-        correct(two_layers(), X).save(tmp_path / "out.onnx", force=force)
+        mean_corrected(two_layers(), X).save(tmp_path / "out.onnx", force=force)
     assert names_in(tmp_path) == ["out.onnx"]
     assert names_in(tmp_path / "out.onnx") == []
 
@@ -370,7 +369,7 @@ def test_folder_is_not_overwritten(force, tmp_path):
 def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # like /dev/null, which root could replace
     with pytest.raises(OSError, match="pipe"):
-        correct(two_layers(), X).save(tmp_path / "pipe", force=True)
+        mean_corrected(two_layers(), X).save(tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
     assert names_in(tmp_path) == ["pipe"]
 
@@ -380,7 +379,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
 def test_permissions_follow_the_umask(mask, force, tmp_path):
     before = os.umask(mask)
     try:
-        correct(two_layers(), X).save(tmp_path / "out.onnx", force=force)
+        mean_corrected(two_layers(), X).save(tmp_path / "out.onnx", force=force)
         assert os.umask(mask) == mask
     finally:
         os.umask(before)
@@ -476,7 +475,7 @@ def small_limit(monkeypatch):
 
 @pytest.mark.usefixtures("small_limit")
 def test_model_over_the_limit_is_written_with_external_data(tmp_path):
-    correction = correct(wide_model(), X, weight_bits=4)
+    correction = mean_corrected(wide_model(), X)
     correction.save(tmp_path / "out.onnx")
     assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
     assert (tmp_path / "out.onnx").stat().st_size < 1000
@@ -487,22 +486,22 @@ def test_model_over_the_limit_is_written_with_external_data(tmp_path):
 
 
 def test_model_over_the_limit_gives_the_same_result(request):
-    expected = correct(wide_model(), X, weight_bits=4).model
+    expected = mean_corrected(wide_model(), X).model
     request.getfixturevalue("small_limit")
-    assert correct(wide_model(), X, weight_bits=4).model == expected
+    assert mean_corrected(wide_model(), X).model == expected
 
 
 @pytest.mark.usefixtures("small_limit")
 def test_model_over_the_limit_loads_again(tmp_path):
-    correct(wide_model(), X, weight_bits=4).save(tmp_path / "once.onnx")
-    correct(tmp_path / "once.onnx", X, weight_bits=4).save(tmp_path / "twice.onnx")
+    mean_corrected(wide_model(), X).save(tmp_path / "once.onnx")
+    mean_corrected(tmp_path / "once.onnx", X).save(tmp_path / "twice.onnx")
     assert names_in(tmp_path) == ["once.onnx", "once.onnx.data", "twice.onnx", "twice.onnx.data"]
 
 
 @pytest.mark.usefixtures("small_limit")
 def test_model_over_the_limit_may_have_its_weights_in_constant_nodes(tmp_path):
-    correct(as_constant_nodes(wide_model()), X, weight_bits=4).save(tmp_path / "out.onnx")
-    assert [layer.method for layer in correct(tmp_path / "out.onnx", X, weight_bits=4).report] == ["mean"]
+    mean_corrected(as_constant_nodes(wide_model()), X).save(tmp_path / "out.onnx")
+    assert [layer.method for layer in mean_corrected(tmp_path / "out.onnx", X).report] == ["mean"]
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -510,7 +509,7 @@ def test_model_over_the_limit_may_have_its_weights_in_constant_nodes(tmp_path):
 def test_existing_files_are_kept_by_a_model_over_the_limit(existing, tmp_path):
     (tmp_path / existing).write_bytes(b"precious")
     with pytest.raises(FileExistsError, match=re.escape(str(tmp_path / existing))):
-        correct(wide_model(), X).save(tmp_path / "out.onnx")
+        mean_corrected(wide_model(), X).save(tmp_path / "out.onnx")
     assert (tmp_path / existing).read_bytes() == b"precious"
     assert names_in(tmp_path) == [existing]
 
@@ -519,7 +518,7 @@ def test_existing_files_are_kept_by_a_model_over_the_limit(existing, tmp_path):
 def test_existing_files_are_overwritten_by_a_model_over_the_limit_when_forced(tmp_path):
     for name in ("out.onnx", "out.onnx.data"):
         (tmp_path / name).write_bytes(b"precious" * 1000)
-    correction = correct(wide_model(), X, weight_bits=4)
+    correction = mean_corrected(wide_model(), X)
     correction.save(tmp_path / "out.onnx", force=True)
     assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
     np.testing.assert_array_equal(constants_of(onnx.load(tmp_path / "out.onnx"))["b"], constants_of(correction.model)["b"])
@@ -529,7 +528,7 @@ def test_existing_files_are_overwritten_by_a_model_over_the_limit_when_forced(tm
 def test_permissions_of_external_data_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        correct(wide_model(), X).save(tmp_path / "out.onnx")
+        mean_corrected(wide_model(), X).save(tmp_path / "out.onnx")
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

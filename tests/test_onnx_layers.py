@@ -16,6 +16,7 @@ from networks import (
     channel_mean,
     constants_of,
     fake_quantized,
+    mean_corrected,
     model_from_text,
     output_shift,
     run,
@@ -31,8 +32,8 @@ from networks import (
 class Case:
     """A network of one layer: reads `x`, has the constants `w` and, unless None, `b`, makes `y`.
 
-    `w_axis` and `y_axis` hold the output channels. `bias` says what a correction does: changes `b`, reads a new constant in
-    place of `b`, or adds a bias.
+    `w_axis` and `y_axis` hold the output channels; the first axis of `w` counts `groups` where it does not hold them. `bias`
+    says what a correction does: changes `b`, reads a new constant in place of `b`, or adds a bias.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     w_axis: int = 0
     y_axis: int = 1
     bias: str = "changed"
+    groups: int = 1
 
     def model(self, **options):
         axes = ", ".join("?" * len(self.x))
@@ -56,7 +58,10 @@ class Case:
     def quantized(self, model, per_channel, bits=BITS):
         """The model with fake-quantized weights and its own biases."""
         array = weights(*self.w, axis=self.w_axis)
-        return with_constants(model, w=fake_quantized(array, self.w_axis if per_channel else None, bits))
+        if not per_channel:
+            return with_constants(model, w=fake_quantized(array, None, bits))
+        groups = [fake_quantized(group, self.w_axis, bits) for group in np.split(array, self.groups)]
+        return with_constants(model, w=np.concatenate(groups))
 
     def mean_output(self, model):
         return channel_mean(run(model, {"x": self.samples()})[0], self.y_axis)
@@ -73,7 +78,7 @@ def conv(name, attributes, x=IMAGES, w=KERNEL, b=True):
 
 def transposed(name, attributes, x=(6, 3, 5, 4), w=(3, 5, 3, 3), groups=1, b=True):
     body = f"[layer] y = ConvTranspose{attributes}(x, w{', b' if b else ''})"
-    return Case(name, body, x, w, (w[1] * groups,) if b else None, w_axis=1, bias="changed" if b else "added")
+    return Case(name, body, x, w, (w[1] * groups,) if b else None, w_axis=1, bias="changed" if b else "added", groups=groups)
 
 
 def biased_conv(name, body, b, bias="changed"):
@@ -212,7 +217,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 @every_case
 def test_mean_output_is_that_of_the_float_layer(case, per_channel):
     model = case.model()
-    correction = correct(model, [case.samples()], weight_bits=BITS, per_channel=per_channel)
+    correction = mean_corrected(model, [case.samples()], per_channel=per_channel)
     expected = case.mean_output(model)
     assert np.abs(case.mean_output(case.quantized(model, per_channel)) - expected).max() > 0.001
     np.testing.assert_allclose(case.mean_output(case.quantized(correction.model, per_channel)), expected, rtol=1e-6, atol=1e-6)
@@ -222,7 +227,7 @@ def test_mean_output_is_that_of_the_float_layer(case, per_channel):
 @pytest.mark.parametrize("case", [CASES[4], CASES[IDS.index("gemm")]], ids=["conv", "gemm"])
 def test_any_number_of_bits(case, bits):
     model = case.model()
-    correction = correct(model, [case.samples()], weight_bits=bits)
+    correction = mean_corrected(model, [case.samples()], weight_bits=bits)
     found = case.mean_output(case.quantized(correction.model, False, bits))
     np.testing.assert_allclose(found, case.mean_output(model), rtol=1e-6, atol=1e-6)
 
@@ -230,7 +235,7 @@ def test_any_number_of_bits(case, bits):
 @every_case
 def test_result_is_valid_and_its_outputs_keep_names_and_shapes(case):
     model = case.model()
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     onnx.checker.check_model(corrected, full_check=True)
     assert corrected.graph.output == model.graph.output
     assert corrected.graph.input == model.graph.input
@@ -255,20 +260,20 @@ def test_shifts_move_the_output_of_the_layer_along_its_axis(case):
 
 @every_case
 def test_report_of_one_layer(case):
-    correction = correct(case.model(), [case.samples()], weight_bits=BITS)
+    correction = mean_corrected(case.model(), [case.samples()])
     (layer,) = correction.report
     assert (layer.name, layer.op, layer.method) == ("layer", layer.op, "mean")
     assert layer.op in ("Conv", "ConvTranspose", "Gemm", "MatMul")
     assert layer.channels == run(case.model(), {"x": case.samples()})[0].shape[case.y_axis]
     assert 0 <= layer.shift_after < 1e-5 * layer.shift_before
     assert layer.reason == ("it had no bias; one was added" if case.bias == "added" else "")
-    assert correction.samples == 1
+    assert (correction.samples, correction.batches) == (len(case.samples()), 1)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bias == "changed"], ids=lambda case: case.name)
 def test_nothing_but_the_bias_changes(case):
     model = case.model()
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     assert stripped(corrected, ["b"]) == stripped(model, ["b"])
     assert not np.array_equal(constants_of(corrected)["b"], constants_of(model)["b"])
 
@@ -276,7 +281,7 @@ def test_nothing_but_the_bias_changes(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.bias != "changed"], ids=lambda case: case.name)
 def test_nothing_but_one_new_bias_is_in_the_graph(case):
     model = case.model()
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     before, after = constants_of(model), constants_of(corrected)
     assert len(after) == len(before) + 1
     assert all(np.array_equal(after[name], array) for name, array in before.items())
@@ -293,26 +298,26 @@ def test_nothing_but_one_new_bias_is_in_the_graph(case):
 def test_given_model_stays_as_it_was():
     model = two_layers()
     before = model.SerializeToString(deterministic=True)
-    correct(model, samples(4, 3, 6, 6), weight_bits=BITS)
+    mean_corrected(model, samples(4, 3, 6, 6))
     assert model.SerializeToString(deterministic=True) == before
 
 
 def test_given_file_stays_as_it_was(tmp_path):
     onnx.save(two_layers(), tmp_path / "model.onnx")
     before = (tmp_path / "model.onnx").read_bytes()
-    correct(tmp_path / "model.onnx", samples(4, 3, 6, 6), weight_bits=BITS)
+    mean_corrected(tmp_path / "model.onnx", samples(4, 3, 6, 6))
     assert (tmp_path / "model.onnx").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_given_samples_stay_as_they_were():
     x = samples(4, 3, 6, 6)
-    correct(two_layers(), x, weight_bits=BITS)
+    mean_corrected(two_layers(), x)
     np.testing.assert_array_equal(x, samples(4, 3, 6, 6))
 
 
 def test_result_is_the_same_each_time():
-    first, second = (correct(two_layers(), samples(4, 3, 6, 6), weight_bits=BITS) for _ in range(2))
+    first, second = (mean_corrected(two_layers(), samples(4, 3, 6, 6)) for _ in range(2))
     assert first.model == second.model
     assert list(first.report) == list(second.report)
 
@@ -321,14 +326,14 @@ def test_path_string_bytes_and_proto_give_the_same_model(tmp_path):
     model, path = two_layers(), tmp_path / "model.onnx"
     onnx.save(model, path)
     given = (model, path, str(path), path.read_bytes(), bytearray(path.read_bytes()))
-    first, *others = (correct(each, samples(4, 3, 6, 6), weight_bits=BITS).model for each in given)
+    first, *others = (mean_corrected(each, samples(4, 3, 6, 6)).model for each in given)
     assert isinstance(first, onnx.ModelProto)
     assert all(other == first for other in others)
 
 
 def test_layers_of_a_network_are_corrected_for_what_they_read_in_the_quantized_network():
     model, x = two_layers(), samples(4, 3, 6, 6)
-    corrected = correct(model, x, weight_bits=BITS).model
+    corrected = mean_corrected(model, x).model
     before, after = constants_of(model), constants_of(corrected)
     simulated = with_constants(model, **{name: fake_quantized(before[name], None) for name in ("w1", "w2", "w3")})
     reads = dict(zip(("first", "second", "last"), run(simulated, {"x": x}, ["x", "r", "f"])))
@@ -339,7 +344,7 @@ def test_layers_of_a_network_are_corrected_for_what_they_read_in_the_quantized_n
 
 
 def test_report_is_in_topological_order_and_leaves_out_nothing():
-    report = correct(two_layers(), samples(4, 3, 6, 6), weight_bits=BITS).report
+    report = mean_corrected(two_layers(), samples(4, 3, 6, 6)).report
     assert [(layer.name, layer.op, layer.channels) for layer in report] == [
         ("first", "Conv", 4), ("second", "Conv", 6), ("last", "Gemm", 5)
     ]  # fmt: skip
@@ -350,7 +355,7 @@ def test_shift_before_is_the_mean_over_channels_of_the_absolute_shift():
     case = CASES[4]
     model = case.model()
     shift = case.mean_output(model) - case.mean_output(case.quantized(model, False))
-    (layer,) = correct(model, [case.samples()], weight_bits=BITS).report
+    (layer,) = mean_corrected(model, [case.samples()]).report
     np.testing.assert_allclose(layer.shift_before, np.abs(shift).mean(), rtol=1e-5)
 
 
@@ -376,7 +381,7 @@ TRIPS = [
 def test_any_bias_is_corrected(name, b, x, body):
     case = Case(name, body, x, KERNEL, b.shape)
     model = case.model(b=b)
-    correction = correct(model, [case.samples()], weight_bits=BITS)
+    correction = mean_corrected(model, [case.samples()])
     found, expected = (case.mean_output(each) for each in (case.quantized(correction.model, False), model))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert [layer.method for layer in correction.report] == ["mean"]
@@ -390,7 +395,7 @@ def test_model_without_a_batch_axis_of_its_own(shape):
     text = f"g (float[{axes}] x) => (float[?,?,?,?] y) {{ {batch} [layer] y = Conv<pads=[1,1,1,1]>(i, w, b) }}"
     model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
     batches = [samples(*shape, seed=seed) for seed in range(4)]
-    corrected = correct(model, batches, weight_bits=BITS).model
+    corrected = mean_corrected(model, batches).model
     simulated = with_constants(corrected, w=fake_quantized(weights(*KERNEL), None))
     found, expected = (np.mean([channel_mean(run(each, {"x": x})[0], 1) for x in batches], 0) for each in (simulated, model))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
@@ -401,12 +406,11 @@ def test_every_opset(opset):
     model = two_layers()
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", opset))
-    correction = correct(model, samples(4, 3, 6, 6), weight_bits=BITS)
+    correction = mean_corrected(model, samples(4, 3, 6, 6))
     assert [layer.method for layer in correction.report] == ["mean"] * 3
     assert correction.model.opset_import == model.opset_import
     np.testing.assert_array_equal(
-        constants_of(correction.model)["b1"],
-        constants_of(correct(two_layers(), samples(4, 3, 6, 6), weight_bits=BITS).model)["b1"],
+        constants_of(correction.model)["b1"], constants_of(mean_corrected(two_layers(), samples(4, 3, 6, 6)).model)["b1"]
     )
 
 
@@ -418,7 +422,7 @@ def test_constants_of_constant_nodes(body):
     case = Case("", body, IMAGES, KERNEL, (5,)) if "Conv" in body else matmul("", body, (5,))
     model = as_constant_nodes(case.model())
     expected = case.mean_output(model)
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     np.testing.assert_allclose(case.mean_output(case.quantized(corrected, False)), expected, rtol=1e-6, atol=1e-6)
     assert stripped(corrected, ["b"]) == stripped(model, ["b"])
 
@@ -426,7 +430,7 @@ def test_constants_of_constant_nodes(body):
 def test_bias_of_floats_of_a_constant_node():
     case = Case("", "b = Constant<value_floats=[1.0,-2.0,0.5,0.25,3.0]>() [layer] y = Conv(x, w, b)", IMAGES, KERNEL, None)
     model = case.model()
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     found = case.mean_output(with_constants(corrected, w=fake_quantized(weights(*KERNEL), None)))
     np.testing.assert_allclose(found, case.mean_output(model), rtol=1e-6, atol=1e-6)
 
@@ -434,7 +438,7 @@ def test_bias_of_floats_of_a_constant_node():
 def test_weights_behind_cast():
     case = Case("", "i = Cast<to=1>(w) [layer] y = Conv(x, i, b)", IMAGES, KERNEL, (5,))
     model = case.model(w=weights(*KERNEL, dtype="float16"))
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     found = case.mean_output(with_constants(corrected, w=fake_quantized(weights(*KERNEL, dtype="float16"), None)))
     np.testing.assert_allclose(found, case.mean_output(model), rtol=1e-6, atol=1e-6)
 
@@ -443,7 +447,7 @@ def test_an_empty_name_as_bias_is_no_bias():
     case = conv("", "", b=False)
     model = case.model()
     model.graph.node[0].input.append("")
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     found = case.mean_output(case.quantized(corrected, False))
     np.testing.assert_allclose(found, case.mean_output(model), rtol=1e-6, atol=1e-6)
 
@@ -452,7 +456,7 @@ def test_name_of_a_new_bias_is_not_one_that_is_taken():
     case = Case("", "[layer] t = Conv(x, w) y_bias = Neg(t) y = Neg(y_bias)", IMAGES, KERNEL, None)
     model = case.model()
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "t_bias"))
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     onnx.checker.check_model(corrected, full_check=True)
     found = case.mean_output(case.quantized(corrected, False))
     np.testing.assert_allclose(found, case.mean_output(model), rtol=1e-6, atol=1e-6)
@@ -474,7 +478,7 @@ def shared_means(model, x, z):
 def test_layers_that_share_weights_and_bias_are_each_corrected_for_their_own_input():
     model = model_from_text(SHARED, w=weights(*KERNEL), b=biases(5))
     x, z = samples(*IMAGES), samples(4, 3, 11, 7, seed=5)
-    correction = correct(model, [(x, z)], weight_bits=BITS)
+    correction = mean_corrected(model, [(x, z)])
     assert [(layer.name, layer.method) for layer in correction.report] == [("one", "mean"), ("two", "mean")]
     simulated = with_constants(correction.model, w=fake_quantized(weights(*KERNEL), None))
     for found, expected in zip(shared_means(simulated, x, z), shared_means(model, x, z)):
@@ -486,7 +490,7 @@ def test_layers_that_share_weights_and_bias_are_each_corrected_for_their_own_inp
 def test_a_bias_keeps_its_value_for_others_that_read_it():
     text = "g (float[?,?,?,?] x) => (float[?,?,?,?] y, float[?] c) { [layer] y = Conv(x, w, b) c = Neg(b) }"
     model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
-    corrected = correct(model, [samples(*IMAGES)], weight_bits=BITS).model
+    corrected = mean_corrected(model, [samples(*IMAGES)]).model
     y, c = run(with_constants(corrected, w=fake_quantized(weights(*KERNEL), None)), {"x": samples(*IMAGES)})
     np.testing.assert_array_equal(c, -biases(5))
     np.testing.assert_allclose(channel_mean(y, 1), channel_mean(run(model, {"x": samples(*IMAGES)})[0], 1), rtol=1e-6)
@@ -499,7 +503,7 @@ def test_a_bias_keeps_its_value_for_a_subgraph_that_reads_it():
                        else_branch = e () => (float[?] q) { q = Identity(b) }>
     }"""
     model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
-    corrected = correct(model, [{"x": samples(*IMAGES), "flag": np.array(True)}], weight_bits=BITS).model
+    corrected = mean_corrected(model, [{"x": samples(*IMAGES), "flag": np.array(True)}]).model
     _, c = run(corrected, {"x": samples(*IMAGES), "flag": np.array(True)})
     np.testing.assert_array_equal(c, -biases(5))
 
@@ -509,14 +513,14 @@ def test_a_bias_that_is_an_output_of_the_model_keeps_its_value(read):
     body = f"c = Identity(b) [layer] y = Conv(x, w, {read})"
     text = f"g (float[?,?,?,?] x) => (float[?,?,?,?] y, float[5] {read}) {{ {body} }}"
     model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
-    corrected = correct(model, [samples(*IMAGES)], weight_bits=BITS).model
+    corrected = mean_corrected(model, [samples(*IMAGES)]).model
     np.testing.assert_array_equal(run(corrected, {"x": samples(*IMAGES)})[1], biases(5))
 
 
 def test_a_layer_whose_output_the_model_gives_out_gets_its_own_bias():
     text = "g (float[?,?,?,?] x) => (float[?,?,?,?] y, float[?,?,?,?] t) { [layer] t = Conv(x, w) y = Add(t, b) }"
     model, x = model_from_text(text, w=weights(*KERNEL), b=biases(1, 5, 1, 1)), samples(*IMAGES)
-    corrected = correct(model, [x], weight_bits=BITS).model
+    corrected = mean_corrected(model, [x]).model
     simulated = with_constants(corrected, w=fake_quantized(weights(*KERNEL), None))
     for found, expected in zip(run(simulated, {"x": x}), run(model, {"x": x}), strict=True):
         np.testing.assert_allclose(channel_mean(found, 1), channel_mean(expected, 1), rtol=1e-6, atol=1e-6)
@@ -526,7 +530,7 @@ def test_a_layer_used_twice_is_corrected_for_each_use():
     text = "g (float[?,?] x) => (float[?,?] y) { [one] t = Gemm(x, w, b) r = Relu(t) [two] y = Gemm(r, w, b) }"
     w, b, x = weights(7, 7, axis=1), biases(7), samples(12, 7)
     model = model_from_text(text, w=w, b=b)
-    corrected = correct(model, [x], weight_bits=BITS).model
+    corrected = mean_corrected(model, [x]).model
     _, r = run(with_constants(model, w=fake_quantized(w, None)), {"x": x}, ["y", "r"])
     after = constants_of(corrected)
     for node, read in zip((corrected.graph.node[0], corrected.graph.node[2]), (x, r)):
@@ -540,7 +544,7 @@ def test_weights_that_an_embedding_shares_stay_as_they_are():
     }"""
     w, ids = weights(9, 6), np.random.default_rng(0).integers(0, 9, (5, 4))
     model = model_from_text(text, w=w)
-    correction = correct(model, [ids], weight_bits=BITS)
+    correction = mean_corrected(model, [ids])
     np.testing.assert_array_equal(constants_of(correction.model)["w"], w)
     shift = channel_mean(w[ids], 2) @ (w - fake_quantized(w, None)).T.astype(np.float64)
     (added,) = (array for name, array in constants_of(correction.model).items() if name != "w")
@@ -560,7 +564,7 @@ def test_several_inputs_and_outputs():
     }"""
     model = model_from_text(text, w1=weights(*KERNEL), w2=weights(7, 5, axis=1), b1=biases(5), b2=biases(5, seed=9))
     feeds = {"image": samples(*IMAGES), "row": samples(6, 7)}
-    corrected = correct(model, feeds, weight_bits=BITS).model
+    corrected = mean_corrected(model, feeds).model
     simulated = with_constants(
         corrected, w1=fake_quantized(weights(*KERNEL), None), w2=fake_quantized(weights(7, 5, axis=1), None)
     )
@@ -573,7 +577,7 @@ def test_samples_of_different_sizes_are_pooled_over_all_their_positions(attribut
     case = conv("", attributes)
     model = case.model()
     batches = [samples(1, 3, 9, 8), samples(3, 3, 4, 15, seed=3), samples(2, 3, 12, 5, seed=4)]
-    simulated = case.quantized(correct(model, batches, weight_bits=BITS).model, False)
+    simulated = case.quantized(mean_corrected(model, batches).model, False)
     means = []
     for each in (simulated, model):
         positions = [np.moveaxis(run(each, {"x": x})[0], 1, -1).reshape(-1, 5) for x in batches]
@@ -584,7 +588,7 @@ def test_samples_of_different_sizes_are_pooled_over_all_their_positions(attribut
 def test_layer_that_reads_an_input_with_a_default():
     text = "g (float[?,?] x, float[6,7] c) => (float[?,?] y) { s = Add(x, c) [layer] y = Gemm(s, w, b) }"
     model = model_from_text(text, w=weights(7, 5, axis=1), b=biases(5), c=samples(6, 7, seed=8))
-    corrected = correct(model, {"x": samples(6, 7)}, weight_bits=BITS).model
+    corrected = mean_corrected(model, {"x": samples(6, 7)}).model
     simulated = with_constants(corrected, w=fake_quantized(weights(7, 5, axis=1), None))
     found, expected = (channel_mean(run(each, {"x": samples(6, 7)})[0], 1) for each in (simulated, model))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
@@ -599,7 +603,7 @@ def test_model_of_float16(body):
     text = f"g (float16[?,?,?,?] x) => (float16[?,?,?,?] y) {{ {body} }}"
     w, b, x = weights(*KERNEL, dtype="float16"), biases(*shape, dtype="float16"), samples(*IMAGES, dtype="float16")
     model = model_from_text(text, w=w, b=b)
-    correction = correct(model, [x], weight_bits=BITS)
+    correction = mean_corrected(model, [x])
     corrected = constants_of(correction.model)["b"]
     assert corrected.dtype == np.float16
     shift = correction.report[0].shift_before
@@ -615,7 +619,7 @@ def test_model_of_float64():
     text = "g (double[?,?] x) => (double[?,?] y) { [layer] y = Gemm(x, w, b) }"
     w, b, x = weights(7, 5, axis=1, dtype="float64") / 3, biases(5, dtype="float64"), samples(12, 7, dtype="float64")
     model = model_from_text(text, w=w, b=b)
-    corrected = correct(model, [x], weight_bits=BITS).model
+    corrected = mean_corrected(model, [x]).model
     simulated = with_constants(corrected, w=fake_quantized(w, None))
     found, expected = (channel_mean(run(each, {"x": x})[0], 1) for each in (simulated, model))
     np.testing.assert_allclose(found, expected, rtol=1e-13)
@@ -627,7 +631,7 @@ LISTED = [case for case in CASES if case.b in (None, (), (1,)) or "behind" in ca
 @pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)
 def test_model_of_a_version_that_lists_initializers_as_inputs(case):
     model = case.model(ir_version=3, opset=12)
-    corrected = correct(model, [case.samples()], weight_bits=BITS).model
+    corrected = mean_corrected(model, [case.samples()]).model
     onnx.checker.check_model(corrected, full_check=True)
     listed = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in corrected.graph.input}
     for tensor in corrected.graph.initializer:
@@ -642,7 +646,7 @@ def test_model_of_a_version_that_lists_initializers_as_inputs(case):
 def test_nodes_without_names_are_told_apart():
     text = "g (float[?,?] x) => (float[?,?] y) { t = Gemm(x, w, b) y = Gemm(t, v, c) }"
     constants = {"w": weights(7, 5, axis=1), "v": weights(5, 4, axis=1), "b": biases(5), "c": biases(4)}
-    report = correct(model_from_text(text, **constants), [samples(12, 7)], weight_bits=BITS).report
+    report = mean_corrected(model_from_text(text, **constants), [samples(12, 7)]).report
     assert [(layer.channels, layer.method) for layer in report] == [(5, "mean"), (4, "mean")]
     assert len({layer.name for layer in report} - {""}) == 2
 
@@ -683,7 +687,7 @@ def test_layer_is_left_alone_with_a_reason(name):
     body, constants, reason = LEFT_ALONE[name]
     text = f"g (float[?,3,9,8] x) => (float[] y, float[?,?,?,?] other) {{ {body} [even] other = Conv(x, w0, b0) }}"
     model = model_from_text(text, **constants, w0=weights(*KERNEL), b0=biases(5))
-    correction = correct(model, [samples(*IMAGES)], weight_bits=BITS)
+    correction = mean_corrected(model, [samples(*IMAGES)])
     odd, even = correction.report
     assert (odd.name, odd.method, even.name, even.method) == ("odd", None, "even", "mean")
     assert odd.reason
@@ -702,7 +706,7 @@ def test_layers_in_a_subgraph_are_left_alone_with_a_reason():
     }}"""
     model = model_from_text(text, w=weights(*KERNEL), b=biases(5))
     feeds = {"x": samples(*IMAGES), "flag": np.array(True)}
-    correction = correct(model, [feeds], weight_bits=BITS)
+    correction = mean_corrected(model, [feeds])
     layer, choice = correction.report
     assert (layer.method, choice.method, choice.name) == ("mean", None, "choice")
     assert "subgraph" in choice.reason
@@ -716,7 +720,7 @@ def test_layers_in_a_function_are_left_alone_with_a_reason():
         <domain: "local", opset_import: ["" : 17]> block (x, w) => (y) { y = Conv(x, w) }""")
     tensors = {"w": weights(3, 3, 3, 3), "v": weights(4, 3, 3, 3)}
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
-    call, layer = correct(model, [samples(*IMAGES)], weight_bits=BITS).report
+    call, layer = mean_corrected(model, [samples(*IMAGES)]).report
     assert (call.name, call.method, layer.name, layer.method) == ("call", None, "layer", "mean")
     assert call.reason
 
@@ -727,7 +731,7 @@ def test_constants_that_a_function_computes():
         <domain: "local", opset_import: ["" : 17]> twice (w) => (y) { y = Add(w, w) }""")
     w, b, x = weights(7, 5, axis=1), biases(5), samples(12, 7)
     model.graph.initializer.extend([numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")])
-    corrected = correct(model, [x], weight_bits=BITS).model
+    corrected = mean_corrected(model, [x]).model
     simulated = with_constants(corrected, w=fake_quantized(w, None))
     found, expected = (channel_mean(run(each, {"x": x})[0], 1) for each in (simulated, model))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
@@ -736,7 +740,7 @@ def test_constants_that_a_function_computes():
 def test_weights_that_are_a_product_of_constants_stay_as_they_are():
     text = "g (float[?,?] x) => (float[?,?] y) { [product] i = MatMul(u, v) [layer] y = Gemm(x, i, b) }"
     model, x = model_from_text(text, u=weights(7, 3, axis=1), v=weights(3, 5, axis=1), b=biases(5)), samples(12, 7)
-    correction = correct(model, [x], weight_bits=BITS)
+    correction = mean_corrected(model, [x])
     np.testing.assert_array_equal(run(correction.model, {"x": x}, ["i"])[0], run(model, {"x": x}, ["i"])[0])
     assert [(layer.name, layer.method) for layer in correction.report if layer.method] == [("layer", "mean")]
 
@@ -746,29 +750,23 @@ def test_a_channel_of_zeros_keeps_its_bias():
     w[2] = 0
     model = with_constants(CASES[4].model(), w=w)
     for per_channel in (False, True):
-        after = constants_of(correct(model, [samples(*IMAGES)], weight_bits=BITS, per_channel=per_channel).model)["b"]
+        after = constants_of(mean_corrected(model, [samples(*IMAGES)], per_channel=per_channel).model)["b"]
         assert (after == biases(5)).tolist() == [False, False, True, False, False]
 
 
 def test_product_of_two_computed_tensors_is_no_layer():
     text = "g (float[?,?] x) => (float[?,?] y) { t = Transpose(x) y = MatMul(x, t) }"
-    assert correct(model_from_text(text), [samples(12, 7)], weight_bits=BITS).report == []
+    assert mean_corrected(model_from_text(text), [samples(12, 7)]).report == []
 
 
 def test_model_without_layers_stays_as_it_is():
     model = model_from_text("g (float[?,?] x) => (float[?,?] y) { y = Relu(x) }")
-    correction = correct(model, [samples(12, 7)])
+    correction = mean_corrected(model, [samples(12, 7)])
     assert correction.model == model
     assert list(correction.report) == []
 
 
 # Bad arguments
-
-
-@pytest.mark.parametrize("bits", [-1, 0, 1, 33, 1000])
-def test_number_of_bits_out_of_range(bits):
-    with pytest.raises(ValueError, match="bits"):
-        correct(two_layers(), samples(4, 3, 6, 6), weight_bits=bits)
 
 
 def test_unknown_method():
@@ -782,10 +780,10 @@ def test_weights_that_are_not_finite_name_their_layer(value):
     broken = weights(6, 4, 3, 3)
     broken[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match="second"):
-        correct(with_constants(model, w2=broken), samples(4, 3, 6, 6))
+        mean_corrected(with_constants(model, w2=broken), samples(4, 3, 6, 6))
 
 
 @pytest.mark.parametrize("model", [None, 3, object(), ["model.onnx"]])
 def test_model_of_a_kind_that_is_not_understood(model):
     with pytest.raises(TypeError, match=r"^model: .*expected a path, bytes or an onnx\.ModelProto"):
-        correct(model, samples(4, 3, 6, 6))
+        mean_corrected(model, samples(4, 3, 6, 6))

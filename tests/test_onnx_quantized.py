@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from biascorr import correct
 from biascorr.onnx.network import OnnxNetwork
 from networks import (
     as_constant_nodes,
     biases,
     constants_of,
+    mean_corrected,
     model_from_text,
     output_shift,
     quantized,
@@ -123,7 +123,7 @@ def real_and_step(model, tensor):
 @every_quantizer
 def test_shift_of_each_layer_is_removed_to_the_step_of_its_bias(quantizer):
     given = quantizer.model()
-    correction = correct(network(quantizer.opset), X, quantized=given)
+    correction = mean_corrected(network(quantizer.opset), X, quantized=given)
     saturated = [layer.name for layer in correction.report if "saturates" in layer.reason]
     assert set(saturated) <= {"product"}  # in an Add, whose constant has 8 bits: its range ends where its values do
     for layer, shift in shifts(given).items():
@@ -137,7 +137,7 @@ def test_shift_of_each_layer_is_removed_to_the_step_of_its_bias(quantizer):
 @every_quantizer
 def test_report_of_a_quantized_model(quantizer):
     given = quantizer.model()
-    report = {layer.name: layer for layer in correct(network(quantizer.opset), X, quantized=given).report}
+    report = {layer.name: layer for layer in mean_corrected(network(quantizer.opset), X, quantized=given).report}
     assert [(layer.name, layer.op, layer.channels) for layer in report.values()] == [
         ("padded", "Conv", 8), ("plain", "Conv", 6), ("product", "MatMul", 7), ("last", "Gemm", 5)
     ]  # fmt: skip
@@ -153,7 +153,7 @@ def test_report_of_a_quantized_model(quantizer):
 def test_nothing_but_the_values_of_biases_changes(name):
     quantizer = QUANTIZERS[name]
     given = quantizer.model(nodes_to_exclude=["plain"])
-    corrected = correct(network(quantizer.opset), X, quantized=given).model
+    corrected = mean_corrected(network(quantizer.opset), X, quantized=given).model
     names = []
     for layer in ("padded", "product", "last"):
         tensor = bias_tensor(given, layer)
@@ -169,7 +169,7 @@ def test_nothing_but_the_values_of_biases_changes(name):
 @every_quantizer
 def test_result_runs_with_every_optimization(quantizer):
     given = quantizer.model()
-    corrected = correct(network(quantizer.opset), X, quantized=given).model
+    corrected = mean_corrected(network(quantizer.opset), X, quantized=given).model
     onnx.checker.check_model(corrected, full_check=True)
     session = onnxruntime.InferenceSession(corrected.SerializeToString(), providers=["CPUExecutionProvider"])
     (output,) = session.run(["y"], {"x": X})
@@ -181,7 +181,7 @@ def test_result_runs_with_every_optimization(quantizer):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_correction_brings_the_mean_output_nearer_to_that_of_the_float_model(per_channel):
     given = QUANTIZERS["int4 weights, per channel" if per_channel else "int4 weights"].model()
-    corrected = correct(network(21), X, quantized=given).model
+    corrected = mean_corrected(network(21), X, quantized=given).model
     expected, before, after = (run(each, {"x": X})[0].mean(axis=0) for each in (network(21), given, corrected))
     assert np.linalg.norm(after - expected) < 0.6 * np.linalg.norm(before - expected)
 
@@ -189,7 +189,7 @@ def test_correction_brings_the_mean_output_nearer_to_that_of_the_float_model(per
 def test_given_models_stay_as_they_were():
     model, given = network(), Quantizer().model()
     before = [each.SerializeToString(deterministic=True) for each in (model, given)]
-    correct(model, X, quantized=given)
+    mean_corrected(model, X, quantized=given)
     assert [each.SerializeToString(deterministic=True) for each in (model, given)] == before
 
 
@@ -197,7 +197,9 @@ def test_quantized_model_may_be_a_path_bytes_or_proto(tmp_path):
     given = Quantizer().model()
     path = tmp_path / "quantized.onnx"
     onnx.save(given, path)
-    first, *others = (correct(network(), X, quantized=each).model for each in (given, path, str(path), path.read_bytes()))
+    first, *others = (
+        mean_corrected(network(), X, quantized=each).model for each in (given, path, str(path), path.read_bytes())
+    )
     assert all(other == first for other in others)
 
 
@@ -207,7 +209,7 @@ def test_quantized_model_may_be_a_path_bytes_or_proto(tmp_path):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_new_bias_of_a_quantized_conv_is_int32_with_the_product_of_the_steps(per_channel):
     given = Quantizer(per_channel=per_channel).model()
-    corrected = correct(network(), X, quantized=given).model
+    corrected = mean_corrected(network(), X, quantized=given).model
     node = dequantizer(corrected, node_named(corrected, "plain").input[2])
     values, step, zero_point = (constants_of(corrected)[name] for name in node.input)
     inputs = [dequantizer(given, name).input[1] for name in node_named(given, "plain").input]
@@ -223,7 +225,7 @@ def test_bias_that_saturates_is_clamped_and_reported(end):
     given = Quantizer().model()
     limit = getattr(np.iinfo(np.int32), end)
     given = with_constants(given, b1_quantized=np.full(8, limit, np.int32))
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     step = constants_of(given)["b1_quantized_scale"].astype(np.float64)
     shift = shifts(given)["padded"]
     wanted = np.rint(shift / step)
@@ -238,7 +240,7 @@ def test_bias_that_saturates_is_clamped_and_reported(end):
 
 def test_bias_of_an_add_keeps_its_type_of_8_bits():
     given = Quantizer().model()
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     before, after = constants_of(given), constants_of(correction.model)
     shift = shifts(given)["product"]
     expected = np.clip(before["b3_quantized"] + np.rint(shift / before["b3_scale"]), -128, 127)
@@ -290,7 +292,7 @@ BQ, BS = np.array([100, -200, 300, 400], np.int32), np.array([0.01, 0.02, 0.01, 
 
 def test_bias_behind_a_dequantizer_without_a_zero_point():
     given = hand_made("bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV, bq=BQ, bs=BS)
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
     shift = hand_made_shift("<pads=[1,1,1,1]>", X)
     np.testing.assert_array_equal(constants_of(corrected)["bq"], BQ + np.rint(shift / BS))
     assert stripped(corrected, ["bq"]) == stripped(given, ["bq"])
@@ -300,7 +302,7 @@ def test_bias_with_a_zero_point_moves_by_the_shift():
     given = hand_made(
         "bd = DequantizeLinear(bq, bs, bz) " + ONE_CONV, bq=BQ.astype(np.int16) // 2, bs=BS[0], bz=np.int16(50), opset=21
     )
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
     expected = BQ // 2 + np.rint(hand_made_shift("<pads=[1,1,1,1]>", X) / BS[0])
     np.testing.assert_array_equal(constants_of(corrected)["bq"], expected)
 
@@ -309,7 +311,7 @@ def test_dequantizer_of_a_bias_that_two_layers_share_is_told_apart():
     layers = "[bias] bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV + " [other] v = Conv<strides=[2,2]>(xd, wd, bd)"
     given = hand_made(layers, "float[?,4,?,?] u, float[?,4,?,?] v", bq=BQ, bs=BS)
     text = FLOAT_CONV.replace("u)", "u, float[?,4,?,?] v)", 1).replace("}", "[other] v = Conv<strides=[2,2]>(x, w, b) }")
-    correction = correct(model_from_text(text, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given)
+    correction = mean_corrected(model_from_text(text, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given)
     assert [(layer.name, layer.method) for layer in correction.report] == [("conv", "mean"), ("other", "mean")]
     onnx.checker.check_model(correction.model, full_check=True)
     for name, attributes in [("conv", "<pads=[1,1,1,1]>"), ("other", "<strides=[2,2]>")]:
@@ -324,7 +326,7 @@ def test_bias_that_two_dequantizers_read_is_told_apart():
     layers += ONE_CONV + " [other] v = Conv<strides=[2,2]>(xd, wd, bo)"
     given = hand_made(layers, "float[?,4,?,?] u, float[?,4,?,?] v", bq=BQ, bs=BS)
     text = FLOAT_CONV.replace("u)", "u, float[?,4,?,?] v)", 1).replace("}", "[other] v = Conv<strides=[2,2]>(x, w, b) }")
-    corrected = correct(model_from_text(text, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(text, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
     for tensor, attributes in [("bd", "<pads=[1,1,1,1]>"), ("bo", "<strides=[2,2]>")]:
         values = constants_of(corrected)[dequantizer(corrected, tensor).input[0]]
         np.testing.assert_array_equal(values, BQ + np.rint(hand_made_shift(attributes, X) / BS))
@@ -349,7 +351,7 @@ def test_bias_of_integers_behind_a_reshape(name):
     layers, shape = RESHAPED[name]
     shapes = {"s": np.array([-1]), "c": np.array([1, 4, 1, 1]), "a": np.array([1, 2])}
     given = hand_made(layers, bq=BQ.reshape(shape), bs=BS, **shapes)
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
     shift = hand_made_shift("<pads=[1,1,1,1]>", X)
     before, after = (run(each, {"x": X}, ["bd"])[0].reshape(-1) for each in (given, corrected))
     np.testing.assert_allclose(after - before, np.rint(shift / BS) * BS, rtol=1e-4)
@@ -360,14 +362,14 @@ def test_bias_of_integers_behind_a_reshape(name):
 
 def test_bias_that_is_a_product_of_integers_and_a_step():
     given = hand_made("bi = Cast<to=1>(bq) bd = Mul(bi, bs) " + ONE_CONV, bq=BQ, bs=BS)
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given).model
     (bias,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
     np.testing.assert_allclose(bias, BQ * BS + hand_made_shift("<pads=[1,1,1,1]>", X), rtol=1e-5)
 
 
 def test_bias_of_an_add_of_8_bits_that_saturates_is_clamped_and_reported():
     given = with_constants(Quantizer().model(), b3_quantized=np.full(7, -128, np.int8))
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     wanted = -128 + np.rint(shifts(given)["product"] / constants_of(given)["b3_scale"])
     beyond = (wanted < -128).sum()
     assert 0 < beyond < 7
@@ -379,7 +381,7 @@ def test_bias_of_an_add_of_8_bits_that_saturates_is_clamped_and_reported():
 def test_every_opset_with_quantizers_per_channel(opset):
     given = hand_made("bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV, bq=BQ, bs=BS, opset=opset)
     model = model_from_text(FLOAT_CONV, opset=opset, w=weights(4, 3, 3, 3), b=biases(4))
-    corrected = correct(model, X, quantized=given).model
+    corrected = mean_corrected(model, X, quantized=given).model
     np.testing.assert_array_equal(constants_of(corrected)["bq"], BQ + np.rint(hand_made_shift("<pads=[1,1,1,1]>", X) / BS))
     assert corrected.opset_import == given.opset_import
 
@@ -397,7 +399,7 @@ def test_every_opset_with_a_quantizer_per_tensor(opset):
     constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "wq": np.rint(w / step).astype(np.int8), "ws": step}
     given = model_from_text(text, opset=opset, **{name: np.asarray(array) for name, array in constants.items()})
     model = model_from_text(FLOAT_CONV.replace(", b)", ")"), opset=opset, w=w)
-    corrected = correct(model, X, quantized=given).model
+    corrected = mean_corrected(model, X, quantized=given).model
     shift = output_shift(model, "conv", X, w - np.rint(w / step) * step, 1)
     (bias,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
     np.testing.assert_array_equal(np.rint(bias / (step / 8)), np.rint(shift / (step / 8)))
@@ -408,7 +410,7 @@ def test_bias_behind_quantize_and_dequantize_of_floats():
     layers = "bq = QuantizeLinear<axis=0>(b, bs, bz) bd = DequantizeLinear<axis=0>(bq, bs, bz) " + ONE_CONV
     b = np.array([0.5, -0.25, 0.75, 0.3], np.float32)
     given = hand_made(layers, b=b, bs=BS, bz=np.zeros(4, np.int16), opset=21)
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=b), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=b), X, quantized=given).model
     expected = np.rint(b / BS) * BS + np.rint(hand_made_shift("<pads=[1,1,1,1]>", X) / BS) * BS
     (found,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -416,18 +418,17 @@ def test_bias_behind_quantize_and_dequantize_of_floats():
 
 def test_bias_of_floats_of_a_quantized_conv_stays_float():
     given = hand_made(ONE_CONV.replace("bd", "b"), b=biases(4))
-    correction = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given)
+    correction = mean_corrected(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), X, quantized=given)
     expected = biases(4) + hand_made_shift("<pads=[1,1,1,1]>", X)
     np.testing.assert_allclose(constants_of(correction.model)["b"], expected, rtol=1e-6)
     assert stripped(correction.model, ["b"]) == stripped(given, ["b"])
 
 
-def test_model_that_takes_quantized_samples():
+def test_quantized_model_that_takes_other_samples_than_the_float_one_is_refused():
     given = hand_made("bd = DequantizeLinear<axis=0>(bq, bs) " + ONE_CONV, reads_floats=False, bq=BQ, bs=BS)
-    xq = (X * 8 + 40).astype(np.uint8)
-    corrected = correct(model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4)), xq, quantized=given).model
-    shift = hand_made_shift("<pads=[1,1,1,1]>", X)
-    np.testing.assert_array_equal(constants_of(corrected)["bq"], BQ + np.rint(shift / BS))
+    model = model_from_text(FLOAT_CONV, w=weights(4, 3, 3, 3), b=biases(4))
+    with pytest.raises(ValueError, match=r"^quantized: .*takes xq \(uint8\), expected x \(float32\)"):
+        mean_corrected(model, (X * 8 + 40).astype(np.uint8), quantized=given)
 
 
 def test_weights_alone_are_quantized():
@@ -435,7 +436,7 @@ def test_weights_alone_are_quantized():
     w, step = hand_made_weights()
     given = model_from_text(text, wq=np.rint(w / step[:, None, None, None]).astype(np.int8), ws=step)
     float_text = "g (float[?,3,?,?] x) => (float[?,4,?,?] u) { [conv] u = Conv(x, w) }"
-    corrected = correct(model_from_text(float_text, w=w), X, quantized=given).model
+    corrected = mean_corrected(model_from_text(float_text, w=w), X, quantized=given).model
     (bias,) = run(corrected, {"x": X}, [node_named(corrected, "conv").input[2]])
     np.testing.assert_allclose(bias, hand_made_shift("", X), rtol=1e-6, atol=1e-7)
 
@@ -461,7 +462,7 @@ def test_new_bias_of_a_quantized_matmul_is_an_add():
     constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ws": step, "wq": np.rint(w / step).astype(np.int8)}
     given = model_from_text(text, ys=np.float32(0.1), yz=np.int8(3), **constants)
     model = model_from_text("g (float[?,?] x) => (float[?,?] y) { [product] y = MatMul(x, w) }", w=w)
-    correction = correct(model, [x], quantized=given)
+    correction = mean_corrected(model, [x], quantized=given)
     before, after = (run(each, {"x": x}, ["y"])[0] for each in (given, correction.model))
     shift = x.mean(axis=0, dtype=np.float64) @ (w - np.rint(w / step) * step)
     np.testing.assert_allclose(after - before, np.broadcast_to(shift, after.shape), rtol=0, atol=1e-6)
@@ -479,7 +480,7 @@ def test_weights_with_a_step_per_block():
     model = model_from_text(
         "g (float[?,?] x) => (float[?,?] y) { [product] p = MatMul(x, w) y = Add(p, b) }", opset=21, w=w, b=biases(5)
     )
-    corrected = correct(model, [x], quantized=given).model
+    corrected = mean_corrected(model, [x], quantized=given).model
     shift = x.mean(axis=0, dtype=np.float64) @ (w - q * step.repeat(2, 0))
     np.testing.assert_allclose(constants_of(corrected)["b"], biases(5) + shift, rtol=1e-5)
 
@@ -494,7 +495,7 @@ def test_transposed_conv(groups, per_channel, bias):
     constants = {"w1": weights(4, 3, 3, 3), "b1": biases(4), "w2": weights(4, 6 // groups, 3, 3, axis=1)}
     model = model_from_text(text, **constants, **({"b2": biases(6)} if bias else {}))
     given = quantized(model, BATCHES, per_channel=per_channel, weight_type=QuantType.QInt4, nodes_to_exclude=["first"])
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     read, w = run(given, {"x": X}, node_named(given, "up").input[:2])
     shift = output_shift(model, "up", read, constants["w2"].astype(np.float64) - w, 1)
     after, step = real_and_step(correction.model, bias_tensor(correction.model, "up"))
@@ -513,7 +514,7 @@ def test_new_bias_of_a_grouped_transposed_conv_has_the_step_of_each_channel():
     wq = np.rint(w / step[:, None, None]).astype(np.int8)
     given = model_from_text(text, xs=np.float32(1 / 8), xz=np.uint8(40), wq=wq, ws=step)
     model = model_from_text("g (float[?,4,?,?] x) => (float[?,6,?,?] y) { [up] y = ConvTranspose<group=2>(x, w) }", w=w)
-    corrected = correct(model, [x], quantized=given).model
+    corrected = mean_corrected(model, [x], quantized=given).model
     values, steps, _ = (constants_of(corrected)[name] for name in dequantizer(corrected, bias_tensor(corrected, "up")).input)
     np.testing.assert_array_equal(steps, np.tile(step / 8, 2))
     shift = output_shift(model, "up", x, w - wq * step[:, None, None], 1)
@@ -551,7 +552,7 @@ def test_quantizers_that_layers_share_and_quantizers_with_a_step_per_channel(con
         }""",
         **floats,
     )
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     assert [(layer.name, layer.method) for layer in correction.report] == [
         ("conv", "mean"), ("depthwise", "mean"), ("one", "mean"), ("two", "mean")
     ]  # fmt: skip
@@ -597,13 +598,13 @@ def test_weights_in_blocks_of_few_bits(name):
     (layer,) = OnnxNetwork(given, "model").layers
     np.testing.assert_allclose(layer.weights, (q - zero_point) * step, rtol=1e-6)
     np.testing.assert_array_equal(layer.weight_step, step)
-    correction = correct(model, [x], quantized=given)
+    correction = mean_corrected(model, [x], quantized=given)
     assert correction.report[0].method == "mean"
     means = [run(each, {"x": x})[0].astype(np.float64) for each in (model, correction.model)]
     others = (0,) if op == "MatMul" else (0, 2, 3)
     np.testing.assert_allclose(*(each.mean(axis=others) for each in means), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"^quantized: .*layer layer "):
-        correct(with_constants(model, w=np.roll(w, 1)), [x], quantized=given)
+        mean_corrected(with_constants(model, w=np.roll(w, 1)), [x], quantized=given)
 
 
 # Which layer is which
@@ -614,15 +615,15 @@ def test_layers_without_names_are_found():
     for node in model.graph.node:
         node.name = ""
     given = quantized(model, BATCHES)
-    assert [layer.method for layer in correct(model, X, quantized=given).report] == ["mean"] * 4
+    assert [layer.method for layer in mean_corrected(model, X, quantized=given).report] == ["mean"] * 4
 
 
 def test_layers_with_other_names_are_found_by_their_order():
     given = Quantizer().model()
-    expected = correct(network(), X, quantized=given)
+    expected = mean_corrected(network(), X, quantized=given)
     for node in given.graph.node:
         node.name = f"other_{node.name}"
-    found = correct(network(), X, quantized=given)
+    found = mean_corrected(network(), X, quantized=given)
     assert [layer.name for layer in found.report] == [f"other_{layer.name}" for layer in expected.report]
     assert [layer.method for layer in found.report] == ["mean"] * 4
     for name, array in constants_of(expected.model).items():
@@ -632,14 +633,14 @@ def test_layers_with_other_names_are_found_by_their_order():
 def test_quantized_model_with_other_layers_is_refused():
     other = model_from_text("g (float[?,3,8,8] x) => (float[?,5,?,?] y) { [other] y = Conv(x, w) }", w=weights(5, 3, 3, 3))
     with pytest.raises(ValueError, match=r"^quantized: .*no layer named padded"):
-        correct(other, X, quantized=Quantizer().model())
+        mean_corrected(other, X, quantized=Quantizer().model())
 
 
 def test_quantized_model_with_other_shapes_is_refused():
     model = network()
     wide = with_constants(model, w1=np.ones((8, 3, 3, 4), np.float32))
     with pytest.raises(ValueError, match=r"^quantized: .*layer padded .*\(8, 3, 3, 3\).*\(8, 3, 3, 4\)"):
-        correct(wide, X, quantized=Quantizer().model())
+        mean_corrected(wide, X, quantized=Quantizer().model())
 
 
 @pytest.mark.parametrize(("layer", "name"), [("padded", "w1"), ("last", "w4")])
@@ -647,7 +648,7 @@ def test_quantized_model_with_other_weights_is_refused(layer, name):
     model = network()
     other = np.roll(constants_of(model)[name], 1)
     with pytest.raises(ValueError, match=rf"^quantized: .*layer {layer} "):
-        correct(with_constants(model, **{name: other}), X, quantized=Quantizer().model())
+        mean_corrected(with_constants(model, **{name: other}), X, quantized=Quantizer().model())
 
 
 def test_quantized_model_with_batch_normalization_folded_in_is_refused():
@@ -658,7 +659,7 @@ def test_quantized_model_with_batch_normalization_folded_in_is_refused():
     folded_text = "g (float[?,3,8,8] x) => (float[?,8,?,?] y) { [padded] y = Conv(x, w1, b1) }"
     folded = model_from_text(folded_text, w1=constants["w1"] * np.float32(0.8), b1=constants["b1"])
     with pytest.raises(ValueError, match=r"^quantized: .*layer padded "):
-        correct(model, X, quantized=quantized(folded, BATCHES))
+        mean_corrected(model, X, quantized=quantized(folded, BATCHES))
 
 
 def test_layer_without_a_counterpart_is_left_alone_with_a_reason():
@@ -668,7 +669,7 @@ def test_layer_without_a_counterpart_is_left_alone_with_a_reason():
     last = node_named(model, "last")
     last.op_type, last.input[1] = "Identity", ""
     del last.input[1:], last.attribute[:]
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     report = {layer.name: layer for layer in correction.report}
     assert report["renamed"].method is None
     assert "no layer of this name" in report["renamed"].reason
@@ -678,7 +679,7 @@ def test_layer_without_a_counterpart_is_left_alone_with_a_reason():
 
 def test_layers_that_are_not_quantized_are_left_alone_with_a_reason():
     given = Quantizer().model(nodes_to_exclude=["padded", "product"])
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     for layer in correction.report:
         excluded = layer.name in ("padded", "product")
         assert (layer.method is None) == excluded
@@ -691,7 +692,7 @@ def test_layers_of_dynamic_quantization_are_left_alone_with_a_reason(tmp_path):
     onnx.save(two_layers(), tmp_path / "float.onnx")
     quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", extra_options={"MatMulConstBOnly": True})
     given = onnx.load(tmp_path / "dynamic.onnx")
-    correction = correct(two_layers(), samples(4, 3, 6, 6), quantized=given)
+    correction = mean_corrected(two_layers(), samples(4, 3, 6, 6), quantized=given)
     assert "ConvInteger" in [layer.op for layer in correction.report]
     assert all(layer.method is None and "not supported" in layer.reason for layer in correction.report)
     assert correction.model == given
@@ -701,23 +702,23 @@ def test_weights_that_are_not_finite_are_left_alone_with_a_reason():
     model = network()
     broken = constants_of(model)["w4"].copy()
     broken[0, 0] = np.nan
-    report = correct(with_constants(model, w4=broken), X, quantized=Quantizer().model()).report
+    report = mean_corrected(with_constants(model, w4=broken), X, quantized=Quantizer().model()).report
     assert [layer.method for layer in report] == ["mean", "mean", "mean", None]
     assert report[-1].reason == "weights are not finite"
 
 
 def test_errors_say_which_of_the_models_is_meant(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^quantized: no such file"):
-        correct(network(), X, quantized=tmp_path / "none.onnx")
+        mean_corrected(network(), X, quantized=tmp_path / "none.onnx")
     with pytest.raises(ValueError, match=r"^quantized: not an ONNX model"):
-        correct(network(), X, quantized=b"\xff" * 40)
+        mean_corrected(network(), X, quantized=b"\xff" * 40)
     with pytest.raises(FileNotFoundError, match=r"^model: no such file"):
-        correct(tmp_path / "none.onnx", X, quantized=network())
+        mean_corrected(tmp_path / "none.onnx", X, quantized=network())
     with pytest.raises(TypeError, match=r"^quantized: int"):
-        correct(network(), X, quantized=3)
+        mean_corrected(network(), X, quantized=3)
 
 
 def test_float_model_given_as_the_quantized_one_has_nothing_to_correct():
-    correction = correct(network(), X, quantized=network())
+    correction = mean_corrected(network(), X, quantized=network())
     assert all(layer.method is None and layer.reason == "weights are not quantized" for layer in correction.report)
     assert correction.model == network()

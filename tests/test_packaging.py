@@ -65,7 +65,7 @@ def test_wheel_works_in_an_empty_environment_with_numpy_alone(wheel, tmp_path):
     elsewhere.mkdir()
     output = run(environment / "bin" / "python", "-I", "-c", USE, cwd=elsewhere, env=clean).splitlines()
     assert output[0] == "0.015000 0.015000"
-    assert output[1] == 'correcting a model needs onnx: pip install "biascorr[onnx]"'
+    assert output[1] == 'reading a model needs onnx: pip install "biascorr[onnx]"'
     assert output[2].startswith(str(environment))
     refused = subprocess.run([environment / "bin" / "biascorr"], capture_output=True, text=True, env=clean)
     assert refused.returncode == 1

@@ -143,6 +143,7 @@ def correct(
     _check_options(method, strength, memory_budget)
     reference = network_from_model(model, "model")
     measured = None if quantized is None else network_from_model(quantized, "quantized")
+    _check_inputs(reference, measured or reference)
     report_progress = progress or (lambda *_: None)
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
@@ -178,6 +179,14 @@ def _check_options(method: str, strength: float, memory_budget: int | None) -> N
         raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
+
+
+def _check_inputs(reference: Network, quantized: Network) -> None:
+    """Raises ValueError where the networks cannot be given the same samples."""
+    expected, found = ({each.name: each.dtype for each in network.inputs} for network in (reference, quantized))
+    if found != expected:
+        listed = [", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) for inputs in (found, expected)]
+        raise ValueError(f"quantized: not of this float model: takes {listed[0]}, expected {listed[1]}")
 
 
 def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
