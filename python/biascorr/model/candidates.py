@@ -129,7 +129,9 @@ class Workshop:
     @functools.cached_property
     def uncorrected(self) -> Candidate:
         """The network as it came."""
-        return Candidate("none", self._quantized, self._judged(self._quantized))
+        reason = "no correction made the outputs better"
+        reports = {each.name: LayerReport(each.name, each.op, channels=each.channels, reason=reason) for each in self._layers}
+        return Candidate("none", self._quantized, self._judged(self._quantized), reports=reports)
 
     @property
     def mean_shifts(self) -> dict[str, Shift]:
