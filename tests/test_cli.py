@@ -15,7 +15,18 @@ import onnx
 import pytest
 
 import biascorr
-from networks import biases, model_from_text, quantized, samples, two_layers, weights, with_constants
+from biascorr import QuantParams, cli
+from networks import (
+    biases,
+    gated_network,
+    gated_samples,
+    model_from_text,
+    quantized,
+    samples,
+    two_layers,
+    weights,
+    with_constants,
+)
 
 COMMAND = Path(sys.executable).with_name("biascorr")
 X = samples(4, 3, 6, 6)
@@ -120,7 +131,8 @@ GOOD = {
     "npz": ("--data", "data/good.npz"),
     "npy": ("--data", "data/good.npy"),
     "folder": ("--data", "data/batches"),
-    "options": ("--data", "data/good.npz", "--weight-bits", "4", "--per-channel", "--method", "mean"),
+    "options": ("--data", "data/good.npz", "--weight-bits", "4", "--per-channel", "--memory-budget", "1kB"),
+    "method": ("--data", "data/good.npz", "--method", "empirical", "--strength", "0.5"),
     "quantized": ("--data", "data/good.npz", "--quantized", "models/quantized.onnx"),
 }
 
@@ -130,16 +142,70 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
     done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert names_in(folder) == [*GIVEN, "out.onnx"]
-    options = {"weight_bits": 4, "per_channel": True} if name == "options" else {}
-    options |= {"quantized": folder / "models/quantized.onnx"} if name == "quantized" else {}
+    options = {
+        "options": {"quant_params": QuantParams(weight_bits=4, per_channel=True)},
+        "method": {"method": "empirical", "strength": 0.5},
+        "quantized": {"quantized": folder / "models/quantized.onnx"},
+    }.get(name, {})
     correction = biascorr.correct(two_layers(), folder / GOOD[name][1], **options)
     assert onnx.load(folder / "out.onnx") == correction.model
     for layer in correction.report:
         row = next(line for line in done.stdout.splitlines() if layer.name in line)
         for value in (layer.op, layer.method, layer.channels, f"{layer.shift_before:.3g}", f"{layer.shift_after:.3g}"):
             assert str(value) in row
-    assert "out.onnx: 3 of 3 layers corrected from 4 batches" in done.stdout
+    assert f"out.onnx: 3 of 3 layers corrected by {correction.method} from 4 samples" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["npz", "method"])
+def test_scores_and_notes_are_printed(name, folder):
+    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
+    correction = biascorr.correct(two_layers(), X, **({} if name == "npz" else {"method": "empirical", "strength": 0.5}))
+    _, table = done.stdout.split("outputs against the float ones")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    scores = {"uncorrected" if name == "none" else name: score for name, score in correction.scores.items()}
+    taken = {correction.method: "taken"}
+    assert rows == [[name, f"{score.sqnr:.2f}", taken.get(name, "")] for name, score in scores.items()]
+    assert rows[0][0] == "uncorrected"
+    assert [line for line in table.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in correction.notes]
+    assert "too few" in table
+
+
+def test_scores_of_a_classifier_have_a_divergence(folder):
+    text = "g (float[?,7] x) => (float[?,5] y) { t = Gemm(x, w, b) y = Softmax(t) }"
+    onnx.save(model_from_text(text, w=weights(7, 5, axis=1), b=biases(5)), folder / "classifier.onnx")
+    np.save(folder / "rows.npy", samples(8, 7))
+    done = run("correct", "classifier.onnx", "--data", "rows.npy", "-o", "out.onnx", cwd=folder)
+    correction = biascorr.correct(folder / "classifier.onnx", folder / "rows.npy")
+    assert "KL, nats" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if "uncorrected" in line)
+    assert f"{correction.scores['none'].divergence:.3g}" in row
+
+
+@pytest.fixture
+def gated(folder):
+    """The options for a model whose outputs every correction makes worse."""
+    onnx.save(gated_network(), folder / "gated.onnx")
+    np.save(folder / "gated.npy", gated_samples(12))
+    return "correct", "gated.onnx", "--data", "gated.npy", "-o", "out.onnx"
+
+
+def test_model_that_no_correction_makes_better_is_written_as_it_came(gated, folder):
+    done = run(*gated, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (taken,) = (line for line in done.stdout.splitlines() if "taken" in line)
+    assert "uncorrected" in taken
+    (row,) = (line for line in done.stdout.splitlines() if "layer" in line and "Gemm" in line)
+    assert "left alone" in row
+    assert "out.onnx: 0 of 1 layers corrected from 12 samples" in done.stdout
+    assert onnx.load(folder / "out.onnx") == gated_network()
+
+
+def test_method_that_makes_the_outputs_worse_says_so_in_one_note(gated, folder):
+    done = run(*gated, "--method", "empirical", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "made the outputs worse" not in done.stderr
+    assert done.stdout.count("made the outputs worse") == 1
 
 
 def test_report_says_why_a_layer_is_left_alone(folder):
@@ -253,6 +319,13 @@ BAD_INPUTS = [
     ],
     ("models/float.onnx", "data/good.npz", ("--weight-bits", "1"), "bits"),
     ("models/float.onnx", "data/good.npz", ("--weight-bits", "33"), "bits"),
+    ("models/float.onnx", "data/good.npz", ("--method", "magic"), "method: 'magic', expected one of auto, "),
+    ("models/float.onnx", "data/good.npz", ("--method", "empirical", "--strength", "1.5"), "strength: 1.5"),
+    ("models/float.onnx", "data/good.npz", ("--strength", "0.5"), "strength: 0.5, expected 1 with method 'auto'"),
+    *[
+        ("models/float.onnx", "data/good.npz", ("--quantized", "models/quantized.onnx", *option), "not with --quantized")
+        for option in (("--weight-bits", "4"), ("--per-channel",))
+    ],
 ]
 
 
@@ -308,13 +381,21 @@ def test_bad_usage(name, folder):
     assert names_in(folder) == GIVEN
 
 
-def test_unknown_method_is_refused(folder):
-    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--method", "magic")
+@pytest.mark.parametrize("budget", ["x", "", "-1", "1.5.5", "2 G", "2gb", "nan", "1e9", "GB"])
+def test_memory_budget_that_is_no_number_of_bytes(budget, folder):
+    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", f"--memory-budget={budget}")
     done = run(*arguments, cwd=folder)
-    assert done.returncode in (1, 2)
-    assert "magic" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "expected bytes" in done.stderr
     assert names_in(folder) == GIVEN
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("1000", 1000), ("2kB", 2000), ("500MB", 500_000_000), ("1.5GB", 1_500_000_000), ("3 TB", 3 * 10**12)],
+)
+def test_memory_budget_in_bytes(text, expected):
+    assert cli._bytes_from_text(text) == expected
 
 
 def test_version(tmp_path):
@@ -339,30 +420,38 @@ def read_until(terminal, pattern):
     return shown
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
+def spilled(folder):
+    """The folders of activations beyond the budget; onnxruntime keeps a file of its own beside them."""
+    return list(folder.glob("biascorr-*"))
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("number", "status", "existing"), [*((*each, False) for each in SIGNALS), (signal.SIGINT, 130, True)])
-def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, status, existing, folder):
+def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, status, existing, folder, tmp_path_factory):
     many = np.lib.format.open_memmap(folder / "many.npy", "w+", np.float32, (300_000, 3, 6, 6))
     del many  # a sparse file of zeros
     if existing:
         (folder / "out.onnx").write_bytes(b"precious")
     before = names_in(folder)
     ours, theirs = pty.openpty()
-    arguments = ["correct", "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force"]
+    arguments = ["correct", "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
+    temporary = tmp_path_factory.mktemp("temporary")
     process = subprocess.Popen(
         [COMMAND, *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=theirs,
-        env=environment(),
+        env=environment(TMPDIR=str(temporary)),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(theirs)
     try:
         shown = read_until(ours, rb"[1-9]\d*/")
+        while not spilled(temporary):
+            shown += os.read(ours, 4096)
         process.send_signal(number)
         shown += read_until(ours, rb"\0")
         printed, _ = process.communicate()
@@ -375,6 +464,7 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, stat
     assert printed == b""
     assert (shown.count(b"error: interrupted") == 1) == (number is signal.SIGINT)
     assert names_in(folder) == before
+    assert number is signal.SIGKILL or spilled(temporary) == []
     assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,18 +22,33 @@ from biascorr import __version__
 from biascorr.model import correction
 from biascorr.model.correction import Correction
 from biascorr.model.quant_params import QuantParams
-from biascorr.report.table import table_from_report
+from biascorr.report.table import table_from_report, table_from_scores
 
-_INTERRUPTED = 130
-"""What a shell reports of a command that Ctrl-C ended."""
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""What a shell reports of a command that the signal ended."""
+
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+_WEIGHT_BITS = 8
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C."""
+"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM."""
 
 
 def _fail(message: object, status: int = 1) -> NoReturn:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(_TERMINATED)  # on the way out, the temporary folder is removed
+
+
+def _bytes_from_text(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)?", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r}, expected bytes: 500000000, 500MB or 1.5GB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,33 +77,45 @@ def correct(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the corrected model goes.")],
     quantized: Annotated[
-        Path | None, typer.Option(metavar="Q.onnx", help="The model quantized (QDQ). Without it, quantization is simulated.")
+        Path | None,
+        typer.Option(metavar="Q.onnx", help="The model quantized (QDQ or QOperator). Without it, quantization is simulated."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How shifts are found.")] = "auto",
-    weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = 8,
+    method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
+    strength: Annotated[
+        float, typer.Option(help="The part of each shift that is corrected, with a method that has one.")
+    ] = 1.0,
+    weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = _WEIGHT_BITS,
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
     ] = False,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=_bytes_from_text,
+            metavar="BYTES",
+            help="Activations held in memory, e.g. 2GB; the rest goes to a temporary folder. By default, half of what is free.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
 ) -> None:
-    """Correct the biases of a quantized model, so that its layers' mean outputs are those of the float model."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # names of layers may have letters that the terminal has not
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
+    _replace_what_cannot_be_encoded()
     try:
-        if output.exists() and not force:
-            raise FileExistsError(f"{output} exists; --force overwrites it")
-        if not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        _check_output(output, force)
+        if quantized and (weight_bits != _WEIGHT_BITS or per_channel):
+            raise ValueError("--weight-bits and --per-channel are of simulated quantization: not with --quantized")
+        with Progress(*_COLUMNS, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
             result = correction.correct(
                 model,
                 data,
                 quantized=quantized,
                 method=method,
+                strength=strength,
                 quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+                memory_budget=memory_budget,
                 progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
             )
         result.save(output, force=force)
@@ -101,11 +131,28 @@ def correct(
             _fail(f"{output} is written, but the report cannot be printed: {error}")
 
 
+def _replace_what_cannot_be_encoded() -> None:
+    """Names of layers may have letters that the terminal has not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists; --force overwrites it")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
+
+
 def _print_report(result: Correction, output: Path) -> None:
-    table = table_from_report(result.report)
     console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    for table in (table_from_report(result.report), table_from_scores(result.scores, result.method)):
+        if not console.is_terminal:
+            console.width = max(console.width, console.measure(table).maximum)
+        console.print(table)
+    for note in result.notes:
+        print(f"note: {note}")
     corrected = sum(layer.method is not None for layer in result.report)
-    print(f"{output}: {corrected} of {len(result.report)} layers corrected from {result.samples} samples", flush=True)
+    how = f"by {result.method} " if corrected else ""
+    print(f"{output}: {corrected} of {len(result.report)} layers corrected {how}from {result.samples} samples", flush=True)
