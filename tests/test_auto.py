@@ -1,0 +1,349 @@
+"""The automatic choice of a method: what it judges, what it takes, and that it never makes held-back samples worse."""
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import QuantFormat, QuantType
+
+from biascorr import QuantParams, correct
+from networks import (
+    BITS,
+    biases,
+    constants_of,
+    fake_quantized,
+    gated_network,
+    gated_samples,
+    model_from_text,
+    quantized,
+    run,
+    samples,
+    stripped,
+    two_layers,
+    weights,
+    with_constants,
+)
+
+PARAMS = QuantParams("tf", weight_bits=BITS)
+
+
+def held_back(array):
+    """One of four samples judges."""
+    return array[3::4]
+
+
+def fitted(array):
+    """The others."""
+    return array[np.arange(len(array)) % 4 != 3]
+
+
+def simulated(model):
+    """The model with fake-quantized weights and its own biases."""
+    return with_constants(model, **{k: fake_quantized(v, None) for k, v in constants_of(model).items() if k.startswith("w")})
+
+
+def sqnr(reference, computed):
+    r, q = (np.asarray(each, np.float64) for each in (reference, computed))
+    return 10 * np.log10((r**2).sum() / ((q - r) ** 2).sum())
+
+
+def divergence(reference, computed):
+    r, q = (np.asarray(each, np.float64) for each in (reference, computed))
+    return (r * np.log(r / q)).sum() / r[..., 0].size
+
+
+def network(seed):
+    """A residual network with flat activations, which means before them say little of."""
+    text = """g (float[N,3,8,8] x) => (float[N,5] y) {
+        [first] a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+        [clip] c = Clip(a, low, high)
+        [second] d = Conv<pads=[1,1,1,1], group=2>(c, w2, b2)
+        [relu] r = Relu(d)
+        [sum] s = Add(r, c)
+        [pool] p = AveragePool<kernel_shape=[4,4], strides=[4,4]>(s)
+        [flatten] f = Flatten(p)
+        [last] y = Gemm(f, w3, b3)
+    }"""
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (6, 3, 3, 3), "b1": (6,), "w2": (6, 3, 3, 3), "b2": (6,), "w3": (24, 5), "b3": (5,)}
+    constants = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return model_from_text(text, **constants, low=np.float32(-0.5), high=np.float32(3))
+
+
+def images(seed, count=20):
+    """Unlike each other, so that the means of some are not those of others."""
+    rng = np.random.default_rng([seed, 1])
+    return (rng.standard_normal((count, 3, 8, 8)) * rng.gamma(1, 2, (count, 1, 1, 1))).astype(np.float32)
+
+
+def gemm(outputs, body, **constants):
+    text = f"g (float[N,7] x) => ({outputs}) {{ [layer] t = Gemm(x, w, b) {body} }}"
+    return model_from_text(text, w=weights(7, 5, axis=1), b=biases(5), **constants)
+
+
+# Never worse
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_simulated_model_is_never_worse_on_samples_that_are_held_back(seed):
+    model, x = network(seed), images(seed)
+    correction = correct(model, x, quant_params=PARAMS)
+    expected, before, after = (
+        run(each, {"x": held_back(x)})[0] for each in (model, simulated(model), simulated(correction.model))
+    )
+    assert sqnr(expected, after) >= sqnr(expected, before)
+    assert correction.scores["none"].sqnr == pytest.approx(sqnr(expected, before), abs=1e-3)
+    assert correction.scores[correction.method].sqnr == pytest.approx(sqnr(expected, after), abs=1e-3)
+    assert correction.scores[correction.method].sqnr == max(score.sqnr for score in correction.scores.values())
+
+
+FORMATS = [(form, seed) for form in (QuantFormat.QDQ, QuantFormat.QOperator) for seed in range(3)]
+
+
+@pytest.mark.parametrize(("form", "seed"), FORMATS, ids=str)
+def test_quantized_model_is_never_worse_on_samples_that_are_held_back(form, seed):
+    model, x = network(seed), images(seed)
+    given = quantized(model, [{"x": x}], quant_format=form, weight_type=QuantType.QInt8, per_channel=seed == 1)
+    correction = correct(model, x, quantized=given)
+    expected, before, after = (run(each, {"x": held_back(x)})[0] for each in (model, given, correction.model))
+    assert sqnr(expected, after) >= sqnr(expected, before) - 0.01
+    assert correction.scores["none"].sqnr == pytest.approx(sqnr(expected, before), abs=0.05)
+    assert correction.scores[correction.method].sqnr == pytest.approx(sqnr(expected, after), abs=0.05)
+
+
+def test_best_of_the_candidates_is_taken():
+    model, x = two_layers(), samples(40, 3, 6, 6)
+    correction = correct(model, x, quant_params=PARAMS)
+    assert next(iter(correction.scores)) == "none"
+    assert {"none", "mean", "iterative", "empirical", "activation"} <= set(correction.scores)
+    best = max(correction.scores, key=lambda name: correction.scores[name].sqnr)
+    assert correction.method == best != "none"
+    assert [layer.method for layer in correction.report] == [best] * 3
+    assert correction.notes == []
+
+
+def test_half_of_a_shift_is_taken_where_all_of_it_is_too_much():
+    x = samples(40, 7)
+    held_back(x)[...] /= 2
+    correction = correct(gemm("float[N,5] t", ""), x, quant_params=PARAMS)
+    assert correction.method == correction.report[0].method
+    assert correction.method in ("empirical 0.5", "activation 0.5")
+    half = constants_of(
+        correct(gemm("float[N,5] t", ""), fitted(x), quant_params=PARAMS, method="empirical", strength=0.5).model
+    )
+    np.testing.assert_allclose(constants_of(correction.model)["b"], half["b"], rtol=1e-6)
+
+
+def test_means_in_the_flat_part_of_an_activation_are_not_trusted():
+    model, x = gemm_and_relu(), gated_samples(40)
+    correction = correct(model, x, quant_params=PARAMS)
+    scores = correction.scores
+    assert scores["empirical"].sqnr < scores["none"].sqnr - 6
+    assert scores["mean"].sqnr < scores["none"].sqnr - 6
+    assert correction.method == "activation"
+    assert scores["activation"].sqnr > scores["none"].sqnr + 6
+
+
+def gemm_and_relu():
+    """Positive weights: where the samples are far below zero, so is the output."""
+    text = "g (float[N,6] x) => (float[N,4] y) { [layer] t = Gemm(x, w, b) y = Relu(t) }"
+    return model_from_text(text, w=np.abs(weights(6, 4, axis=1)), b=biases(4))
+
+
+# As it came
+
+
+def test_model_that_every_correction_makes_worse_stays_as_it_is():
+    correction = correct(gated_network(), gated_samples(40), quant_params=PARAMS)
+    assert correction.method == "none"
+    assert correction.model == gated_network()
+    others = [score for name, score in correction.scores.items() if name != "none"]
+    assert others
+    assert all(score.is_worse_than(correction.scores["none"]) for score in others)
+    (layer,) = correction.report
+    assert (layer.name, layer.method, layer.channels) == ("layer", None, 4)
+    assert layer.reason == "no correction made the outputs better"
+
+
+def test_quantized_model_that_every_correction_makes_worse_stays_as_it_is():
+    given = quantized(gated_network(), [{"x": gated_samples(40)}], weight_type=QuantType.QInt4)
+    before = given.SerializeToString(deterministic=True)
+    correction = correct(gated_network(), gated_samples(40), quantized=given)
+    assert correction.method == "none"
+    assert correction.model == given
+    assert given.SerializeToString(deterministic=True) == before
+
+
+def test_model_that_is_perfect_stays_as_it_is():
+    model = simulated(two_layers())
+    correction = correct(model, samples(40, 3, 6, 6), quant_params=PARAMS)
+    assert correction.method == "none"
+    assert correction.model == model
+    assert list(correction.scores) == ["none"]
+    assert [layer.reason for layer in correction.report] == ["weights are not quantized"] * 3
+
+
+def test_model_whose_outputs_hide_every_error_stays_as_it_is():
+    model = gemm("int64[N] y", "y = ArgMax<axis=1, keepdims=0>(t)")
+    x = samples(40, 7)
+    (expected,), (before,) = (run(each, {"x": held_back(x)}) for each in (model, simulated(model)))
+    np.testing.assert_array_equal(before, expected)
+    correction = correct(model, x, quant_params=PARAMS)
+    assert correction.method == "none"
+    assert correction.model == model
+
+
+# What changes
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_result_differs_from_the_model_only_in_biases(count):
+    model = two_layers()
+    corrected = correct(model, samples(count, 3, 6, 6), quant_params=PARAMS).model
+    assert stripped(corrected, ["b1", "b2", "b3"]) == stripped(model, ["b1", "b2", "b3"])
+    assert all(not np.array_equal(constants_of(corrected)[name], constants_of(model)[name]) for name in ("b1", "b2", "b3"))
+
+
+def test_result_differs_from_the_quantized_model_only_in_biases():
+    model, x = two_layers(), samples(40, 3, 6, 6)
+    given = quantized(model, [{"x": x}], weight_type=QuantType.QInt4)
+    corrected = correct(model, x, quantized=given).model
+    names = ["b1_quantized", "b2_quantized", "b3_quantized"]
+    assert stripped(corrected, names) == stripped(given, names)
+    assert corrected != given
+    onnx.checker.check_model(corrected, full_check=True)
+
+
+# What is fitted, what judges
+
+
+def test_samples_that_judge_are_not_fitted():
+    model, x = gemm("float[N,5] t", ""), samples(40, 7)
+    other = x.copy()
+    held_back(other)[...] *= 2
+    corrections = [correct(model, each, quant_params=PARAMS) for each in (x, other)]
+    by_name = correct(model, fitted(x), quant_params=PARAMS, method="mean")
+    assert corrections[0].scores != corrections[1].scores
+    for correction in corrections:
+        assert correction.method in ("mean", "iterative", "empirical", "activation")
+        np.testing.assert_allclose(constants_of(correction.model)["b"], constants_of(by_name.model)["b"], rtol=1e-6)
+
+
+def test_batches_are_split_by_samples():
+    model, x = two_layers(), samples(40, 3, 6, 6)
+    one, other = (correct(model, data, quant_params=PARAMS) for data in (x, [x[:3], x[3:20], x[20:]]))
+    assert one.method == other.method
+    for name, score in one.scores.items():
+        assert other.scores[name].sqnr == pytest.approx(score.sqnr, abs=1e-3)
+    for name, array in constants_of(one.model).items():
+        np.testing.assert_allclose(constants_of(other.model)[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_by_name_is_fitted_to_all_samples():
+    model, x = two_layers(), samples(40, 3, 6, 6)
+    other = x.copy()
+    held_back(other)[...] = samples(10, 3, 6, 6, seed=7)
+    first, second = (correct(model, each, quant_params=PARAMS, method="empirical") for each in (x, other))
+    assert list(first.scores) == ["none", "empirical"]
+    assert not np.array_equal(constants_of(first.model)["b1"], constants_of(second.model)["b1"])
+
+
+# Too few samples
+
+
+@pytest.mark.parametrize(("count", "judges"), [(4, 1), (12, 3), (31, 7)])
+def test_few_samples_that_are_held_back_are_noted(count, judges):
+    correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
+    (note,) = correction.notes
+    assert note.startswith(f"judged by {judges} held-back samples: too few")
+    assert "32 samples" in note
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_samples_to_hold_any_back_are_noted(count):
+    correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
+    (note,) = correction.notes
+    assert note.startswith(f"judged by {count} samples, which were fitted too: too few")
+    assert correction.samples == count
+    assert correction.method != "none"
+
+
+def test_enough_samples_are_not_noted():
+    assert correct(two_layers(), samples(32, 3, 6, 6), quant_params=PARAMS).notes == []
+
+
+# Methods by name
+
+
+@pytest.mark.parametrize("method", ["mean", "iterative", "empirical", "activation"])
+def test_method_by_name_that_makes_the_outputs_worse_warns(method):
+    with pytest.warns(UserWarning, match=rf"^{method} made the outputs worse: .* dB before, .* dB after") as caught:
+        correction = correct(gated_network(), gated_samples(40), quant_params=PARAMS, method=method)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert correction.notes == [str(caught[0].message)]
+    assert correction.method == correction.report[0].method == method
+    assert correction.model != gated_network()
+    before, after = (correction.scores[name] for name in ("none", method))
+    assert f"{before} before, {after} after" in correction.notes[0]
+
+
+def test_method_by_name_that_makes_the_outputs_better_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert correct(two_layers(), samples(40, 3, 6, 6), quant_params=PARAMS, method="empirical").notes == []
+
+
+# Outputs of other kinds
+
+
+def test_classifier_is_judged_by_divergence():
+    model, x = gemm("float[N,5] y", "y = Softmax(t)"), samples(40, 7)
+    correction = correct(model, x, quant_params=PARAMS)
+    expected, before, after = (
+        run(each, {"x": held_back(x)})[0] for each in (model, simulated(model), simulated(correction.model))
+    )
+    scores = correction.scores
+    assert scores["none"].divergence == pytest.approx(divergence(expected, before), rel=1e-3)
+    assert scores[correction.method].divergence == pytest.approx(divergence(expected, after), rel=1e-3)
+    assert scores[correction.method].divergence == min(score.divergence for score in scores.values())
+    assert scores[correction.method].divergence < 0.5 * scores["none"].divergence
+
+
+def test_several_outputs_weigh_the_same():
+    model = gemm("float[N,5] t, float[N,5] y, int64[N] z", "u = Mul(t, h) y = Relu(u) z = ArgMax(t)", h=np.float32(100))
+    x = samples(40, 7)
+    correction = correct(model, x, quant_params=PARAMS)
+    expected, before = (run(each, {"x": held_back(x)}) for each in (model, simulated(model)))
+    np.testing.assert_array_equal(before[2], expected[2])
+    ratios = [sqnr(*pair) for pair in list(zip(expected, before))[:2]] + [300.0]
+    assert correction.scores["none"].sqnr == pytest.approx(np.mean(ratios), abs=1e-3)
+    assert correction.method != "none"
+
+
+def test_outputs_of_integers_are_judged_by_how_many_are_equal():
+    model, x = gemm("int64[N,1] y", "y = ArgMax<axis=1>(t)"), samples(400, 7)
+    model = with_constants(model, b=-(x @ weights(7, 5, axis=1)).mean(axis=0))  # no class is the best of most samples
+    correction = correct(model, x, quant_params=PARAMS)
+    expected, before, after = (
+        run(each, {"x": held_back(x)})[0] for each in (model, simulated(model), simulated(correction.model))
+    )
+    wrong = (before != expected).sum()
+    assert wrong > (after != expected).sum()
+    assert correction.scores["none"].sqnr == pytest.approx(10 * np.log10(100 / wrong))
+
+
+def test_output_that_is_a_number():
+    model = gemm("float y", "y = ReduceMean<keepdims=0>(t)")
+    correction = correct(model, samples(40, 7), quant_params=PARAMS)
+    assert correction.method != "none"
+
+
+def test_output_that_is_not_finite_everywhere_is_judged_where_it_is():
+    model, x = gemm("float[N,5] y", "y = Log(t)"), samples(40, 7)
+    correction = correct(model, x, quant_params=PARAMS)
+    expected, before = (run(each, {"x": held_back(x)})[0] for each in (model, simulated(model)))
+    known = np.isfinite(expected)
+    assert 0 < known.sum() < known.size
+    assert np.isfinite(before[known]).all()
+    assert correction.scores["none"].sqnr == pytest.approx(sqnr(expected[known], before[known]), abs=1e-3)
