@@ -310,6 +310,20 @@ def test_classifier_is_judged_by_divergence():
     assert scores[correction.method].divergence < 0.5 * scores["none"].divergence
 
 
+def test_classifier_with_another_output_that_gets_worse_stays_as_it_is():
+    text = "g (float[N,6] x) => (float[N,3] p) { xs = Mul(x, small) [head] u = Gemm(xs, w2) p = Softmax(u) }"
+    classes = model_from_text(text, w2=weights(6, 3, axis=1), small=np.float32(0.1))
+    model = gated_network()
+    model.graph.node.extend(classes.graph.node)
+    model.graph.initializer.extend(classes.graph.initializer)
+    model.graph.output.extend(classes.graph.output)
+    correction = correct(model, gated_samples(40), quant_params=PARAMS)
+    none, mean = (correction.scores[name] for name in ("none", "mean"))
+    assert mean.divergence < none.divergence
+    assert mean.sqnr < none.sqnr
+    assert correction.method == "none"
+
+
 def test_several_outputs_weigh_the_same():
     model = gemm("float[N,5] t, float[N,5] y, int64[N] z", "u = Mul(t, h) y = Relu(u) z = ArgMax(t)", h=np.float32(100))
     x = samples(40, 7)

@@ -8,11 +8,11 @@ import pytest
 from onnx import helper
 from onnxruntime.quantization import QuantFormat, QuantType
 
-from biascorr import correct
 from biascorr.onnx.network import OnnxNetwork
 from networks import (
     biases,
     constants_of,
+    mean_corrected,
     model_from_text,
     output_shift,
     quantized,
@@ -104,7 +104,7 @@ def test_shift_of_each_layer_goes_into_its_bias_of_integers(name):
     options = dict(QUANTIZERS[name])
     model = network(opset=options.pop("opset", 17))
     given = in_operators(model, **options)
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     assert [(each.name, each.op, each.method) for each in correction.report] == [
         ("padded_quant", "Conv", "mean"), ("depth_quant", "Conv", "mean"), ("product_quant", "MatMul", "mean"),
         ("last_quant", "Gemm", "mean"),
@@ -125,7 +125,7 @@ def test_shift_of_each_layer_goes_into_its_bias_of_integers(name):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_nothing_but_the_values_of_biases_changes(per_channel):
     given = in_operators(network(), per_channel=per_channel)
-    corrected = correct(network(), X, quantized=given).model
+    corrected = mean_corrected(network(), X, quantized=given).model
     names = ["b1_quantized", "b2_quantized", "b3_quantized", "b4_quantized"]
     before, after = constants_of(given), constants_of(corrected)
     for name in names:
@@ -138,7 +138,7 @@ def test_nothing_but_the_values_of_biases_changes(per_channel):
 def test_biases_are_added_where_there_are_none(per_channel):
     model = network(biased=False)
     given = in_operators(model, per_channel=per_channel)
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     corrected = correction.model
     assert [each.reason for each in correction.report] == ["it had no bias; one was added"] * 4
     onnx.checker.check_model(corrected, full_check=True)
@@ -160,7 +160,7 @@ def test_product_without_a_bias_that_is_clamped_before_one_could_be_added_is_lef
     model = network(biased=False, activation="Relu")
     given = in_operators(model)
     assert "Relu" not in [node.op_type for node in given.graph.node]
-    correction = correct(model, X, quantized=given)
+    correction = mean_corrected(model, X, quantized=given)
     report = {each.name: each for each in correction.report}
     assert report["product_quant"].reason == "left as it is: it has no bias, and its quantized output is clamped at 0"
     assert report["product_quant"].shift_after == report["product_quant"].shift_before > 0
@@ -171,7 +171,7 @@ def test_product_without_a_bias_that_is_clamped_before_one_could_be_added_is_lef
 def test_correction_brings_the_mean_output_nearer_to_that_of_the_float_model():
     model = network()
     given = in_operators(model, activations=QuantType.QInt8)
-    corrected = correct(model, X, quantized=given).model
+    corrected = mean_corrected(model, X, quantized=given).model
     expected, before, after = (run(each, {"x": X})[0].mean(axis=0) for each in (model, given, corrected))
     assert np.linalg.norm(after - expected) < 0.8 * np.linalg.norm(before - expected)
 
@@ -220,7 +220,7 @@ def test_operations_and_layers_name_tensors_of_the_same_graph():
 
 def test_bias_of_int32_that_saturates_is_clamped_and_reported():
     given = with_constants(in_operators(network()), b1_quantized=np.full(4, 2**31 - 1, np.int32))
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     beyond = shift_of(network(), given, "padded", X) > 0
     assert 0 < beyond.sum() < 4
     after = constants_of(correction.model)["b1_quantized"]
@@ -230,31 +230,37 @@ def test_bias_of_int32_that_saturates_is_clamped_and_reported():
 
 def test_bias_of_8_bits_that_saturates_is_clamped_and_reported():
     given = with_constants(in_operators(network(), activations=QuantType.QInt8), b3_quantized=np.full(7, 127, np.int8))
-    correction = correct(network(), X, quantized=given)
+    correction = mean_corrected(network(), X, quantized=given)
     wanted = np.rint(shift_of(network(), given, "product", X) / constants_of(given)["b3_scale"])
     assert 0 < (wanted > 0).sum() < 7
     np.testing.assert_array_equal(constants_of(correction.model)["b3_quantized"], np.minimum(127 + wanted, 127))
     assert correction.report[2].reason == f"int8 bias saturates in {(wanted > 0).sum()} of 7 channels"
 
 
+QUANTIZE = "q = QuantizeLinear(x, xs, xz)"
+
+
 @pytest.mark.parametrize(("scale", "zero_point"), [((5,), ()), ((5,), (1,)), ((), (1,)), ((1,), ()), ((1,), (1,))])
 def test_parameters_of_weights_may_differ_in_shape(scale, zero_point):
-    text = "g (uint8[?,3,?,?] x) => (uint8[?,5,?,?] y) { [layer] y = QLinearConv(x, xs, xz, w, ws, wz, ys, xz, b) }"
+    text = f"""g (float[?,3,?,?] x) => (uint8[?,5,?,?] y) {{
+        {QUANTIZE} [layer] y = QLinearConv(q, xs, xz, w, ws, wz, ys, xz, b)
+    }}"""
     w, step = weights(5, 3, 3, 3), np.full(scale, 1 / 16, np.float32)
     constants = {"w": (np.rint(w * 16) + 3).astype(np.int8), "ws": step, "wz": np.full(zero_point, 3, np.int8)}
     constants |= {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ys": np.float32(0.2), "b": np.arange(5, dtype=np.int32)}
     given = model_from_text(text, **{name: np.asarray(array) for name, array in constants.items()})
     model = model_from_text("g (float[?,3,?,?] x) => (float[?,5,?,?] y) { [layer] y = Conv(x, w, b) }", w=w, b=biases(5))
-    corrected = correct(model, (X * 8 + 40).astype(np.uint8), quantized=given).model
+    corrected = mean_corrected(model, X, quantized=given).model
     shift = output_shift(model, "layer", X, w - np.rint(w * 16) / 16, 1)
     np.testing.assert_array_equal(constants_of(corrected)["b"], np.arange(5) + np.rint(shift * 128))
 
 
 def test_a_bias_that_two_operators_share_is_told_apart():
-    text = """g (uint8[?,3,?,?] x) => (uint8[?,5,?,?] u, uint8[?,5,?,?] v) {
-        [one] u = QLinearConv(x, xs, xz, w, ws, wz, ys, xz, b)
-        [two] v = QLinearConv<strides=[2,2]>(x, xs, xz, w, ws, wz, ys, xz, b)
-    }"""
+    text = f"""g (float[?,3,?,?] x) => (uint8[?,5,?,?] u, uint8[?,5,?,?] v) {{
+        {QUANTIZE}
+        [one] u = QLinearConv(q, xs, xz, w, ws, wz, ys, xz, b)
+        [two] v = QLinearConv<strides=[2,2]>(q, xs, xz, w, ws, wz, ys, xz, b)
+    }}"""
     w, step = weights(5, 3, 3, 3), np.float32(1 / 16)
     constants = {"w": np.rint(w / step).astype(np.int8), "ws": step, "wz": np.int8(0), "b": np.arange(5, dtype=np.int32)}
     constants |= {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ys": np.float32(0.2)}
@@ -263,8 +269,8 @@ def test_a_bias_that_two_operators_share_is_told_apart():
         [one] u = Conv(x, w, b) [two] v = Conv<strides=[2,2]>(x, w, b)
     }"""
     model = model_from_text(float_text, w=w, b=biases(5))
-    corrected = correct(model, (X * 8 + 40).astype(np.uint8), quantized=given).model
-    for node in corrected.graph.node:
+    corrected = mean_corrected(model, X, quantized=given).model
+    for node in corrected.graph.node[1:]:
         shift = output_shift(model, node.name, X, w - np.rint(w / step) * step, 1)
         np.testing.assert_array_equal(constants_of(corrected)[node.input[8]], np.arange(5) + np.rint(shift / (step / 8)))
 
@@ -274,23 +280,23 @@ def test_a_bias_that_two_operators_share_is_told_apart():
 def test_gemm_with_a_factor(c, real_output):
     x, w, step = samples(12, 7), weights(7, 5, axis=1), np.float32(1 / 16)
     output, tail = ("float[?,?] y", "") if real_output else ("uint8[?,?] y", ", ys, xz")
-    text = f"""g (uint8[?,?] x) => ({output}) {{
-        [layer] y = com.microsoft.QGemm<alpha=0.5>(x, xs, xz, w, ws, wz, {"b" if c is not None else ""}{tail})
+    text = f"""g (float[?,?] x) => ({output}) {{
+        {QUANTIZE}
+        [layer] y = com.microsoft.QGemm<alpha=0.5>(q, xs, xz, w, ws, wz, {"b" if c is not None else ""}{tail})
     }}"""
     constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ys": np.float32(0.2), "ws": step, "wz": np.int8(0)}
     constants |= {"w": np.rint(w / step).astype(np.int8)} | ({} if c is None else {"b": np.full(c, 3, np.int32)})
     arrays = {name: np.asarray(array) for name, array in constants.items() if name != "ys" or not real_output}
     given = contributed(model_from_text(text, **arrays))
     model = model_from_text("g (float[?,?] x) => (float[?,?] y) { [layer] y = Gemm<alpha=0.5>(x, w) }", w=w)
-    codes = (x * 8 + 40).astype(np.uint8)
-    correction = correct(model, codes, quantized=given)
-    node = correction.model.graph.node[0]
+    correction = mean_corrected(model, x, quantized=given)
+    node = correction.model.graph.node[1]
     shift = 0.5 * x.mean(axis=0, dtype=np.float64) @ (w - np.rint(w / step) * step)
     expected = (0 if c is None else 3) + np.rint(shift / (step / 8 * 0.5))
     found = constants_of(correction.model)[node.input[6]]
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found.reshape(-1), expected)
-    before, after = (run(each, {"x": codes})[0].astype(float) for each in (given, correction.model))
+    before, after = (run(each, {"x": x})[0].astype(float) for each in (given, correction.model))
     assert np.abs((after - before).mean(axis=0) * (1 if real_output else 0.2) - shift).max() < 0.05
 
 
@@ -306,8 +312,9 @@ def contributed(model):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
 def test_bias_in_an_add_without_a_zero_point_of_its_output(dtype):
-    text = f"""g ({dtype}[?,7] x) => ({dtype}[?,5] y) {{
-        [layer] t = QLinearMatMul(x, xs, xz, w, ws, wz, ts, xz)
+    text = f"""g (float[?,7] x) => ({dtype}[?,5] y) {{
+        {QUANTIZE}
+        [layer] t = QLinearMatMul(q, xs, xz, w, ws, wz, ts, xz)
         [sum] y = com.microsoft.QLinearAdd(b, bs, bz, t, ts, xz, ts)
     }}"""
     x, w, step = samples(12, 7), weights(7, 5, axis=1), np.float32(1 / 16)
@@ -322,13 +329,12 @@ def test_bias_in_an_add_without_a_zero_point_of_its_output(dtype):
     given = contributed(model_from_text(text, **{name: np.asarray(array) for name, array in constants.items()}))
     float_text = "g (float[?,7] x) => (float[?,5] y) { [layer] t = MatMul(x, w) [sum] y = Add(t, b) }"
     model = model_from_text(float_text, w=w, b=biases(5))
-    codes = (x * 8 + 40).astype(dtype)
-    corrected = correct(model, codes, quantized=given).model
+    corrected = mean_corrected(model, x, quantized=given).model
     shift = x.mean(axis=0, dtype=np.float64) @ (w - np.rint(w / step) * step)
     np.testing.assert_array_equal(constants_of(corrected)["b"], 9 + np.rint(shift * 32))
     assert stripped(corrected, ["b"]) == stripped(given, ["b"])
     (layer,) = OnnxNetwork(given, "model").layers
-    feeds = {"x": codes}
+    feeds = {"x": x}
     assert OnnxNetwork(given, "model").part(feeds, [layer.output])(feeds)[layer.output].dtype == np.float32
 
 
@@ -442,7 +448,7 @@ def test_weights_in_blocks_of_a_model_of_float16():
     given = contributed(model_from_text(text, **blocks.constants(w)))
     half = model_from_text(MATMUL.replace("float", "float16"), w=w.astype(np.float16))
     x = samples(12, K, dtype="float16")
-    correction = correct(half, [x], quantized=given)
+    correction = mean_corrected(half, [x], quantized=given)
     (bias,) = (array for name, array in constants_of(correction.model).items() if name.startswith("y_bias"))
     shift = x.mean(axis=0, dtype=np.float64) @ (w - blocks.quantized(w)[1])
     assert bias.dtype == np.float16
@@ -461,7 +467,7 @@ def test_bias_of_weights_in_blocks(name, bias):
     }[bias]
     given = n_bits_model(blocks, body, w, **({} if bias == "none" else {"b": b}))
     model = model_from_text(MATMUL if bias == "none" else MATMUL_ADD, w=w, **({} if bias == "none" else {"b": b}))
-    correction = correct(model, [x], quantized=given)
+    correction = mean_corrected(model, [x], quantized=given)
     expected, before, after = (
         run(each, {"x": x})[0].mean(axis=0, dtype=np.float64) for each in (model, given, correction.model)
     )
@@ -472,7 +478,7 @@ def test_bias_of_weights_in_blocks(name, bias):
         assert [node.op_type for node in correction.model.graph.node] == ["MatMulNBits", "Add"]
     else:
         assert stripped(correction.model, ["b"]) == stripped(given, ["b"])
-    again = correct(model, [x], quantized=correction.model)
+    again = mean_corrected(model, [x], quantized=correction.model)
     np.testing.assert_allclose(run(again.model, {"x": x})[0].mean(axis=0) - after, expected - before, rtol=1e-3, atol=1e-4)
 
 
