@@ -9,10 +9,10 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from biascorr.calibration import ModelInput, batches_from_data, number_of_batches
 from biascorr.model.candidates import Candidate, Progress, Workshop
+from biascorr.model.counterparts import counterparts
 from biascorr.model.judging import Score
 from biascorr.model.loading import network_from_model
 from biascorr.model.methods import Activation, Empirical, Mean
@@ -150,7 +150,7 @@ def correct(
         _read(samples, data, (measured or reference).inputs, report_progress)
         if measured is None:
             measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
-        pairs, untouched = _split(measured, _matching_layers(reference, measured))
+        pairs, untouched = _split(measured, counterparts(reference.layers, measured.layers))
         activated = method in ("auto", "activation")
         workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated)
         candidates = _candidates(workshop, method, strength) if pairs else []
@@ -248,51 +248,14 @@ def _shifted(network: Network, candidate: Candidate) -> Network:
     return network
 
 
-def _matching_layers(reference: Network, quantized: Network) -> dict[str, Layer]:
-    """The float layer of each quantized one, by its name. Raises ValueError where its weights are not what was quantized."""
-    counterparts = _counterparts(reference.layers, quantized.layers)
-    for layer in quantized.layers:
-        if layer.name in counterparts:
-            _check_weights(layer, counterparts[layer.name].weights)
-    if quantized.layers and not counterparts:
-        raise ValueError(f"quantized: not of this float model: no layer named {quantized.layers[0].name} in it")
-    return counterparts
-
-
-def _counterparts(reference: Sequence[Layer], quantized: Sequence[Layer]) -> dict[str, Layer]:
-    """Float layers by the name of the quantized one: of the same name; the rest in order, where they are alike one by one."""
-    by_name = {layer.name: layer for layer in reference}
-    found = {layer.name: by_name[layer.name] for layer in quantized if layer.name in by_name}
-    rest = [layer for layer in quantized if layer.name not in found]
-    left = [layer for layer in reference if layer.name not in found]
-    if [(layer.op, layer.weights.shape) for layer in rest] == [(layer.op, layer.weights.shape) for layer in left]:
-        found |= {layer.name: counterpart for layer, counterpart in zip(rest, left)}
-    return found
-
-
-def _check_weights(layer: Layer, weights: NDArray[Any]) -> None:
-    """Raises ValueError where no rounding can have made a layer's weights from these.
-
-    Rounding to a grid with 0 on it moves no weight further than 0 is away, so the error is smaller than the weights; and most
-    weights, those that do not saturate, move by less than a step.
-    """
-    of_another = f"quantized: not of this float model: layer {layer.name} has"
-    if weights.shape != layer.weights.shape:
-        raise ValueError(f"{of_another} weights of shape {layer.weights.shape}, expected {weights.shape}")
-    error = np.abs(np.subtract(weights, layer.weights, dtype=np.float64))
-    far = layer.weight_step is not None and error.size > 0 and np.median(error / layer.weight_step) > 1.0
-    if far or np.linalg.norm(error) > np.linalg.norm(weights.astype(np.float64)):
-        raise ValueError(f"{of_another} other weights (was a BatchNormalization folded, or the model scaled?)")
-
-
-def _split(network: Network, counterparts: Mapping[str, Layer]) -> tuple[dict[str, tuple[Layer, Layer]], list[LayerReport]]:
+def _split(network: Network, matching: Mapping[str, Layer]) -> tuple[dict[str, tuple[Layer, Layer]], list[LayerReport]]:
     """The layers to correct with their float counterparts, and the reports of those that need or allow no correction."""
     pairs, untouched = {}, []
     for layer in network.layers:
         report = LayerReport(layer.name, layer.op, channels=layer.channels)
-        counterpart = counterparts.get(layer.name)
+        counterpart = matching.get(layer.name)
         if counterpart is None:
-            untouched.append(replace(report, reason="no layer of this name in the float model"))
+            untouched.append(replace(report, reason="no layer of this name in the float model, nor one of its weights"))
         elif not np.isfinite(layer.weights).all() or not np.isfinite(counterpart.weights).all():
             untouched.append(replace(report, reason="weights are not finite"))
         elif np.array_equal(layer.weights, counterpart.weights):
