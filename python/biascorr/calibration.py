@@ -43,10 +43,21 @@ def number_of_batches(data: Any) -> int | None:
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
     one_batch_each = isinstance(data, Sized) and not isinstance(data, (np.ndarray, Mapping)) and not hasattr(data, "get_next")
-    return len(data) if one_batch_each else None
+    try:
+        return len(data) if one_batch_each else None
+    except TypeError:  # datasets whose class has a length although they have none themselves
+        return None
 
 
-def batches_from_data(data: Any, inputs: Sequence[ModelInput]) -> Iterator[dict[str, NDArray[Any]]]:
+def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput]) -> int:
+    """How many a batch has along the first axis; 1 where the model does not tell that samples are along it."""
+    lengths = {len(feeds[each.name]) if each.shape and each.shape[0] is None else 1 for each in inputs}
+    return lengths.pop() if len(lengths) == 1 else 1
+
+
+def batches_from_data(
+    data: Any, inputs: Sequence[ModelInput], *, name: str = "data", batch_size: int = 1
+) -> Iterator[dict[str, NDArray[Any]]]:
     """Batches by input name, as the model takes them.
 
     Parameters
@@ -54,7 +65,11 @@ def batches_from_data(data: Any, inputs: Sequence[ModelInput]) -> Iterator[dict[
     data : path, array, mapping, reader or iterable
         See :func:`biascorr.correct`.
     inputs : sequence of ModelInput
-        What the model takes.
+        What the model takes, in the order of arrays that come without names.
+    name : str
+        What errors call the data.
+    batch_size : int
+        Samples of an array or a file that make a batch, where the model does not fix that.
 
     Raises
     ------
@@ -65,9 +80,9 @@ def batches_from_data(data: Any, inputs: Sequence[ModelInput]) -> Iterator[dict[
     ValueError
         A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
     """
-    for name, batch in _named_batches(data, inputs):
+    for label, batch in _named_batches(data, inputs, name, batch_size):
         for each in inputs:
-            _check(batch[each.name], each, name)
+            _check(batch[each.name], each, label)
         yield batch
 
 
@@ -75,23 +90,23 @@ Batches = Iterator[tuple[str, dict[str, NDArray[Any]]]]
 """What errors call a batch, and the batch."""
 
 
-def _named_batches(data: Any, inputs: Sequence[ModelInput]) -> Batches:
+def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
     if isinstance(data, (str, PathLike)):
-        yield from _from_path(Path(data), inputs)
+        yield from _from_path(Path(data), inputs, batch_size)
     elif isinstance(data, (np.ndarray, Mapping)):
-        yield from _samples(_by_name(data, inputs, "data"), inputs, "data")
-    elif hasattr(data, "get_next"):
-        yield from _each(iter(data.get_next, None), inputs)
+        yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
     elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
-        yield from _each(data, inputs)
+        yield from _each(data, inputs, name)
+    elif hasattr(data, "get_next"):
+        yield from _each(iter(data.get_next, None), inputs, name)
     else:
-        raise TypeError(f"data: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
+        raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
 
 
-def _each(batches: Iterable[Any], inputs: Sequence[ModelInput]) -> Batches:
+def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str) -> Batches:
     for k, batch in enumerate(batches):
-        name = f"data[{k}]"
-        yield name, _by_name(batch, inputs, name)
+        label = f"{name}[{k}]"
+        yield label, _by_name(batch, inputs, label)
 
 
 def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, NDArray[Any]]:
@@ -105,20 +120,29 @@ def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, N
     if set(batch) != set(names):
         found = ", ".join(map(str, batch)) or "nothing"
         raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}")
-    return {key: np.asarray(batch[key]) for key in names}
+    return {key: _array(batch[key]) for key in names}
 
 
-def _samples(arrays: dict[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str) -> Batches:
-    """Arrays that hold samples along their first axis, as the smallest batches that the model takes."""
+def _array(values: Any) -> NDArray[Any]:
+    """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    return np.asarray(values.numpy() if hasattr(values, "numpy") else values)
+
+
+def _samples(arrays: dict[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+    """Arrays that hold samples along their first axis, in batches of the size that the model takes, or else of this one."""
     counts = {key: len(array) if array.ndim else 0 for key, array in arrays.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{name}: inputs have different numbers of samples: {counts}")
-    size = max([each.shape[0] or 1 for each in inputs if each.shape and _has_batch_axis(arrays[each.name], each)], default=1)
+    shapes = [each.shape for each in inputs if each.shape and _has_batch_axis(arrays[each.name], each)]
+    fixed = max((shape[0] or 0 for shape in shapes), default=0)
+    size = fixed or (batch_size if len(shapes) == len(inputs) else 1)
     count = next(iter(counts.values()), 0)
-    if count % size:
+    if fixed and count % size:
         raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
     for start in range(0, count, size):
-        label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{start + size}]"
+        label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{min(start + size, count)}]"
         yield label, {each.name: _part(arrays[each.name], each, start, size) for each in inputs}
 
 
@@ -130,9 +154,9 @@ def _part(array: NDArray[Any], model_input: ModelInput, start: int, size: int) -
     return array[start : start + size] if _has_batch_axis(array, model_input) else np.asarray(array[start])
 
 
-def _from_path(path: Path, inputs: Sequence[ModelInput]) -> Batches:
+def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
     if not path.is_dir():
-        yield from _from_file(path, inputs)
+        yield from _from_file(path, inputs, batch_size)
         return
     for file in _files(path):
         for name, arrays in _without_names(file, _read(file), inputs):
@@ -143,9 +167,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
 
 
-def _from_file(path: Path, inputs: Sequence[ModelInput]) -> Batches:
+def _from_file(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
     for name, arrays in _without_names(path, _read(path), inputs):
-        yield from _samples(_by_name(arrays, inputs, name), inputs, name)
+        yield from _samples(_by_name(arrays, inputs, name), inputs, name, batch_size)
 
 
 def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> list[tuple[str, Any]]:
