@@ -287,7 +287,7 @@ def test_samples_of_another_dtype(dtype):
         mean_corrected(two_layers(), given)
 
 
-@pytest.mark.parametrize("data", [None, 3, 2.5, object(), b"samples", bytearray(3), len])
+@pytest.mark.parametrize("data", [3, 2.5, object(), b"samples", bytearray(3), len])
 def test_data_of_a_kind_that_is_not_understood(data):
     with pytest.raises(TypeError, match=parts_in_order(["^data: ", re.escape(type(data).__name__), "expected"])):
         mean_corrected(two_layers(), data)

@@ -47,6 +47,11 @@ def analytical_shift(
     return mean_shift(layer, weights, expected_input(layer, info, shape))
 
 
+def tells_mean(info: ConvBnInfoType) -> bool:
+    """Whether what is before a layer tells the mean of what it reads."""
+    return info.input_bn is not None and info.in_activation_type.bounds is not None
+
+
 def expected_input(layer: Layer, info: ConvBnInfoType, shape: Sequence[int | None] | None = None) -> NDArray[np.float64]:
     """What the input of a layer is on average, (C,), or (*K, C) where the padding counts; see :func:`analytical_shift`."""
     if info.input_bn is None:

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.model.activations import activated_pairs
+from biascorr.model.analytical import analytical_shift, tells_mean
 from biascorr.model.judging import NOT_JUDGED, Judge, Score
-from biascorr.model.methods import Method, Shift, mean_shift
+from biascorr.model.methods import Empirical, Hybrid, Method, Shift, mean_shift
 from biascorr.model.network import Feeds, Layer, LayerReport, Network
+from biascorr.model.patterns import ConvBnInfoType, batch_norms_around_layers
 from biascorr.model.samples import Samples
-from biascorr.model.sweep import CPUS, Measured, Sweep, in_order
+from biascorr.model.sweep import CPUS, Measured, Sweep, empty_mean, in_order
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is going on, what of it is done, and how much there is (None if unknown)."""
@@ -51,15 +53,20 @@ class Candidate:
 
     def add(self, layer: Layer, shift: Shift) -> NDArray[np.float64] | None:
         """Adds a shift to the bias of a layer; returns what the bias changed by, None where it did not."""
-        report = LayerReport(layer.name, layer.op, channels=layer.channels)
         if not np.isfinite(shift).all():
-            self.reports[layer.name] = replace(report, reason="its mean values are not finite")
+            self.leave(layer, "its mean values are not finite")
             return None
         change = self.network.add_to_bias(layer, shift)
         before, after = (float(np.abs(x).mean()) for x in (shift, shift - change.applied))
         self.shifts[layer.name] = shift
-        self.reports[layer.name] = replace(report, method=self.name, shift_before=before, shift_after=after, reason=change.note)
+        self.reports[layer.name] = LayerReport(
+            layer.name, layer.op, self.name, layer.channels, shift_before=before, shift_after=after, reason=change.note
+        )
         return change.applied
+
+    def leave(self, layer: Layer, reason: str) -> None:
+        """Leaves the bias of a layer as it is."""
+        self.reports[layer.name] = LayerReport(layer.name, layer.op, channels=layer.channels, reason=reason)
 
 
 class Workshop:
@@ -77,6 +84,10 @@ class Workshop:
         See :data:`Progress`.
     activated : bool
         Whether what is behind the activations is measured too.
+    judged : bool
+        Whether candidates are judged, which takes a pass through the rest of the network.
+    norms : mapping, optional
+        What is around the layers of the float network; None: found there.
     """
 
     def __init__(
@@ -88,12 +99,16 @@ class Workshop:
         progress: Progress,
         *,
         activated: bool = True,
+        judged: bool = True,
+        norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
         self._reference = reference
         self._quantized = quantized
         self._pairs = pairs
         self._samples = samples
         self._progress = progress
+        self._judged = judged
+        self._norms = norms
         self._layers = [layer for _, layer in pairs.values()]
         self._activated = activated_pairs(reference, quantized, pairs) if activated else {}
         self._has_expectations = False
@@ -113,7 +128,7 @@ class Workshop:
         found: dict[str, Measured] = {}
         sweep.correct(lambda layer, measured: found.update({names[layer.name]: measured}), self._step("float network"))
         for batch, outputs in enumerate(sweep.outputs()):
-            if self._samples.judge(batch).any():
+            if self._judged and self._samples.judge(batch).any():
                 self._expect(outputs, batch)
         return found
 
@@ -129,9 +144,10 @@ class Workshop:
     @functools.cached_property
     def uncorrected(self) -> Candidate:
         """The network as it came."""
-        reason = "no correction made the outputs better"
-        reports = {each.name: LayerReport(each.name, each.op, channels=each.channels, reason=reason) for each in self._layers}
-        return Candidate("none", self._quantized, self._judged(self._quantized), reports=reports)
+        candidate = Candidate("none", self._quantized, self._score(self._outputs(self._quantized)))
+        for layer in self._layers:
+            candidate.leave(layer, "no correction made the outputs better")
+        return candidate
 
     @property
     def mean_shifts(self) -> dict[str, Shift]:
@@ -139,13 +155,60 @@ class Workshop:
         means = self.input_means
         return {layer.name: mean_shift(layer, self.weights[layer.name], means[layer.name]) for layer in self._layers}
 
+    @functools.cached_property
+    def analytical_shifts(self) -> dict[str, Shift]:
+        """Of the layers behind a batch normalization of the float network."""
+        norms = batch_norms_around_layers(self._reference) if self._norms is None else self._norms
+        shapes = self._reference.surroundings.shapes
+        return {
+            name: analytical_shift(layer, before.weights, norms[before.name], shapes.get(before.input))
+            for name, (before, layer) in self._pairs.items()
+            if before.name in norms and tells_mean(norms[before.name])
+        }
+
+    @property
+    def _first_shifts(self) -> dict[str, Shift]:
+        """Of the layers that read an input of the model, as far as there are samples of it."""
+        inputs = {each.name for each in self._reference.inputs}
+        first = {name: pair for name, pair in self._pairs.items() if self._samples.batches and pair[0].input in inputs}
+        means = {name: empty_mean(before) for name, (before, _) in first.items()}
+        for batch, feeds in enumerate(self._samples.feeds()):
+            for name, (before, _) in first.items():
+                for array in self._samples.fitted(feeds[before.input], batch):
+                    means[name].update(array)
+        return {
+            name: mean_shift(layer, before.weights, means[name].mean(before.input_quantization))
+            for name, (before, layer) in first.items()
+        }
+
+    def analytical(self) -> Candidate:
+        """The network corrected with what batch normalizations say; its first layers with the mean of the data."""
+        candidate = self.with_shifts("analytical", self._first_shifts | self.analytical_shifts)
+        for layer in self._layers:
+            if layer.name not in candidate.reports:
+                candidate.leave(layer, "no BatchNormalization before it tells the mean of what it reads")
+        return candidate
+
+    def empirical(self) -> Candidate:
+        """Swept, the mean output of each layer that of the float one."""
+        return self.swept("empirical", Empirical(self.reference))
+
+    def hybrid(self) -> Candidate:
+        """Swept, with the analytical shifts where they are known; the reports say where."""
+        known = self.analytical_shifts
+        candidate = self.swept("hybrid", Hybrid(known, Empirical(self.reference)))
+        for name, report in candidate.reports.items():
+            if report.method is not None:
+                candidate.reports[name] = replace(report, method="analytical" if name in known else "empirical")
+        return candidate
+
     def with_shifts(self, name: str, shifts: Mapping[str, Shift]) -> Candidate:
         """The network with shifts that are known."""
         candidate = Candidate(name, self._quantized.copy())
         for layer in self._layers:
             if layer.name in shifts:
                 candidate.add(layer, shifts[layer.name])
-        return replace(candidate, score=self._judged(candidate.network))
+        return replace(candidate, score=self._score(self._outputs(candidate.network)))
 
     def swept(self, name: str, method: Method, *, inputs: bool = False, activated: bool = False) -> Candidate:
         """The network whose layers are corrected one by one, each behind those before it."""
@@ -160,11 +223,10 @@ class Workshop:
         sweep.correct(lambda layer, measured: candidate.add(layer, method(layer, measured)), self._step(name))
         return replace(candidate, score=self._score(enumerate(sweep.outputs())))
 
-    def _judged(self, network: Network) -> Score:
-        """The score of a network, from a pass over the samples that judge."""
-        return self._score(self._outputs(network))
-
     def _score(self, outputs: Iterable[tuple[int, Feeds]]) -> Score:
+        """Of outputs by batch, which are only computed where they are judged."""
+        if not self._judged:
+            return NOT_JUDGED
         if not self._has_expectations:
             for batch, expected in self._outputs(self._reference):
                 self._expect(expected, batch)
@@ -185,7 +247,7 @@ class Workshop:
         workers = min(len(batches), CPUS)
         example = {name: storage[name, batches[0]] for name in names}
         compute = network.part(example, network.outputs, threads=max(1, CPUS // workers))
-        return zip(batches, in_order(lambda k: compute({name: storage[name, k] for name in names}), batches, workers))
+        yield from zip(batches, in_order(lambda k: compute({name: storage[name, k] for name in names}), batches, workers))
 
     def _compare(self, judge: Judge, outputs: Feeds, batch: int) -> None:
         if self._samples.judge(batch).any():

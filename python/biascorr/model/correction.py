@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from biascorr.calibration import ModelInput, batches_from_data, number_of_batches
+from biascorr.calibration import ModelInput, batches_from_data, number_of_batches, number_of_samples
 from biascorr.model.candidates import Candidate, Progress, Workshop
 from biascorr.model.counterparts import counterparts
 from biascorr.model.judging import Score
 from biascorr.model.loading import network_from_model
-from biascorr.model.methods import Activation, Empirical, Mean
+from biascorr.model.methods import Activation, Empirical, Mean, Shift
 from biascorr.model.network import Layer, LayerReport, Network
 from biascorr.model.quant_params import QuantParams
 from biascorr.model.samples import ONE_OF, Samples
 from biascorr.model.simulation import simulated
 from biascorr.model.storage import Storage, default_budget
 
-METHODS = ("auto", "mean", "iterative", "empirical", "activation")
+METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
 
 _STRENGTHS = (1.0, 0.5)
 """Of the candidates of `auto`: halves often win (docs/models.md)."""
@@ -44,7 +44,8 @@ class Correction:
     report : sequence of LayerReport
         One entry per layer, in topological order; those left alone have a reason.
     scores : mapping from str to Score
-        How near the outputs of each candidate come to those of the float network, the uncorrected one ("none") first.
+        How near the outputs of each candidate come to those of the float network, the uncorrected one ("none") first; empty
+        where there was no data.
     notes : sequence of str
         What is worth knowing about the judgement.
     samples, batches : int
@@ -74,7 +75,7 @@ class Correction:
 
 def correct(
     model: Any,
-    data: Any,
+    data: Any = None,
     *,
     quantized: Any = None,
     method: str = "auto",
@@ -91,8 +92,9 @@ def correct(
         The float model.
     data : array, mapping, iterable, CalibrationDataReader or path
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
-        the first axis. An iterable or a `CalibrationDataReader` gives batches: arrays, tuples with one array per input, or
-        mappings. A path is an .npy or .npz file or a folder of them, one batch per file.
+        the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset` or a torch `DataLoader`, gives
+        batches: arrays, tuples with one array per input, or mappings. A path is an .npy or .npz file or a folder of them, one
+        batch per file. Only the method "analytical" does without.
     quantized : path, bytes or onnx.ModelProto, optional
         The same model quantized; its biases are corrected. None: the weights of the float model are quantized in simulation,
         and the float model with corrected biases is returned.
@@ -106,6 +108,10 @@ def correct(
         - "iterative": the same, each layer behind corrected ones.
         - "empirical": the mean output of each layer becomes that of the float one, each behind corrected ones.
         - "activation": the same of what is behind the layer's activation.
+        - "analytical": weight error times the mean input that a BatchNormalization before the layer tells, through ReLU or
+          Clip; of the layers that read the model's inputs, their mean in the data, if there is any. Other layers are left
+          alone.
+        - "hybrid": analytical where a BatchNormalization tells the mean input, else empirical.
     strength : float
         The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
     quant_params : QuantParams, optional
@@ -133,50 +139,56 @@ def correct(
         The model or the data is of a kind that is not understood; a sample has another dtype than the input.
     ValueError
         An option has a value that is not allowed; a model is invalid; the quantized model is not of this float model; there
-        are no samples; a sample has other names or shapes than the inputs, or nan.
+        are no samples for a method that needs some; a sample has other names or shapes than the inputs, or nan.
 
     Warns
     -----
     UserWarning
         A method asked for by name made the outputs worse.
     """
-    _check_options(method, strength, memory_budget)
+    _check_options(method, strength, memory_budget, data is not None)
     reference = network_from_model(model, "model")
     measured = None if quantized is None else network_from_model(quantized, "quantized")
     _check_inputs(reference, measured or reference)
     report_progress = progress or (lambda *_: None)
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
-        _read(samples, data, (measured or reference).inputs, report_progress)
+        if data is not None:
+            _read(samples, data, (measured or reference).inputs, report_progress)
         if measured is None:
             measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
-        pairs, untouched = _split(measured, counterparts(reference.layers, measured.layers))
+            matching = {layer.name: layer for layer in reference.layers}
+        else:
+            matching = counterparts(reference.layers, measured.layers)
+        pairs, untouched = _split(measured, matching)
         activated = method in ("auto", "activation")
-        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated)
+        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated, judged=data is not None)
         candidates = _candidates(workshop, method, strength) if pairs else []
         before = workshop.uncorrected
         best = _best([before, *candidates]) if method == "auto" or not candidates else candidates[0]
-    network = best.network if quantized is not None else _shifted(reference, best)
-    notes = _notes(best, before, samples)
-    reports = dict(best.reports) | {report.name: report for report in (*untouched, *measured.left_alone)}
+    if quantized is None:
+        add_shifts(reference, best.shifts)
+    reports = best.reports | {report.name: report for report in (*untouched, *measured.left_alone)}
     return Correction(
-        network,
+        best.network if quantized is not None else reference,
         best.name,
         [reports[name] for name in measured.order if name in reports],
-        {each.name: each.score for each in (before, *candidates)},
-        notes,
+        {} if data is None else {each.name: each.score for each in (before, *candidates)},
+        ["nothing was judged, which needs data"] if data is None else _notes(best, before, samples),
         samples.count,
         samples.batches,
     )
 
 
-def _check_options(method: str, strength: float, memory_budget: int | None) -> None:
+def _check_options(method: str, strength: float, memory_budget: int | None, has_data: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: {strength}, expected above 0 up to 1")
     if strength != 1.0 and method not in ("empirical", "activation"):
         raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
+    if not has_data and method != "analytical":
+        raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
 
@@ -193,20 +205,14 @@ def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: P
     """Takes all batches. Raises ValueError where there are none."""
     total = number_of_batches(data)
     for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
-        lengths = {len(feeds[each.name]) if _has_free_axis(each) else 1 for each in inputs}
-        samples.add(feeds, lengths.pop() if len(lengths) == 1 else 1)
+        samples.add(feeds, number_of_samples(feeds, inputs))
         progress("reading samples", done, total)
     if samples.batches == 0:
         raise ValueError("data: no samples, at least one is needed")
 
 
-def _has_free_axis(each: ModelInput) -> bool:
-    """Whether samples are along the first axis, as far as the model tells: an axis of any size."""
-    return bool(each.shape) and each.shape is not None and each.shape[0] is None
-
-
 def _candidates(workshop: Workshop, method: str, strength: float) -> list[Candidate]:
-    wanted = [method] if method != "auto" else ["mean", "iterative", "empirical", "activation"]
+    wanted = [method] if method != "auto" else ["mean", "iterative", "empirical", "activation", "analytical"]
     strengths = [strength] if method != "auto" else _STRENGTHS
     made: list[Candidate] = []
     for each in wanted:
@@ -214,6 +220,10 @@ def _candidates(workshop: Workshop, method: str, strength: float) -> list[Candid
             made.append(workshop.with_shifts(each, workshop.mean_shifts))
         elif each == "iterative":
             made.append(workshop.swept(each, Mean(workshop.weights), inputs=True))
+        elif each == "hybrid":
+            made.append(workshop.hybrid())
+        elif each == "analytical" and (method == each or workshop.analytical_shifts):
+            made.append(workshop.analytical())
         for part in strengths if each in ("empirical", "activation") else ():
             kind = Empirical if each == "empirical" else Activation
             name = each if part == 1.0 else f"{each} {part:g}"
@@ -240,12 +250,11 @@ def _notes(best: Candidate, before: Candidate, samples: Samples) -> list[str]:
     return notes
 
 
-def _shifted(network: Network, candidate: Candidate) -> Network:
-    """The float network with the shifts that its simulated quantization was given."""
+def add_shifts(network: Network, shifts: Mapping[str, Shift]) -> None:
+    """Gives the layers of a float network the shifts that its simulated quantization was given."""
     layers = {layer.name: layer for layer in network.layers}
-    for name, shift in candidate.shifts.items():
+    for name, shift in shifts.items():
         network.add_to_bias(layers[name], shift)
-    return network
 
 
 def _split(network: Network, matching: Mapping[str, Layer]) -> tuple[dict[str, tuple[Layer, Layer]], list[LayerReport]]:

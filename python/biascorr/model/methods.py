@@ -4,6 +4,8 @@
     iterative    the same, the inputs measured behind corrected layers
     empirical    strength * (E[y float] - E[y quantized]), y behind corrected layers
     activation   strength * s,  E[f(y quantized + s)] = E[f(y float)]  for the activation f behind the layer
+    analytical   weight error times what a batch normalization says of the input (analytical.py)
+    hybrid       analytical where it can be had, else empirical
 
 A pre-activation mean may be dominated by values in the flat part of the activation, which nothing behind it sees; the last
 method matches the mean that is seen. s is found by the secant method from the empirical shift.
@@ -68,6 +70,18 @@ class Empirical:
 
     def __call__(self, layer: Layer, measured: Measured) -> Shift:
         return self.strength * (self.reference[layer.name].output.mean - measured.output.mean)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """The shifts that are known, by layer name, and for all other layers those of another method."""
+
+    known: Mapping[str, Shift]
+    otherwise: Method
+
+    def __call__(self, layer: Layer, measured: Measured) -> Shift:
+        shift = self.known.get(layer.name)
+        return self.otherwise(layer, measured) if shift is None else shift
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class Sweep:
         """What is measured of one batch."""
         means = {name: self._samples.means(results[name], axis, batch) for name, axis in self._measured_axes(stage).items()}
         wanted = {_what_is_averaged(layer): layer for layer in stage.layers if layer.name in self._inputs}
-        inputs = {key: _empty_mean(layer) for key, layer in wanted.items()}
+        inputs = {key: empty_mean(layer) for key, layer in wanted.items()}
         for key, mean in inputs.items():
             for array in self._samples.fitted(results[wanted[key].input], batch):
                 mean.update(array)
@@ -280,7 +280,8 @@ def _what_is_averaged(layer: Layer) -> tuple[Any, ...]:
     return layer.input, layer.channel_axis, layer.window
 
 
-def _empty_mean(layer: Layer) -> ChannelMean | TapMean:
+def empty_mean(layer: Layer) -> ChannelMean | TapMean:
+    """What collects the mean input of a layer."""
     if layer.window is None:
         return ChannelMean(channel_axis=layer.channel_axis)
     return TapMean(layer.window, channel_axis=layer.channel_axis)
