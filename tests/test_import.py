@@ -10,6 +10,7 @@ import time
 import pytest
 
 import biascorr
+from biascorr.model.classic import BiasCorrection, BiasCorrectionParams
 from biascorr.model.correction import Correction, correct
 from biascorr.model.network import ActivationType, LayerReport
 from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
@@ -35,7 +36,7 @@ def test_the_model_interface_is_imported_at_first_use():
 
 
 def test_names_that_are_imported_later_are_as_good_as_the_others():
-    classes = ActivationType, ConvBnInfoType, Correction, LayerReport, QuantParams
+    classes = ActivationType, BiasCorrection, BiasCorrectionParams, ConvBnInfoType, Correction, LayerReport, QuantParams
     names = {each.__name__: each for each in (*classes, correct, find_all_convs_bn_with_activation)}
     assert {name: getattr(biascorr, name) for name in names} == names
     listed, starred = run("import biascorr; print(*dir(biascorr)); from biascorr import *; print(*dir())").splitlines()

@@ -1,7 +1,8 @@
 """Takes the bias that quantization leaves in neural networks out again.
 
 Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`, :class:`MeanBiasCorrector` and its relatives,
-:func:`fake_quantize`. Whole models: :func:`correct`, :class:`QuantParams`.
+:func:`fake_quantize`. Whole models: :func:`correct`, :class:`QuantParams`, and the classic
+:class:`BiasCorrection`.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from biascorr.quantization import BiasCorrectionType, PackedInt4, Quantization, 
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
+    from biascorr.model.classic import BiasCorrection, BiasCorrectionParams
     from biascorr.model.correction import Correction, correct
     from biascorr.model.network import ActivationType, LayerReport
     from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationType",
     "AnalyticalBiasCorrector",
+    "BiasCorrection",
+    "BiasCorrectionParams",
     "BiasCorrectionType",
     "BiasCorrector",
     "ChannelMean",
@@ -53,6 +57,8 @@ __version__ = _build_info()[0]
 if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an attribute of this module
     _MODULE_OF = {
         "ActivationType": "biascorr.model.network",
+        "BiasCorrection": "biascorr.model.classic",
+        "BiasCorrectionParams": "biascorr.model.classic",
         "ConvBnInfoType": "biascorr.model.patterns",
         "Correction": "biascorr.model.correction",
         "LayerReport": "biascorr.model.network",
