@@ -16,9 +16,9 @@ CONSTANT = {"gamma": np.zeros(4, np.float32), "beta": np.float32([0.5, -0.25, 1.
 """Of a batch normalization: its output is beta, whatever the data."""
 
 
-def network(**options):
+def network(size=6, **options):
     """first -> norm -> relu -> second -> third -> mean over space -> last"""
-    text = """g (float[N,3,6,6] x) => (float[N,5] y) {
+    text = f"""g (float[N,3,{size},{size}] x) => (float[N,5] y) {{
         [first] a = Conv(x, w1, b1)
         [norm] n = BatchNormalization<epsilon=0.0>(a, gamma, beta, zero, one)
         [relu] r = Relu(n)
@@ -27,7 +27,7 @@ def network(**options):
         [mean] m = GlobalAveragePool(d)
         [flatten] f = Flatten(m)
         [last] y = Gemm<transB=1>(f, w4, b4)
-    }"""
+    }}"""
     shapes = {"w1": (4, 3, 3, 3), "w2": (6, 4, 3, 3), "w3": (2, 6, 2, 2), "w4": (5, 2)}
     constants = {name: weights(*shape) for name, shape in shapes.items()} | {"b1": biases(4), "b3": biases(2), "b4": biases(5)}
     norm = {"zero": np.zeros(4, np.float32), "one": np.ones(4, np.float32), **CONSTANT}
@@ -103,6 +103,15 @@ def test_with_data_the_first_layer_is_corrected_by_its_mean_and_all_is_judged():
     assert np.isfinite([score.sqnr for score in correction.scores.values()]).all()
 
 
+@pytest.mark.parametrize("method", ["analytical", "hybrid"])
+def test_data_tells_the_size_of_images_where_the_model_does_not(method):
+    """It counts because of the padding."""
+    known, found = (correct(network(size), X, method=method, quant_params=PARAMS).model for size in (6, "?"))
+    assert found.graph.initializer == known.graph.initializer
+    without = constants_of(correct(network("?"), method="analytical", quant_params=PARAMS).model)
+    assert any(np.abs(without[name] - array).max() > 1e-3 for name, array in constants_of(found).items() if "bias" in name)
+
+
 def test_a_worse_model_is_warned_of():
     """What the batch normalization says is not what the data has."""
     options = {"gamma": np.ones(4, np.float32), "beta": np.full(4, 30, np.float32), "zero": np.full(4, 30, np.float32)}
@@ -166,3 +175,14 @@ def test_auto_says_why_layers_of_an_uncorrected_model_are_left_alone():
     assert [(layer.name, layer.method, layer.reason) for layer in correction.report] == [
         ("layer", None, "no correction made the outputs better")
     ]
+
+
+def test_a_simulation_may_move_weights_further_than_zero_is_away():
+    """As rounding up by chance does; there is no doubt which layer is which."""
+    w = np.full((20, 20), 0.05, np.float32)
+    w[0, 0] = 1.0
+    model = model_from_text("g (float[N,20] x) => (float[N,20] y) { [layer] y = Gemm(x, w, b) }", w=w, b=biases(20))
+    params = QuantParams("tf", "stochastic", weight_bits=2)
+    assert np.linalg.norm(params.fake_quantized(OnnxNetwork.load(model, "model").layers[0]) - w) > np.linalg.norm(w)
+    report = correct(model, samples(8, 20), method="empirical", quant_params=params).report
+    assert [layer.method for layer in report] == ["empirical"]

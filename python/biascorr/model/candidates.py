@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,12 +159,23 @@ class Workshop:
     def analytical_shifts(self) -> dict[str, Shift]:
         """Of the layers behind a batch normalization of the float network."""
         norms = batch_norms_around_layers(self._reference) if self._norms is None else self._norms
-        shapes = self._reference.surroundings.shapes
+        known = {name: norms[before.name] for name, (before, _) in self._pairs.items() if before.name in norms}
+        telling = {name: info for name, info in known.items() if tells_mean(info)}
+        shapes = self._shapes([self._pairs[name][0].input for name in telling])
         return {
-            name: analytical_shift(layer, before.weights, norms[before.name], shapes.get(before.input))
+            name: analytical_shift(layer, before.weights, telling[name], shapes.get(before.input))
             for name, (before, layer) in self._pairs.items()
-            if before.name in norms and tells_mean(norms[before.name])
+            if name in telling
         }
+
+    def _shapes(self, names: Iterable[str]) -> Mapping[str, Sequence[int | None]]:
+        """Of these tensors of the float network; of the first batch where they are not known without data."""
+        known = self._reference.surroundings.shapes
+        unknown = [name for name in dict.fromkeys(names) if None in known.get(name, (None, None))[1:]]
+        if not unknown or not self._samples.batches:
+            return known
+        feeds = next(self._samples.feeds())
+        return {**known, **{name: array.shape for name, array in self._reference.part(feeds, unknown)(feeds).items()}}
 
     @property
     def _first_shifts(self) -> dict[str, Shift]:
