@@ -256,7 +256,7 @@ def test_a_method_by_name_is_fitted_to_all_samples():
 def test_few_samples_that_are_held_back_are_noted(count, judges):
     correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
     (note,) = correction.notes
-    assert note.startswith(f"judged by {judges} held-back samples: too few")
+    assert note.startswith(f"judged by {judges} held-back sample{'s' * (judges > 1)}: too few")
     assert "32 samples" in note
 
 
@@ -264,7 +264,7 @@ def test_few_samples_that_are_held_back_are_noted(count, judges):
 def test_too_few_samples_to_hold_any_back_are_noted(count):
     correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
     (note,) = correction.notes
-    assert note.startswith(f"judged by {count} samples, which were fitted too: too few")
+    assert note.startswith(f"judged by {count} fitted sample")
     assert correction.samples == count
     assert correction.method != "none"
 

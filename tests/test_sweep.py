@@ -397,11 +397,6 @@ def operator_biases(model: onnx.ModelProto) -> dict[str, Array]:
     return {node.name.removesuffix("_quant"): constants[node.input[at[node.op_type]]].astype(np.int64) for node in nodes}
 
 
-SORTED_ANEW = pytest.mark.xfail(
-    reason="layers that onnxruntime renamed and put in another order are not found", raises=ValueError
-)
-
-
 @pytest.mark.parametrize("name", ["classifier", "depthwise", "concat", "inception"])
 def test_operators_with_quantized_weights_get_the_biases_of_quantizers_around_layers(name):
     case = CASES[name]
@@ -508,7 +503,6 @@ def test_kinds_of_data_make_no_difference(method, tmp_path):
             np.testing.assert_allclose(change, changes(case.model, expected)[layer], rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="batches are kept as the caller's own arrays")
 @pytest.mark.parametrize("method", ["empirical", "auto"])
 def test_batches_in_one_buffer_make_no_difference(method):
     case, x = CASES["residual"], samples(8, 3, 7, 6)

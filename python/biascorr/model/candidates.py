@@ -121,12 +121,16 @@ class Workshop:
     @functools.cached_property
     def reference(self) -> dict[str, Measured]:
         """What is measured of each layer in the float network."""
-        names = {layer.name: name for name, (layer, _) in self._pairs.items()}
+        names: dict[str, list[str]] = {}
+        for name, (layer, _) in self._pairs.items():
+            names.setdefault(layer.name, []).append(name)
         activated = {self._pairs[name][0].name: expected for name, (expected, _) in self._activated.items()}
         layers = list({layer.name: layer for layer, _ in self._pairs.values()}.values())
         sweep = Sweep(self._reference, layers, self._samples, activated=activated, depth=_DEPTH)
         found: dict[str, Measured] = {}
-        sweep.correct(lambda layer, measured: found.update({names[layer.name]: measured}), self._step("float network"))
+        sweep.correct(
+            lambda layer, measured: found.update(dict.fromkeys(names[layer.name], measured)), self._step("float network")
+        )
         for batch, outputs in enumerate(sweep.outputs()):
             if self._judged and self._samples.judge(batch).any():
                 self._expect(outputs, batch)

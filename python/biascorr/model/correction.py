@@ -13,7 +13,7 @@ import numpy as np
 from biascorr.calibration import ModelInput, batches_from_data, number_of_batches, number_of_samples
 from biascorr.model.candidates import Candidate, Progress, Workshop
 from biascorr.model.counterparts import counterparts
-from biascorr.model.judging import Score
+from biascorr.model.judging import NOT_JUDGED, Score
 from biascorr.model.loading import network_from_model
 from biascorr.model.methods import Activation, Empirical, Mean, Shift
 from biascorr.model.network import Layer, LayerReport, Network
@@ -147,9 +147,11 @@ def correct(
         A method asked for by name made the outputs worse.
     """
     _check_options(method, strength, memory_budget, data is not None)
+    if quantized is not None and quant_params is not None:
+        raise ValueError("quant_params: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
     measured = None if quantized is None else network_from_model(quantized, "quantized")
-    _check_inputs(reference, measured or reference)
+    _check_inputs_and_outputs(reference, measured or reference)
     report_progress = progress or (lambda *_: None)
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
@@ -173,8 +175,8 @@ def correct(
         best.network if quantized is not None else reference,
         best.name,
         [reports[name] for name in measured.order if name in reports],
-        {} if data is None else {each.name: each.score for each in (before, *candidates)},
-        ["nothing was judged, which needs data"] if data is None else _notes(best, before, samples),
+        {} if before.score is NOT_JUDGED else {each.name: each.score for each in (before, *candidates)},
+        _notes(best, before, samples),
         samples.count,
         samples.batches,
     )
@@ -193,19 +195,24 @@ def _check_options(method: str, strength: float, memory_budget: int | None, has_
         raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
 
 
-def _check_inputs(reference: Network, quantized: Network) -> None:
-    """Raises ValueError where the networks cannot be given the same samples."""
+def _check_inputs_and_outputs(reference: Network, quantized: Network) -> None:
+    """Raises ValueError where the networks do not take the same samples, or give out something else."""
     expected, found = ({each.name: each.dtype for each in network.inputs} for network in (reference, quantized))
     if found != expected:
         listed = [", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) for inputs in (found, expected)]
         raise ValueError(f"quantized: not of this float model: takes {listed[0]}, expected {listed[1]}")
+    if len(reference.outputs) != len(quantized.outputs):
+        counts = f"{len(quantized.outputs)} outputs, expected {len(reference.outputs)}"
+        raise ValueError(f"quantized: not of this float model: {counts}")
 
 
 def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
     """Takes all batches. Raises ValueError where there are none."""
     total = number_of_batches(data)
+    lasting = isinstance(data, (np.ndarray, Mapping, list, tuple))
     for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
-        samples.add(feeds, number_of_samples(feeds, inputs))
+        kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may use its arrays again
+        samples.add(kept, number_of_samples(feeds, inputs))
         progress("reading samples", done, total)
     if samples.batches == 0:
         raise ValueError("data: no samples, at least one is needed")
@@ -234,14 +241,20 @@ def _candidates(workshop: Workshop, method: str, strength: float) -> list[Candid
 def _best(candidates: Sequence[Candidate]) -> Candidate:
     """The best candidate that is in no way worse than the first, the uncorrected one."""
     before = candidates[0].score
+    if before is NOT_JUDGED:
+        raise ValueError(
+            "quantized: gives out integers in place of the float model's real numbers; name a method to go unjudged"
+        )
     return max((each for each in candidates if not each.score.is_worse_than(before)), key=lambda each: each.score.order)
 
 
 def _notes(best: Candidate, before: Candidate, samples: Samples) -> list[str]:
     """What is worth knowing about the judgement; warns where the model got worse."""
+    if before.score is NOT_JUDGED:
+        return ["nothing was judged, which needs " + ("real outputs" if samples.count else "data")]
     notes = []
     judges = samples.count if samples.all_judge else samples.count // ONE_OF
-    kind = "held-back samples" if samples.held_back else "samples, which were fitted too"
+    kind = ("held-back sample" if samples.held_back else "fitted sample") + ("" if judges == 1 else "s")
     if judges < _FEW:
         notes.append(f"judged by {judges} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
     if best.score.is_worse_than(before.score):

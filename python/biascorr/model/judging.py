@@ -51,6 +51,7 @@ class Score:
 
 
 NOT_JUDGED = Score(float("nan"))
+"""Where nothing could be compared."""
 
 
 class _Output:
@@ -95,13 +96,15 @@ class Judge:
         self._outputs: dict[str, _Output] = {}
 
     def add(self, name: str, reference: Iterable[NDArray[Any]], computed: Iterable[NDArray[Any]]) -> None:
-        """Compares some values of an output with the float ones."""
-        output = self._outputs.setdefault(name, _Output())
-        for pair in zip(reference, computed):
-            output.add(*pair)
+        """Compares some values of an output with the float ones; codes cannot be compared with real numbers."""
+        for expected, found in zip(reference, computed):
+            if expected.dtype.kind == found.dtype.kind:
+                self._outputs.setdefault(name, _Output()).add(expected, found)
 
     @property
     def score(self) -> Score:
         outputs = self._outputs.values()
+        if not outputs:
+            return NOT_JUDGED
         divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
         return Score(float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None)

@@ -81,6 +81,8 @@ class Storage:
             self._folder.cleanup()
 
     def __setitem__(self, key: Hashable, array: NDArray[Any]) -> None:
+        if key in self._arrays:
+            self.pop(key)
         if self._held + array.nbytes <= self._budget:
             self._held += array.nbytes
             self._arrays[key] = array

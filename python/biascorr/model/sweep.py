@@ -163,7 +163,7 @@ class Sweep:
                 shift = shift_of(layer, measured)
                 if shift is not None:
                     self._shifts[layer.output] = shift
-            progress(done, len(self._stages))
+            progress(done, len(self._stages) - 1)
 
     def outputs(self) -> Iterator[Feeds]:
         """What the model gives out for each batch, after all layers are corrected."""

@@ -71,8 +71,10 @@ class Runner:
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         key = tuple(array.shape for array in feeds.values())
         if self._buffers is not None and key in self._outputs:
-            with contextlib.suppress(Exception):  # sizes may depend on values; what is wrong otherwise fails below too
+            try:
                 return self._bound(feeds, [self._buffers.take(*each) for each in self._outputs[key]])
+            except Exception:  # sizes may depend on values; what else is wrong fails below too
+                self._buffers = None
         arrays = run(self._running, self._names, feeds, self._name)
         if all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.size for array in arrays):
             self._outputs[key] = [(array.shape, array.dtype) for array in arrays]
