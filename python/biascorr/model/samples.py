@@ -139,5 +139,5 @@ class Samples:
         positions = np.empty(len(parts), dtype=np.int64)
         for k, part in enumerate(parts):
             (integers, reals), positions[k], _ = _kernels.channel_sums([part], axis, 0, None)
-            means[k] = mean_from_sums(integers, reals, positions[k])
+            means[k] = mean_from_sums(integers, reals, positions[k]) if reals is None else reals.sum(axis=0) / positions[k]
         return SampleMeans(means, positions, fitted[: len(parts)])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,6 +33,9 @@ Progress = Callable[[int, int], None]
 """Called with what is done and how much there is."""
 
 CPUS = os.cpu_count() or 1
+
+_TOGETHER = 4
+"""Batches that a thread takes at once: handing one over takes as long as a small layer."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,6 @@ class Sweep:
         self._samples = samples
         self._inputs = inputs
         self._activated = activated or {}
-        self._axes = {layer.output: layer.output_axis for layer in layers}
         self._shifts: dict[str, NDArray[Any]] = {}
         self._shifted: set[tuple[str, int]] = set()
         self._buffers = Buffers()
@@ -162,7 +164,7 @@ class Sweep:
             for layer, measured in self._measured(stage):
                 shift = shift_of(layer, measured)
                 if shift is not None:
-                    self._shifts[layer.output] = shift
+                    self._shifts[layer.output] = _aligned(shift, layer.output_axis)
             progress(done, len(self._stages) - 1)
 
     def outputs(self) -> Iterator[Feeds]:
@@ -220,13 +222,15 @@ class Sweep:
 
     def _change_behind(self, layer: Layer, before: Sequence[SampleMeans], shift: NDArray[Any]) -> NDArray[np.float64]:
         """How a shift of a layer's output would change the mean of the tensor behind its activation."""
+        aligned = _aligned(shift, layer.output_axis)
         fitted = [batch for batch in range(self._samples.batches) if self._samples.is_fitted(batch).any()]
         example = {layer.output: self._samples.storage[layer.output, fitted[0]]}
         compute = self._part(example, [self._activated[layer.name]])
 
         def measure(batch: int) -> SampleMeans:
             array = self._samples.storage[layer.output, batch]
-            shifted = np.add(array, _aligned(shift, array, layer.output_axis), out=self._buffers.take(array.shape, array.dtype))
+            shifted = self._buffers.take(array.shape, array.dtype)
+            np.add(array, aligned.astype(array.dtype), out=shifted)
             (activated,) = compute({layer.output: shifted}).values()
             means = self._samples.means(activated, layer.output_axis, batch)
             self._buffers.give(shifted)
@@ -265,15 +269,15 @@ class Sweep:
         array = self._samples.storage[name, batch]
         if name not in self._shifts or (name, batch) in self._shifted:
             return array
-        array += _aligned(self._shifts[name], array, self._axes[name])
+        array += self._shifts[name].astype(array.dtype)
         if self._samples.storage.holds((name, batch)):
             self._shifted.add((name, batch))  # in place; what is on disk is read anew
         return array
 
 
-def _aligned(shift: NDArray[Any], array: NDArray[Any], axis: int) -> NDArray[Any]:
+def _aligned(shift: NDArray[Any], axis: int) -> NDArray[Any]:
     """A shift as it is added to a layer's output."""
-    return shift.astype(array.dtype).reshape(-1, *[1] * (-1 - axis))
+    return shift.reshape(-1, *[1] * (-1 - axis))
 
 
 def _what_is_averaged(layer: Layer) -> tuple[Any, ...]:
@@ -294,18 +298,20 @@ def _merged(mean: Any, part: Any) -> Any:
     return mean
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
     """What the function makes of each item, in order, by several threads that are never far ahead."""
-    waiting: collections.deque[Future[R]] = collections.deque()
+    together = min(_TOGETHER, -(-len(items) // (4 * workers)))
+    groups = [items[k : k + together] for k in range(0, len(items), together)]
+    waiting: collections.deque[Future[list[R]]] = collections.deque()
     alone = _kernels.work_alone if workers > 1 else None
     with ThreadPoolExecutor(workers, initializer=alone) as pool:
         try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
+            for group in groups:
+                waiting.append(pool.submit(lambda group: [function(item) for item in group], group))
                 if len(waiting) > workers:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

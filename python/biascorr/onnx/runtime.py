@@ -18,6 +18,9 @@ from biascorr.onnx.files import fits_in_a_message, write_with_external_data
 
 _FATAL = 4
 
+_WORTH_BINDING = 128 << 10
+"""Bytes of outputs below which new memory costs less than to say where else they go (measured)."""
+
 
 def session(model: onnx.ModelProto, name: str, *, threads: int = 0) -> Any:
     """A session on the CPU. Raises ValueError, naming the model, where onnxruntime does not take it.
@@ -76,7 +79,8 @@ class Runner:
             except Exception:  # sizes may depend on values; what else is wrong fails below too
                 self._buffers = None
         arrays = run(self._running, self._names, feeds, self._name)
-        if all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.size for array in arrays):
+        plain = all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.size for array in arrays)
+        if plain and sum(array.nbytes for array in arrays) >= _WORTH_BINDING:
             self._outputs[key] = [(array.shape, array.dtype) for array in arrays]
         return arrays
 
