@@ -84,6 +84,9 @@ def correct(
     strength: Annotated[
         float, typer.Option(help="The part of each shift that is corrected, with a method that has one.")
     ] = 1.0,
+    shrunk: Annotated[
+        bool, typer.Option("--shrunk", help="Correct less where samples disagree, with a method that has a strength.")
+    ] = False,
     weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = _WEIGHT_BITS,
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
@@ -114,6 +117,7 @@ def correct(
                 quantized=quantized,
                 method=method,
                 strength=strength,
+                shrunk=shrunk,
                 quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
                 memory_budget=memory_budget,
                 progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),

@@ -24,8 +24,19 @@ from biascorr.model.storage import Storage, default_budget
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
 
-_STRENGTHS = (1.0, 0.5)
-"""Of the candidates of `auto`: halves often win (docs/models.md)."""
+_SCALED = ("empirical", "activation")
+"""Methods whose shifts can be scaled."""
+
+_AUTO = (
+    ("mean",),
+    ("iterative",),
+    ("empirical", 1.0),
+    ("empirical", 0.5),
+    ("activation", 1.0),
+    ("activation", 0.5),
+    ("activation", 1.0, True),
+)
+"""What `auto` tries: method, strength, whether shrunk. Half the shift often wins (docs/models.md)."""
 
 _FEW = 8
 """Fewer samples than these tell too little of a network to judge it."""
@@ -80,6 +91,7 @@ def correct(
     quantized: Any = None,
     method: str = "auto",
     strength: float = 1.0,
+    shrunk: bool = False,
     quant_params: QuantParams | None = None,
     memory_budget: int | None = None,
     progress: Progress | None = None,
@@ -114,6 +126,9 @@ def correct(
         - "hybrid": analytical where a BatchNormalization tells the mean input, else empirical.
     strength : float
         The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
+    shrunk : bool
+        Whether the shift s of each channel is multiplied by s^2 / (s^2 + its variance over the samples), so that little is
+        done where samples disagree; only for "empirical" and "activation".
     quant_params : QuantParams, optional
         How quantization is simulated, where no quantized model is given.
     memory_budget : int, optional
@@ -146,7 +161,7 @@ def correct(
     UserWarning
         A method asked for by name made the outputs worse.
     """
-    _check_options(method, strength, memory_budget, data is not None)
+    _check_options(method, strength, shrunk, memory_budget, data is not None)
     if quantized is not None and quant_params is not None:
         raise ValueError("quant_params: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
@@ -165,7 +180,7 @@ def correct(
         pairs, untouched = _split(measured, matching)
         activated = method in ("auto", "activation")
         workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated, judged=data is not None)
-        candidates = _candidates(workshop, method, strength) if pairs else []
+        candidates = _candidates(workshop, method, strength, shrunk) if pairs else []
         before = workshop.uncorrected
         best = _best([before, *candidates]) if method == "auto" or not candidates else candidates[0]
     if quantized is None:
@@ -182,13 +197,15 @@ def correct(
     )
 
 
-def _check_options(method: str, strength: float, memory_budget: int | None, has_data: bool) -> None:
+def _check_options(method: str, strength: float, shrunk: bool, memory_budget: int | None, has_data: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: {strength}, expected above 0 up to 1")
-    if strength != 1.0 and method not in ("empirical", "activation"):
+    if strength != 1.0 and method not in _SCALED:
         raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
+    if shrunk and method not in _SCALED:
+        raise ValueError(f"shrunk: {shrunk}, expected False with method {method!r}")
     if not has_data and method != "analytical":
         raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
     if memory_budget is not None and memory_budget < 0:
@@ -218,24 +235,26 @@ def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: P
         raise ValueError("data: no samples, at least one is needed")
 
 
-def _candidates(workshop: Workshop, method: str, strength: float) -> list[Candidate]:
-    wanted = [method] if method != "auto" else ["mean", "iterative", "empirical", "activation", "analytical"]
-    strengths = [strength] if method != "auto" else _STRENGTHS
-    made: list[Candidate] = []
-    for each in wanted:
-        if each == "mean":
-            made.append(workshop.with_shifts(each, workshop.mean_shifts))
-        elif each == "iterative":
-            made.append(workshop.swept(each, Mean(workshop.weights), inputs=True))
-        elif each == "hybrid":
-            made.append(workshop.hybrid())
-        elif each == "analytical" and (method == each or workshop.analytical_shifts):
-            made.append(workshop.analytical())
-        for part in strengths if each in ("empirical", "activation") else ():
-            kind = Empirical if each == "empirical" else Activation
-            name = each if part == 1.0 else f"{each} {part:g}"
-            made.append(workshop.swept(name, kind(workshop.reference, part), activated=each == "activation"))
-    return made
+def _candidates(workshop: Workshop, method: str, strength: float, shrunk: bool) -> list[Candidate]:
+    """What `auto` chooses from, or what was asked for by name."""
+    if method != "auto":
+        return [_candidate(workshop, method, strength, shrunk)]
+    made = [_candidate(workshop, *each) for each in _AUTO]
+    return [*made, workshop.analytical()] if workshop.analytical_shifts else made
+
+
+def _candidate(workshop: Workshop, method: str, strength: float = 1.0, shrunk: bool = False) -> Candidate:
+    if method == "mean":
+        return workshop.with_shifts(method, workshop.mean_shifts)
+    if method == "iterative":
+        return workshop.swept(method, Mean(workshop.weights), inputs=True)
+    if method == "analytical":
+        return workshop.analytical()
+    if method == "hybrid":
+        return workshop.hybrid()
+    name = " ".join([method, *([f"{strength:g}"] if strength != 1.0 else []), *(["shrunk"] if shrunk else [])])
+    kind = Empirical if method == "empirical" else Activation
+    return workshop.swept(name, kind(workshop.reference, strength, shrunk), activated=method == "activation")
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from biascorr.correctors import MeanBiasCorrector
 from biascorr.model.network import Layer
+from biascorr.model.samples import SampleMeans
 from biascorr.model.sweep import Measured
 
 Shift = NDArray[np.float64]
@@ -63,13 +64,47 @@ class Empirical:
         What was measured of each layer in the float network.
     strength : float
         The part of the difference that is made up for.
+    shrunk : bool
+        Whether the shift s of a channel is multiplied by s^2 / (s^2 + its variance over the samples).
     """
 
     reference: Mapping[str, Measured]
     strength: float = 1.0
+    shrunk: bool = False
 
     def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        return self.strength * (self.reference[layer.name].output.mean - measured.output.mean)
+        expected = self.reference[layer.name].output
+        shift = expected.mean - measured.output.mean
+        factor = _consistency(expected, measured.output) if self.shrunk else 1.0
+        return np.asarray(self.strength * factor * shift)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The shift that makes the means behind the activations equal; the empirical one where there is none."""
+
+    reference: Mapping[str, Measured]
+    strength: float = 1.0
+    shrunk: bool = False
+
+    def __call__(self, layer: Layer, measured: Measured) -> Shift:
+        expected = self.reference[layer.name]
+        shift = empirical = expected.output.mean - measured.output.mean
+        if expected.activated is not None and measured.activated is not None:
+            wanted = expected.activated.mean - measured.activated.mean
+            for _ in range(_SECANT_STEPS):
+                slope = np.divide(measured.change_behind(shift), shift, out=np.ones_like(shift), where=shift != 0)
+                shift = np.where(slope > 0, wanted / np.maximum(slope, _LEAST_SLOPE), empirical)
+        factor = _consistency(expected.output, measured.output) if self.shrunk else 1.0
+        return np.asarray(self.strength * factor * shift)
+
+
+def _consistency(expected: SampleMeans, found: SampleMeans) -> NDArray[np.float64]:
+    """s^2 / (s^2 + variance over samples) of the differences s of each channel: 1 where every sample says the same."""
+    differences = expected.means - found.means
+    square = np.square((differences * found.weights).sum(axis=0))
+    variance = (np.square(differences) * found.weights).sum(axis=0) - square
+    return np.asarray(np.divide(square, square + variance, out=np.ones_like(square), where=square + variance > 0))
 
 
 @dataclass(frozen=True)
@@ -82,22 +117,3 @@ class Hybrid:
     def __call__(self, layer: Layer, measured: Measured) -> Shift:
         shift = self.known.get(layer.name)
         return self.otherwise(layer, measured) if shift is None else shift
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The shift that makes the means behind the activations equal; the empirical one where there is none."""
-
-    reference: Mapping[str, Measured]
-    strength: float = 1.0
-
-    def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        expected = self.reference[layer.name].activated
-        shift = Empirical(self.reference)(layer, measured)
-        if expected is None or measured.activated is None:
-            return self.strength * shift
-        wanted = expected.mean - measured.activated.mean
-        for _ in range(_SECANT_STEPS):
-            slope = np.divide(measured.change_behind(shift), shift, out=np.ones_like(shift), where=shift != 0)
-            shift = wanted / np.maximum(slope, _LEAST_SLOPE)
-        return self.strength * shift
