@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test bench instructions lint format clean
+.PHONY: demo test bench quality instructions lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ test: $(VENV)/built build/wheelhouse
 
 bench: $(VENV)/built
 	$(BIN)/python benches/bench.py $(BENCH)
+
+# What correction does to a network of yours beside NNCF's: NETWORK=net.onnx SAMPLES=a.npy HELD_OUT=b.npy.
+quality: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --group quality
+	$(BIN)/python benches/quality.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

@@ -471,3 +471,17 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, stat
 def test_command_needs_no_writable_home(folder):
     done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder, HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
+
+
+def test_analytical_correction_needs_no_data(folder):
+    text = """g (float[N,3,6,6] x) => (float[N,4,6,6] y) {
+        n = BatchNormalization(x, gamma, beta, mean, variance)
+        [layer] y = Conv<pads=[1,1,1,1]>(n, w)
+    }"""
+    norm = {"gamma": np.ones(3), "beta": np.ones(3), "mean": np.zeros(3), "variance": np.ones(3)}
+    constants = {name: array.astype(np.float32) for name, array in norm.items()}
+    onnx.save(model_from_text(text, w=weights(4, 3, 3, 3), **constants), folder / "norm.onnx")
+    done = run("correct", "norm.onnx", "--method", "analytical", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was judged" in done.stdout
+    assert (folder / "out.onnx").is_file()

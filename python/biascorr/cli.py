@@ -69,13 +69,14 @@ def biascorr(
 @app.command()
 def correct(
     model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR_OR_NPZ", help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each."
-        ),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the corrected model goes.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_NPZ",
+            help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each. Analytical needs none.",
+        ),
+    ] = None,
     quantized: Annotated[
         Path | None,
         typer.Option(metavar="Q.onnx", help="The model quantized (QDQ or QOperator). Without it, quantization is simulated."),
@@ -102,6 +103,8 @@ def correct(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
 ) -> None:
     """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
+    if data is None and method != "analytical":
+        raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
     signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
     _replace_what_cannot_be_encoded()
