@@ -3,8 +3,9 @@
     python benches/quality.py NETWORK.onnx SAMPLES HELD_OUT [--quantizer nncf] [--weights tensor]
 
 SAMPLES calibrate quantizer and correction, HELD_OUT judge: .npy files with samples along the first axis, of a model with one
-input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours) and onnxruntime (`quantize_static`). Judging runs the
-graphs as they are, without any optimization; what one pass over SAMPLES takes is measured with onnxruntime's defaults. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all outputs and samples.
+input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours) and onnxruntime (`quantize_static`). SQNR is
+10 log10(sum r^2 / sum (q - r)^2) in dB over all outputs and samples, the graphs run as they are, without any optimization. What
+one pass over SAMPLES takes is measured with onnxruntime's defaults.
 """
 
 import argparse
