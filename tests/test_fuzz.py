@@ -32,6 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWar
 Draw = Any
 
 
+@pytest.fixture(autouse=True, scope="module")
+def every_output_is_written_into_buffers():
+    """As large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("biascorr.onnx.runtime._WORTH_BINDING", 0)
+        yield
+
+
 @dataclass
 class Builder:
     """A graph that grows operator by operator; shapes are those of one sample."""

@@ -47,6 +47,12 @@ PARAMS = QuantParams("tf", weight_bits=BITS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning")  # by brute force too
 
 
+@pytest.fixture(autouse=True)
+def every_output_is_written_into_buffers(monkeypatch):
+    """As large ones are."""
+    monkeypatch.setattr("biascorr.onnx.runtime._WORTH_BINDING", 0)
+
+
 @dataclass
 class Case:
     """A network and batches for it. The graph has layers with names; weights begin with w, biases with b."""
@@ -745,3 +751,23 @@ def test_memory_is_bounded_by_the_budget(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "model.onnx")]
     grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(grown) < 16 << 10, f"{grown} kB more for 12 times the samples"
+
+
+def test_outputs_that_are_kept_are_not_written_again():
+    text = """g (float[N,4,128,128] x) => (float[N,4,128,128] y, float[N,4,128,128] z, float[N,4,128,128] u) {
+        [layer] y = Conv(x, w)
+        z = Relu(y)
+        u = Neg(z)
+    }"""
+    model = model_from_text(text, w=weights(4, 4, 1, 1))
+    network, batches = OnnxNetwork.load(model, "model"), np.split(samples(16, 4, 128, 128), 16)
+    with Storage(1 << 30) as storage:
+        held = Samples(storage)
+        for batch in batches:
+            held.add({"x": batch}, 1)
+        sweep = Sweep(network, network.layers, held)
+        sweep.correct(lambda *_: None, lambda *_: None)
+        kept = list(sweep.outputs())
+    for batch, outputs in zip(batches, kept):
+        for name, expected in zip("yzu", run(model, {"x": batch})):
+            np.testing.assert_allclose(outputs[name], expected, rtol=1e-6, atol=1e-6)

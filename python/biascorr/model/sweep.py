@@ -248,11 +248,11 @@ class Sweep:
             results = compute(self._feeds(stage, batch))
             return results, self._measure(stage, results, batch)
 
-        for batch, found in enumerate(in_order(run, range(self._samples.batches), self._workers)):
-            yield found
+        for batch, (results, parts) in enumerate(in_order(run, range(self._samples.batches), self._workers)):
+            yield results, parts
             for name in stage.dropped:
                 array = self._samples.storage.pop((name, batch))
-                if array is not None:
+                if array is not None and name not in results:  # what is handed out may be kept
                     self._buffers.give(array)
 
     @property
