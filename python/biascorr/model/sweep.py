@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,9 +33,6 @@ Progress = Callable[[int, int], None]
 """Called with what is done and how much there is."""
 
 CPUS = os.cpu_count() or 1
-
-_TOGETHER = 4
-"""Batches that a thread takes at once: handing one over takes as long as a small layer."""
 
 
 @dataclass(frozen=True)
@@ -298,20 +295,18 @@ def _merged(mean: Any, part: Any) -> Any:
     return mean
 
 
-def in_order(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """What the function makes of each item, in order, by several threads that are never far ahead."""
-    together = min(_TOGETHER, -(-len(items) // (4 * workers)))
-    groups = [items[k : k + together] for k in range(0, len(items), together)]
-    waiting: collections.deque[Future[list[R]]] = collections.deque()
+    waiting: collections.deque[Future[R]] = collections.deque()
     alone = _kernels.work_alone if workers > 1 else None
     with ThreadPoolExecutor(workers, initializer=alone) as pool:
         try:
-            for group in groups:
-                waiting.append(pool.submit(lambda group: [function(item) for item in group], group))
+            for item in items:
+                waiting.append(pool.submit(function, item))
                 if len(waiting) > workers:
-                    yield from waiting.popleft().result()
+                    yield waiting.popleft().result()
             while waiting:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
