@@ -57,6 +57,11 @@ class BiasCorrectionParams:
         Names are one string, or something else is among them.
     ValueError
         A number is no integer of at least 1.
+
+    Examples
+    --------
+    >>> BiasCorrectionParams(8, 64, 256, input_op_names=["images"], output_op_names=["logits"]).input_op_names
+    ('images',)
     """
 
     batch_size: int
@@ -231,7 +236,14 @@ class BiasCorrection:
         Returns
         -------
         onnx.ModelProto
-            `corrected_model` with another bias of this layer.
+            `corrected_model` with another bias of this layer; unchanged where the layer is one to ignore, or where there is no
+            batch normalization before a first layer.
+
+        Raises
+        ------
+        ValueError
+            `preceeding_bn_layer_info` is None for a layer that is not the first; there is no batch normalization in it, or an
+            activation behind it that is no Clip; it has another number of channels than the layer.
         """
         network = network_from_model(corrected_model, "corrected_model")
         found = _layer(network, layer, "corrected_model")

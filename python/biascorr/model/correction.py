@@ -51,16 +51,18 @@ class Correction:
     network : Network
         The corrected network.
     method : str
-        How it was corrected: the one asked for, or the one that `auto` chose ("none" where nothing was better).
+        How it was corrected: the method asked for, or the one that `auto` chose, with its strength ("mean", "empirical 0.5",
+        "activation shrunk"); "none" where nothing was better, or there was nothing to correct.
     report : sequence of LayerReport
         One entry per layer, in topological order; those left alone have a reason.
     scores : mapping from str to Score
-        How near the outputs of each candidate come to those of the float network, the uncorrected one ("none") first; empty
-        where there was no data.
+        How near the outputs of each candidate come to those of the float network, by its name, the uncorrected one ("none")
+        first: `sqnr` in dB, and `divergence` in nats where an output is probabilities, else None. Empty where nothing could be
+        judged.
     notes : sequence of str
-        What is worth knowing about the judgement.
+        What is worth knowing about the judgement: few samples, outputs that got worse, nothing judged.
     samples, batches : int
-        How many were used.
+        How many were read; a batch counts as one sample where the model fixes its size.
     """
 
     network: Network
@@ -96,23 +98,25 @@ def correct(
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Correction:
-    """Takes the bias that weight quantization leaves in a model's layers out of their biases.
+    """Takes the bias that quantization leaves in a model's layers out of their biases.
 
     Parameters
     ----------
     model : path, bytes or onnx.ModelProto
         The float model.
-    data : array, mapping, iterable, CalibrationDataReader or path
+    data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
         the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset` or a torch `DataLoader`, gives
         batches: arrays, tuples with one array per input, or mappings. A path is an .npy or .npz file or a folder of them, one
         batch per file. Only the method "analytical" does without.
     quantized : path, bytes or onnx.ModelProto, optional
-        The same model quantized; its biases are corrected. None: the weights of the float model are quantized in simulation,
-        and the float model with corrected biases is returned.
+        The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
+        model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
-        "auto": one sample of four is held back; each method corrects with the others, and the model that is best on those
-        held back is returned. The model as it came is among the candidates, so the result is never worse than that.
+        "auto": one sample of four is held back. The methods below but "hybrid", some also with other strengths, correct with
+        the other samples, and the model whose outputs for those held back are nearest to the float model's is returned. The
+        model as it came is among them, so the result is never worse there. With fewer than four samples, all correct and
+        all judge.
 
         By name, from all samples:
 
@@ -130,10 +134,10 @@ def correct(
         Whether the shift s of each channel is multiplied by s^2 / (s^2 + its variance over the samples), so that little is
         done where samples disagree; only for "empirical" and "activation".
     quant_params : QuantParams, optional
-        How quantization is simulated, where no quantized model is given.
+        How quantization is simulated, where no quantized model is given; None: `QuantParams()`, 8-bit weights.
     memory_budget : int, optional
-        Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. Half of
-        the memory that is free by default.
+        Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. None: half
+        of the memory that is free.
     progress : callable, optional
         Called with what is being done, how much of it is done, and how much there is (None if unknown).
 
@@ -160,6 +164,16 @@ def correct(
     -----
     UserWarning
         A method asked for by name made the outputs worse.
+
+    Examples
+    --------
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     network (float[N,2] x) => (float[N,2] y) <float[2,2] w = {0.1, 0.2, 0.3, 0.4}> { [layer] y = MatMul(x, w) }''')
+    >>> samples = np.ones((32, 2), np.float32)
+    >>> correction = correct(model, samples, quant_params=QuantParams("tf", weight_bits=3), method="mean")
+    >>> correction.report[0].reason
+    'it had no bias; one was added'
     """
     _check_options(method, strength, shrunk, memory_budget, data is not None)
     if quantized is not None and quant_params is not None:

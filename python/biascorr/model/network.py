@@ -207,12 +207,13 @@ class LayerReport:
     name, op : str
         The layer and its operator.
     method : str or None
-        How its bias was corrected; None: it was left alone.
+        How its bias was corrected, with the strength; with "hybrid", which of its two. None: it was left alone.
     channels : int or None
         Output channels; None where the layer was not understood.
     shift_before, shift_after : float or None
-        Mean over channels of the absolute shift that the weight error leaves in the outputs, in real units: as found, and
-        what is left of it after rounding to the bias's own format.
+        Mean over channels of the absolute shift that the method found, in real units: before it was added to the bias, and what
+        is left of it after rounding to the bias's own format. 0 where the weights are not quantized; None where it was left
+        alone for another reason.
     reason : str
         Why the layer was left alone, or what is worth knowing about its bias; else empty.
     """

@@ -54,9 +54,20 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 
     Notes
     -----
-    `input_bn` is found through ReLU, Clip with constant bounds, Identity, Dropout, and an average over all positions, whatever
-    else reads the tensors in between. Anything else in between ends the search: the mean of what the layer reads would not
-    follow from the batch normalization.
+    `input_bn` is found through ReLU, Clip with constant bounds, Identity, Dropout, an average over all positions and a reshape
+    of such averages, whatever else reads the tensors in between. Anything else in between ends the search: the mean of what
+    the layer reads would not follow from the batch normalization.
+
+    Examples
+    --------
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     network (float[N,1,8] x) => (float[N,1,8] y)
+    ...     <float[1] beta = {0.5}, float[1] gamma = {2.0}, float[1] mean = {0.0}, float[1] var = {1.0}, float[1,1,1] w = {3.0}>
+    ...     { n = BatchNormalization(x, gamma, beta, mean, var)  r = Relu(n)  [layer] y = Conv(r, w) }''')
+    >>> info = find_all_convs_bn_with_activation(model)["layer"]
+    >>> info.input_bn.beta, info.in_activation_type.name
+    (array([0.5]), 'relu')
     """
     return batch_norms_around_layers(network_from_model(model, "model"))
 

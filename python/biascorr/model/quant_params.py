@@ -32,7 +32,7 @@ class QuantParams:
     ops_to_ignore : iterable of str, optional
         Names of layers that stay float, weights and inputs.
     weight_bits : int
-        2 to 32.
+        Bits that the weights of layers are quantized to, 2 to 32.
     activation_bits : int, optional
         Bits that the inputs of layers are quantized to, 2 to 16, asymmetric, over the range that they have on calibration
         samples. None: they stay float.
@@ -48,7 +48,7 @@ class QuantParams:
     TypeError
         ops_to_ignore is a string, or has something else in it.
     ValueError
-        Any other value is not one of those above.
+        Another parameter has a value that is not allowed.
 
     Examples
     --------
