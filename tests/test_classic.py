@@ -247,7 +247,8 @@ def test_statistics_are_taken_from_the_dictionary():
 
 def test_a_first_layer_without_statistics_is_left_alone():
     model = network()
-    assert BiasCorrection.analytical_bias_correction_per_layer(model, "first", None, QUANT, is_first_conv=True) == model
+    for info in (None, ConvBnInfoType()):  # the entry of a layer with a normalization behind it says nothing of its input
+        assert BiasCorrection.analytical_bias_correction_per_layer(model, "first", info, QUANT, is_first_conv=True) == model
     with pytest.raises(ValueError, match="preceeding_bn_layer_info: None for layer first, expected one unless is_first_conv"):
         BiasCorrection.analytical_bias_correction_per_layer(model, "first", None, QUANT)
     info = find_all_convs_bn_with_activation(model)["second"]

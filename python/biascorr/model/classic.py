@@ -247,12 +247,15 @@ class BiasCorrection:
         """
         network = network_from_model(corrected_model, "corrected_model")
         found = _layer(network, layer, "corrected_model")
-        if preceeding_bn_layer_info is None and not is_first_conv:
+        info = preceeding_bn_layer_info
+        if info is None and not is_first_conv:
             raise ValueError(f"preceeding_bn_layer_info: None for layer {layer}, expected one unless is_first_conv is set")
-        if preceeding_bn_layer_info is not None and found in layers_to_quantize(network, quant_params):
+        if info is not None and info.input_bn is None and is_first_conv:
+            info = None  # it says what is behind the layer
+        if info is not None and found in layers_to_quantize(network, quant_params):
             quantized = replace(found, weights=quant_params.fake_quantized(found))
             shape = network.surroundings.shapes.get(found.input)
-            network.add_to_bias(found, analytical_shift(quantized, found.weights, preceeding_bn_layer_info, shape))
+            network.add_to_bias(found, analytical_shift(quantized, found.weights, info, shape))
         return network.model
 
 
@@ -288,7 +291,7 @@ def _read(
     read = 0
     for read, feeds in enumerate(itertools.islice(batches, wanted), start=1):
         if read <= fitted:
-            samples.add(feeds, number_of_samples(feeds, inputs))
+            samples.add({name: array.copy() for name, array in feeds.items()}, number_of_samples(feeds, inputs))
         yield feeds
     if read == 0:
         raise ValueError("data_set: no samples, at least one is needed")
