@@ -771,3 +771,15 @@ def test_outputs_that_are_kept_are_not_written_again():
     for batch, outputs in zip(batches, kept):
         for name, expected in zip("yzu", run(model, {"x": batch})):
             np.testing.assert_allclose(outputs[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_activation_that_makes_more_channels_is_none():
+    text = """g (float[N,3,6,6] x) => (float[N,4,6,6] z) {
+        [layer] y = Conv(x, w, b)
+        m = Mul(y, factors)
+        z = Relu(m)
+    }"""
+    factors = np.arange(1, 5, dtype=np.float32).reshape(1, 4, 1, 1)
+    model, x = model_from_text(text, w=weights(1, 3, 1, 1), b=biases(1), factors=factors), samples(8, 3, 6, 6)
+    by_activation, empirical = (correct(model, x, method=method, quant_params=PARAMS) for method in ("activation", "empirical"))
+    assert constants_of(by_activation.model)["b"] == constants_of(empirical.model)["b"]

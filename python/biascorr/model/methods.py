@@ -90,8 +90,9 @@ class Activation:
     def __call__(self, layer: Layer, measured: Measured) -> Shift:
         expected = self.reference[layer.name]
         shift = empirical = expected.output.mean - measured.output.mean
-        if expected.activated is not None and measured.activated is not None:
-            wanted = expected.activated.mean - measured.activated.mean
+        goal, start = expected.activated, measured.activated
+        if goal is not None and start is not None and goal.means.shape == start.means.shape == measured.output.means.shape:
+            wanted = goal.mean - start.mean
             for _ in range(_SECANT_STEPS):
                 slope = np.divide(measured.change_behind(shift), shift, out=np.ones_like(shift), where=shift != 0)
                 shift = np.where(slope > 0, wanted / np.maximum(slope, _LEAST_SLOPE), empirical)

@@ -86,8 +86,9 @@ class Runner:
 
     def _bound(self, feeds: Mapping[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         binding = self._running.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # has to live as long as it runs
+        for name, array in contiguous.items():
+            binding.bind_cpu_input(name, array)
         for name, array in zip(self._names, arrays):
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._running.run_with_iobinding(binding)
