@@ -81,7 +81,7 @@ def _difference(layer: Layer, weights: NDArray[Any]) -> str:
     if weights.shape != layer.weights.shape:
         return f"weights of shape {layer.weights.shape}, expected {weights.shape}"
     error = _error(layer, weights)
-    far = layer.weight_step is not None and error.size > 0 and np.median(error / layer.weight_step) > 1.0
+    far = layer.weight_step is not None and 2 * np.count_nonzero(error > layer.weight_step) > error.size
     if far or np.linalg.norm(error) > np.linalg.norm(weights.astype(np.float64)):
         return "other weights (was a BatchNormalization folded, or the model scaled?)"
     return ""
