@@ -36,7 +36,7 @@ _AUTO = (
     ("activation", 0.5),
     ("activation", 1.0, True),
 )
-"""What `auto` tries: method, strength, whether shrunk. Half the shift often wins (docs/models.md)."""
+"""What `auto` tries: method, strength, whether shrunk. Which one wins differs by network (docs/models.md)."""
 
 _FEW = 8
 """Fewer samples than these tell too little of a network to judge it."""

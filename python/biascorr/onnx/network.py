@@ -119,10 +119,7 @@ class OnnxNetwork:
         return compute
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
-        model = onnx.ModelProto()
-        model.CopyFrom(self._graph.model)
-        graph = Graph(model)
-        nodes = named_nodes(model)
+        graph, nodes = self._copy_of_what_computes()
         position = {name: k for k, name in enumerate(nodes)}
         moved: dict[tuple[str, Quantization], str] = {}
         for name in sorted(quantizations, key=position.__getitem__):
@@ -132,24 +129,27 @@ class OnnxNetwork:
                 dtype = graph.value(_weights_of(node, graph)).dtype
                 moved[key] = insert_fake_quantizer(graph, key[0], dtype, key[1], node)
             graph.set_input(node, index, moved[key])
-        return OnnxNetwork(model, self._name)
+        return OnnxNetwork(graph.model, self._name)
 
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
-        model = onnx.ModelProto()
-        model.CopyFrom(self._graph.model)
-        graph = Graph(model)
-        nodes = named_nodes(model)
+        graph, nodes = self._copy_of_what_computes()
         for name, array in weights.items():
             node = nodes[name]
             index = _weight_index(node, graph)
             shape = graph.value(node.input[index]).shape
             graph.set_constant(node, index, array.reshape(shape), f"{node.input[index]}_fake_quantized")
-        return OnnxNetwork(model, self._name)
+        return OnnxNetwork(graph.model, self._name)
 
     def copy(self) -> OnnxNetwork:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         return OnnxNetwork(model, self._name)
+
+    def _copy_of_what_computes(self) -> tuple[Graph, dict[str, onnx.NodeProto]]:
+        """To be edited, and its nodes by name."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._graph.model)
+        return Graph(model), named_nodes(model)
 
     def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
         change = add_to_bias(self._original, self._original_nodes[layer.name], layer, shift)
