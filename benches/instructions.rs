@@ -12,7 +12,8 @@ use biascorr::error::Error;
 use biascorr::fake_quantize::{Grids, dequantize, fake_quantize, quantize};
 use biascorr::layout::Elements;
 use biascorr::quantization_range::{Quantizer, quantization_range};
-use biascorr::weight_error::{FakeQuantized, GridAxes, Mean, Tensor, weight_error};
+use biascorr::weight_error::{FakeQuantized, GridAxes, Mean, weight_error};
+use biascorr::weights::Tensor;
 use biascorr::{parallel, simd};
 use half::{bf16, f16};
 

@@ -13,9 +13,9 @@
 //! 3. [`fake_quantize`]: weights -> quantized, dequantized
 //! 4. [`weight_error`]: weights, fake-quantized weights, means -> shift
 //!
-//! They stand on [`accumulate`] (what each dtype is summed in), [`layout`] (any strided array as runs), [`parallel`] (the thread
-//! pool), [`simd`] (CPU tiers) and
-//! [`error`]. Only the `python` module knows Python; everything else compiles and tests without it.
+//! They stand on [`accumulate`] (what each dtype is summed in), [`layout`] (any strided array as runs), [`weights`] (which axes
+//! count channels), [`parallel`] (the thread pool), [`simd`] (CPU tiers) and [`error`]. Only the `python` module knows Python;
+//! everything else compiles and tests without it.
 
 pub mod accumulate;
 pub mod channel_mean;
@@ -26,6 +26,7 @@ pub mod parallel;
 pub mod quantization_range;
 pub mod simd;
 pub mod weight_error;
+pub mod weights;
 
 #[cfg(feature = "python")]
 mod python;

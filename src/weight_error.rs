@@ -16,29 +16,7 @@ use crate::fake_quantize::{Grids, Real};
 use crate::layout::{Axis, Elements, Nest};
 use crate::parallel;
 use crate::simd::{Tier, tiered};
-
-/// A strided tensor: its elements, its shape, its strides in elements.
-#[derive(Clone, Copy)]
-pub struct Tensor<'a, T> {
-    /// What the strides reach.
-    pub elements: Elements<'a, T>,
-    /// Length of each axis.
-    pub shape: &'a [usize],
-    /// Elements per step along each axis.
-    pub strides: &'a [isize],
-}
-
-impl<T> Tensor<'_, T> {
-    /// Number of elements.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether some axis has no elements.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
+use crate::weights::{Channels, Loop, Role, Tensor};
 
 /// The mean input of a layer: per channel, (G*I,), or per tap and channel, (*K, G*I). Values in C order.
 #[derive(Clone, Debug)]
@@ -47,36 +25,6 @@ pub struct Mean<'a> {
     pub values: &'a [f64],
     /// Their shape.
     pub shape: Vec<usize>,
-}
-
-/// What an axis of a weight tensor counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Space,
-    Input,
-    Group,
-    Output,
-}
-
-fn role(letter: char) -> Option<Role> {
-    match letter {
-        'D' | 'H' | 'W' => Some(Role::Space),
-        'I' => Some(Role::Input),
-        'G' | 'C' => Some(Role::Group),
-        'O' | 'M' => Some(Role::Output),
-        _ => None,
-    }
-}
-
-fn roles(layout: &str) -> Result<Vec<Role>, Error> {
-    let error = || Error::Layout { layout: layout.to_owned() };
-    let roles: Vec<Role> = layout.chars().map(|letter| role(letter).ok_or_else(error)).collect::<Result<_, _>>()?;
-    let once = |wanted| roles.iter().filter(|&&role| role == wanted).count();
-    let repeated = layout.chars().enumerate().any(|(k, letter)| layout.chars().take(k).any(|l| l == letter));
-    if repeated || once(Role::Output) != 1 || once(Role::Group) > 1 || once(Role::Input) > 1 {
-        return Err(error());
-    }
-    Ok(roles)
 }
 
 /// What the weights become.
@@ -122,64 +70,34 @@ struct Plan {
 fn plan<T>(
     weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Mean, groups: usize, layout: &str,
 ) -> Result<Plan, Error> {
-    let shape = weights.shape;
-    let roles = roles(layout)?;
-    if roles.len() != shape.len() {
-        let layout = layout.to_owned();
-        return Err(Error::LayoutRank { found: shape.len(), expected: roles.len(), layout });
-    }
-    // The axis that counts all groups: O, or I where it comes first (transposed convolution).
-    let shared = if roles[0] == Role::Input { Role::Input } else { Role::Output };
-    let length_of = |wanted| roles.iter().position(|&role| role == wanted).map(|k| shape[k]);
-    let (axis_groups, shared_len) = (length_of(Role::Group), length_of(shared).unwrap_or(1));
-    let fits = if axis_groups.is_some() {
-        groups == 1
-    } else {
-        (1..=shared_len.max(1)).contains(&groups) && shared_len % groups == 0
-    };
-    if !fits {
-        return Err(Error::Groups { groups, shape: shape.to_vec(), layout: layout.to_owned() });
-    }
-    let per_group = |wanted| length_of(wanted).map_or(1, |len| if wanted == shared { len / groups } else { len });
-    let all_groups = axis_groups.unwrap_or(groups);
-    let (inputs, outputs) = (per_group(Role::Input), per_group(Role::Output));
-    let mut tap_strides = mean_strides(shape, &roles, mean, inputs * all_groups)?.into_iter();
-    let mut axes = Vec::with_capacity(shape.len() + 2);
-    for (k, &role) in roles.iter().enumerate() {
-        let (mean, shift) = match role {
-            Role::Space => (tap_strides.next().unwrap_or(0), 0),
-            Role::Input => (1, 0),
-            Role::Group => (inputs as isize, outputs as isize),
-            Role::Output => (0, 1),
-        };
-        let (w, mut len) = (weights.strides[k], shape[k]);
-        let (source, block) = fake_quantized.stride(k).unwrap_or((shift, 1));
-        if role == shared && groups > 1 {
-            len /= groups;
-            let step = len as isize;
-            let grid = if fake_quantized.stride(k).is_some() { source * step } else { outputs as isize };
-            axes.push(Axis { len: groups, strides: [w * step, inputs as isize, outputs as isize, grid] });
-        }
+    let channels = Channels::new(weights.shape, groups, layout)?;
+    let mut tap_strides = mean_strides(&channels, mean)?.into_iter();
+    let mut axes = Vec::with_capacity(channels.loops.len() + 1);
+    for &Loop { axis, role, len, step, input, output } in &channels.loops {
+        let mean = if role == Role::Space { tap_strides.next().unwrap_or(0) } else { input };
+        let steps = step as isize;
+        let w = weights.strides[axis] * steps;
+        let (source, block) = fake_quantized.stride(axis).map_or((output, 1), |(grid, block)| (grid * steps, block));
         if block > 1 {
             let step = block as isize;
-            axes.push(Axis { len: len / block, strides: [w * step, mean * step, shift * step, source] });
-            axes.push(Axis { len: block, strides: [w, mean, shift, 0] });
+            axes.push(Axis { len: len / block, strides: [w * step, mean * step, output * step, source] });
+            axes.push(Axis { len: block, strides: [w, mean, output, 0] });
         } else {
-            axes.push(Axis { len, strides: [w, mean, shift, source] });
+            axes.push(Axis { len, strides: [w, mean, output, source] });
         }
     }
-    Ok(Plan { nest: Nest::new(axes).in_memory_order(), shift_len: outputs * all_groups })
+    Ok(Plan { nest: Nest::new(axes).in_memory_order(), shift_len: channels.outputs })
 }
 
 /// The mean's stride along each spatial axis; none where it is per channel.
-fn mean_strides(shape: &[usize], roles: &[Role], mean: &Mean, channels: usize) -> Result<Vec<isize>, Error> {
-    if mean.shape == [channels] {
+fn mean_strides(channels: &Channels, mean: &Mean) -> Result<Vec<isize>, Error> {
+    if mean.shape == [channels.inputs] {
         return Ok(Vec::new());
     }
-    let taps = shape.iter().zip(roles).filter(|(_, role)| **role == Role::Space).map(|(&len, _)| len);
-    let per_tap: Vec<usize> = taps.chain([channels]).collect();
+    let taps = channels.loops.iter().filter(|l| l.role == Role::Space).map(|l| l.len);
+    let per_tap: Vec<usize> = taps.chain([channels.inputs]).collect();
     if mean.shape != per_tap {
-        return Err(Error::MeanShape { found: mean.shape.clone(), per_channel: vec![channels], per_tap });
+        return Err(Error::MeanShape { found: mean.shape.clone(), per_channel: vec![channels.inputs], per_tap });
     }
     Ok((1..per_tap.len()).map(|k| per_tap[k..].iter().product::<usize>() as isize).collect())
 }

@@ -18,7 +18,7 @@ use super::detach::detached;
 use crate::accumulate::{Compensated, Int4, Packed, SumOf, UInt4};
 use crate::channel_mean::{AxisWindow, Sample, channel_sums, packed_channel_sums, tap_sums};
 use crate::layout::Elements;
-use crate::weight_error::Tensor;
+use crate::weights::Tensor;
 
 /// A borrowed array: the borrow, and what numpy does not have in elements.
 pub struct View<'py, T: NumpyElement, E = T> {
