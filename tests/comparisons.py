@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr import Quantization, _kernels, fake_quantize, reference
+from biascorr import Quantization, _kernels, channel_scale, fake_quantize, reference
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ def _weight_error(weights: Any, fake_quantized: Any, mean: Any, groups: int, lay
     return _kernels.weight_error(weights, fake_quantized, np.asarray(mean, dtype=np.float64), groups, layout, True)
 
 
+def _channel_ranges(weights: Any, layout: str, axis: str, groups: int = 1, factors: Any = None) -> NDArray[Any]:
+    return channel_scale.channel_ranges(weights, layout, axis=axis, groups=groups, factors=factors)
+
+
+def _scaled_channels(weights: Any, layout: str, groups: int, outputs: Any, inputs: Any) -> NDArray[Any]:
+    return channel_scale.scaled_channels(weights, layout, groups=groups, output_factors=outputs, input_factors=inputs)
+
+
 COMPARISONS = {
     "channel_sums": Comparison(_channel_sums, reference.channel_sums, 1e-13),
     "channel_mean": Comparison(_channel_mean, reference.channel_mean, 1e-7),
@@ -76,5 +84,7 @@ COMPARISONS = {
     "quantize": Comparison(_quantize, reference.quantize, 0),
     "dequantize": Comparison(_dequantize, reference.dequantize, 0),
     "fake_quantize": Comparison(_fake_quantize, reference.fake_quantize, 0),
+    "channel_ranges": Comparison(_channel_ranges, reference.channel_ranges, 0),
+    "scaled_channels": Comparison(_scaled_channels, reference.scaled_channels, 0),
     "weight_error": Comparison(_weight_error, reference.weight_error, 1e-13),
 }

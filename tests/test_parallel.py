@@ -18,6 +18,7 @@ import hashlib
 import ml_dtypes
 import numpy as np
 from biascorr import MeanBiasCorrector, PackedInt4, Quantization, fake_quantize, prepare_input_mean, set_num_threads
+from biascorr.channel_scale import channel_ranges, scaled_channels
 from biascorr.statistics import TapMean, Window
 
 rng = np.random.default_rng(0)
@@ -59,6 +60,13 @@ for threads in (1, 2, 3, 4):
             computed = corrector.calculate_from_quantization(w, Quantization(scale=20.0))
             assert given.tobytes() == computed.tobytes(), layout
             digest.update(corrector.calculate_from_quantization(w, Quantization(np.linspace(1.0, 30.0, len(given)))))
+            inputs = np.linspace(0.1, 3.0, len(channel_ranges(w, layout, axis="I")))
+            outputs = np.linspace(0.1, 3.0, len(given))
+            for factors in ({}, {"factors": inputs}):
+                digest.update(channel_ranges(w, layout, axis="O", **factors))
+            for factors in ({}, {"factors": outputs}):
+                digest.update(channel_ranges(w, layout, axis="I", **factors))
+            digest.update(scaled_channels(w, layout, output_factors=outputs, input_factors=inputs))
     print(threads, digest.hexdigest())
 """
 

@@ -322,15 +322,88 @@ def weight_error(
     return np.asarray(np.einsum(f"{layout},{taps}GI->GO", error, mean).ravel())
 
 
+def _steps_along(shape: Sequence[int], layout: str) -> dict[str, NDArray[np.intp]]:
+    """0, 1, 2, ... along the axis of each letter."""
+    return {
+        letter: np.arange(size).reshape([-1 if at == letter else 1 for at in layout]) for letter, size in zip(layout, shape)
+    }
+
+
 def output_channels(shape: Sequence[int], groups: int, layout: str) -> NDArray[np.intp]:
     """The output channel g*O+o of each weight, in a shape that broadcasts to theirs; arguments as in :func:`weight_error`."""
     layout = layout.translate(_CANONICAL)
-    along = {
-        letter: np.arange(size).reshape([-1 if at == letter else 1 for at in layout]) for letter, size in zip(layout, shape)
-    }
+    along = _steps_along(shape, layout)
     outputs = shape[layout.index("O")]
     if "G" in layout:
         return np.asarray(along["G"] * outputs + along["O"])
     if layout[0] == "I":
         return np.asarray(along["I"] // (shape[0] // groups) * outputs + along["O"])
     return np.asarray(along["O"])
+
+
+def input_channels(shape: Sequence[int], groups: int, layout: str) -> NDArray[np.intp]:
+    """The input channel g*I+i of each weight, as :func:`output_channels` gives the output channel."""
+    layout = layout.translate(_CANONICAL)
+    along = _steps_along(shape, layout)
+    within: Any = along.get("I", 0)
+    inputs = shape[layout.index("I")] if "I" in layout else 1
+    if "G" in layout:
+        return np.asarray(along["G"] * inputs + within)
+    if layout[0] == "I":
+        return np.asarray(within)
+    return np.asarray(along["O"] // max(shape[layout.index("O")] // groups, 1) * inputs + within)
+
+
+def channel_count(shape: Sequence[int], groups: int, layout: str, axis: str) -> int:
+    """Output channels of all groups, or input channels with axis "I"."""
+    layout = layout.translate(_CANONICAL)
+    size = dict(zip(layout, shape))
+    per_axis, counts_all = size.get(axis, 1), axis == ("I" if layout[0] == "I" else "O")
+    return per_axis * size.get("G", 1 if counts_all else groups)
+
+
+def channel_ranges(
+    weights: ArrayLike, layout: str, axis: str, groups: int = 1, factors: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """max |W| * factor over all other axes, in float64; 0 of a channel without weights.
+
+    Parameters
+    ----------
+    weights : array_like
+        Axes as in `layout`.
+    layout, groups
+        As in :func:`weight_error`.
+    axis : str
+        "O" for a range per output channel, "I" per input channel.
+    factors : array_like, optional
+        One per channel of the other side.
+
+    Returns
+    -------
+    ndarray, (G*O,) or (G*I,), float64
+    """
+    weights = np.asarray(weights)
+    sides = output_channels(weights.shape, groups, layout), input_channels(weights.shape, groups, layout)
+    own, other = sides if axis == "O" else sides[::-1]
+    scale = 1.0 if factors is None else np.asarray(factors, dtype=np.float64)[other]
+    ranges = np.zeros(channel_count(weights.shape, groups, layout, axis))
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.maximum.at(ranges, np.broadcast_to(own, weights.shape), np.abs(weights.astype(np.float64)) * scale)
+    return ranges
+
+
+def scaled_channels(
+    weights: ArrayLike,
+    layout: str,
+    groups: int = 1,
+    output_factors: ArrayLike | None = None,
+    input_factors: ArrayLike | None = None,
+) -> NDArray[Any]:
+    """(W * output_factor) * input_factor in float64, in the dtype of the weights and C order; arguments as above."""
+    weights = np.asarray(weights)
+    scaled = weights.astype(np.float64)
+    with np.errstate(over="ignore"):
+        for factors, channels in ((output_factors, output_channels), (input_factors, input_channels)):
+            if factors is not None:
+                scaled = scaled * np.asarray(factors, dtype=np.float64)[channels(weights.shape, groups, layout)]
+        return np.ascontiguousarray(scaled.astype(weights.dtype.newbyteorder("=")))
