@@ -8,7 +8,7 @@ import pytest
 
 from biascorr import ActivationType, ConvBnInfoType
 from biascorr.model.analytical import analytical_shift, expected_input
-from biascorr.model.network import BatchNorm
+from biascorr.model.network import BatchNorm, Edits
 from biascorr.model.patterns import batch_norms_around_layers
 from biascorr.onnx.network import OnnxNetwork
 from networks import biases, channel_mean, fake_quantized, model_from_text, run, samples, weights
@@ -35,7 +35,7 @@ class Quantized:
         self.float = OnnxNetwork.load(model, "model")
         layer = self.float.layers[-1]
         self.weights = layer.weights
-        self.network = self.float.with_weights({layer.name: fake_quantized(layer.weights, layer.layout.index("O"))})
+        self.network = self.float.edited(Edits(weights={layer.name: fake_quantized(layer.weights, layer.layout.index("O"))}))
         self.layer = self.network.layers[-1]
         self.info = batch_norms_around_layers(self.float)[layer.name]
 

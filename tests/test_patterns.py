@@ -98,6 +98,7 @@ def test_statistics_that_are_computed_at_run_time():
 
 
 LOW, HIGH = {"low": np.float32(-1.5)}, {"high": np.float32(4)}
+PER_CHANNEL = {"high": np.float32([1, 2, 3, np.inf]).reshape(4, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,11 @@ LOW, HIGH = {"low": np.float32(-1.5)}, {"high": np.float32(4)}
         ("t = Clip<min=0.0>(n)", RELU, {"opset": 10}),
         ("t = Clip<min=0.0, max=3.4028234663852886e38>(n)", RELU, {"opset": 10}),
         ("t = Clip<min=-3.4028234663852886e38>(n)", NONE, {"opset": 10}),
+        ("t = Max(n, low)", RELU, {"low": np.float32(0)}),
+        ("t = Max(low, n)", ActivationType("clip", (-1.5, np.inf)), LOW),
+        ("t = Min(n, high)", ActivationType("clip", (-np.inf, 4.0)), {"high": np.float32([[[[4]]]])}),
+        ("t = Min(n, high)", ActivationType("clip", (-np.inf, (1.0, 2.0, 3.0, np.inf))), PER_CHANNEL),
+        ("t = Max(high, n)", ActivationType("clip", ((1.0, 2.0, 3.0, np.inf), np.inf)), PER_CHANNEL | {"opset": 8}),
         ("i = Identity(n) r = Relu(i) t = Identity(r)", RELU, {}),
         ("i = Dropout(n) r = Relu(i) t = Dropout(r)", RELU, {"opset": 9}),
         ("i, mask = Dropout(n) t = Relu(i)", RELU, {"opset": 13}),
@@ -139,7 +145,11 @@ def test_activations_before_a_layer(between, activation, options):
         ("t = LeakyRelu(n)", {}),
         ("t = PRelu(n, slope)", {"slope": np.float32([[[0.5]]] * 4)}),
         ("t = Sigmoid(n)", {}),
-        ("t = Max(n, zero)", {"zero": np.float32(0)}),
+        ("t = Max(n, least)", {"least": np.float32([0, 1, 2, 3, 4])}),
+        ("t = Max(n, least)", {"least": np.float32(np.nan)}),
+        ("t = Max(n, x)", {}),
+        ("t = Max(n)", {}),
+        ("t = Min(n, least, most)", {"least": np.float32(1), "most": np.float32(2)}),
         ("t = Mul(n, n)", {}),
         ("t = Add(n, x)", {}),
         ("r = Relu(n) t = Relu(r)", {}),
@@ -299,7 +309,7 @@ def test_layers_of_matrix_products_before_a_batch_normalization():
 def test_shapes_are_inferred_without_the_weights(constant_nodes, monkeypatch):
     model = before("p = GlobalAveragePool(n) t = Reshape(p, s)", **DENSE, s=np.int64([-1, 4]))
     network = OnnxNetwork.load(as_constant_nodes(model) if constant_nodes else model, "model")
-    monkeypatch.setattr("biascorr.onnx.surroundings._KNOWN_VALUES", 11)  # fewer than `w` has
+    monkeypatch.setattr("biascorr.onnx.shapes._KNOWN_VALUES", 11)  # fewer than `w` has
     infer, seen = onnx.shape_inference.infer_shapes, []
     monkeypatch.setattr(
         "onnx.shape_inference.infer_shapes", lambda model, **options: seen.append(model) or infer(model, **options)

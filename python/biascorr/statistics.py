@@ -415,14 +415,16 @@ def _scale_and_zero_point(quantization: Any, channels: int) -> tuple[Any, Any]:
     return scale, zero_point
 
 
-def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf, high: float = np.inf) -> NDArray[np.float64]:
+def clipped_normal_mean(
+    beta: ArrayLike, gamma: ArrayLike, low: ArrayLike = -np.inf, high: ArrayLike = np.inf
+) -> NDArray[np.float64]:
     """E[clip(x, low, high)] for x ~ N(beta, gamma^2).
 
     Parameters
     ----------
     beta, gamma : array_like, (C,)
         Mean and standard deviation; the sign of gamma does not matter, 0 means x = beta.
-    low, high : float
+    low, high : array_like, () or (C,)
         The bounds: (0, inf) is ReLU, (0, 6) ReLU6.
 
     Returns
@@ -432,7 +434,7 @@ def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf,
     Raises
     ------
     ValueError
-        Shapes differ; low > high.
+        Shapes differ; low > high, or they are neither numbers nor of the shape of beta.
 
     Notes
     -----
@@ -448,14 +450,18 @@ def clipped_normal_mean(beta: ArrayLike, gamma: ArrayLike, low: float = -np.inf,
     gamma = np.abs(gamma)
     if beta.shape != gamma.shape:
         raise ValueError(f"beta, gamma: shapes {beta.shape} and {gamma.shape}, expected equal")
-    if not low <= high:
+    low, high = (np.asarray(bound, dtype=np.float64) for bound in (low, high))
+    if not all(bound.shape in ((), beta.shape) for bound in (low, high)):
+        raise ValueError(f"low, high: shapes {low.shape} and {high.shape}, expected () or {beta.shape} as of beta")
+    if not (low <= high).all():
         raise ValueError(f"low, high: {low}, {high}, expected low <= high")
     spread = np.where(gamma == 0, 1.0, gamma)
     with np.errstate(over="ignore", invalid="ignore"):  # a bound that many deviations away is at infinity
         below, density_low = _tail_and_density((low - beta) / spread)
         above, density_high = _tail_and_density((beta - high) / spread)
         mean = beta * (1.0 - below - above) + gamma * (density_low - density_high)
-    mean += (low * below if np.isfinite(low) else 0.0) + (high * above if np.isfinite(high) else 0.0)
+    for bound, beyond in ((low, below), (high, above)):
+        mean += np.where(np.isfinite(bound), bound, 0.0) * beyond
     certain = (gamma == 0) | (np.isinf(beta) & np.isfinite(gamma)) | (low == high)
     return np.where(certain, np.clip(beta, low, high), mean)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from biascorr.calibration import ModelInput
 from biascorr.model.storage import Buffers
@@ -82,6 +82,10 @@ class Layer:
         A constant factor on the product (alpha of a Gemm).
     weight_step : ndarray or None
         Distance between neighbouring quantized weights, broadcastable to the weights; None where it is not known.
+    bias : ndarray or None
+        What is added to the product, in real units, its axes aligned with the last ones of the output; None where nothing is.
+    shares_weights : bool
+        Whether something else reads the same weights.
     """
 
     name: str
@@ -97,6 +101,8 @@ class Layer:
     window: Window | TransposedWindow | None = None
     gain: float = 1.0
     weight_step: NDArray[Any] | None = None
+    bias: NDArray[Any] | None = None
+    shares_weights: bool = False
 
     @property
     def channels(self) -> int:
@@ -127,6 +133,9 @@ class BatchNorm:
     epsilon: float
 
 
+Bound: TypeAlias = float | tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class ActivationType:
     """What an activation does to each value.
@@ -138,12 +147,13 @@ class ActivationType:
     ----------
     name : str
         "no_activation", "relu", "relu6", "clip" or "other".
-    bounds : (float, float) or None
-        What values are limited to, infinite where there is no limit; None for "other".
+    bounds : (bound, bound) or None
+        What values are limited to, infinite where there is no limit: each a number, or a tuple with one for each channel along
+        axis 1. None for "other".
     """
 
     name: str
-    bounds: tuple[float, float] | None
+    bounds: tuple[Bound, Bound] | None
 
     no_activation: ClassVar[ActivationType]
     relu: ClassVar[ActivationType]
@@ -151,7 +161,7 @@ class ActivationType:
     other: ClassVar[ActivationType]
 
     @classmethod
-    def clip(cls, low: float, high: float) -> ActivationType:
+    def clip(cls, low: Bound, high: Bound) -> ActivationType:
         """What limits values to these bounds.
 
         Examples
@@ -187,6 +197,15 @@ class Surroundings:
         What gives out its input, each channel where it was along axis 1.
     averages : collection of str
         What averages over positions, each channel where it was along axis 1.
+    leaky : collection of str
+        What multiplies negative values with constants of at least 0 and keeps others: LeakyReLU, PReLU.
+    paddings : collection of str
+        What pads with zeros along other axes than 0 and 1.
+    flattens : collection of str
+        What makes one axis of all but the first: each channel along axis 1 becomes as many neighbours as it had positions.
+    folded : mapping from str to BatchNorm
+        What is known of tensors because batch normalizations that made or read them have become part of layers: each is one
+        that would leave the tensor as it is, with channels along axis 1.
     shapes : mapping from str to tuple of int or None
         Shapes of tensors, as far as they are known before the network runs; None for an axis that may have any size.
     """
@@ -195,7 +214,37 @@ class Surroundings:
     activations: Mapping[str, ActivationType]
     identities: Collection[str]
     averages: Collection[str]
+    leaky: Collection[str]
+    paddings: Collection[str]
+    flattens: Collection[str]
+    folded: Mapping[str, BatchNorm]
     shapes: Mapping[str, tuple[int | None, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What is different in a copy of a network; all else is as it was.
+
+    Parameters
+    ----------
+    weights : mapping from str to ndarray
+        Of layers, by name, in their own layouts.
+    biases : mapping from str to ndarray
+        Of layers, by name: (channels,), or of the shape of the bias that was there. A layer without one gets one.
+    limits : mapping from str to (array_like, array_like)
+        What an activation limits values to, by the name of the operation: each a number or an array that broadcasts to its
+        tensor, infinite where there is no limit.
+    removed : collection of str
+        Operations whose first output is to be their first input.
+    folded : mapping from str to BatchNorm
+        What is known of tensors, by their names before the edits; see :class:`Surroundings`. What was known of others stays.
+    """
+
+    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    limits: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
+    removed: Collection[str] = ()
+    folded: Mapping[str, BatchNorm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -290,8 +339,8 @@ class Network(Protocol):
     def copy(self) -> Network:
         """A network of its own, to change its biases."""
 
-    def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
-        """A copy whose layers, by name, have other weights."""
+    def edited(self, edits: Edits) -> Network:
+        """A copy with these edits. Layers keep their names."""
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> Network:
         """A copy in which layers, by name, read their input moved to a grid: one scale and zero point, up to 16 bits.

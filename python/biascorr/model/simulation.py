@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from biascorr.model.network import Feeds, Layer, Network
+from biascorr.model.network import Edits, Feeds, Layer, Network
 from biascorr.model.quant_params import QuantParams
 from biascorr.quantization import Quantization
 
@@ -35,7 +35,7 @@ def simulated(network: Network, params: QuantParams, batches: Iterable[Feeds] = 
         quantized and there are no batches.
     """
     layers = layers_to_quantize(network, params)
-    copy = network.with_weights({layer.name: params.fake_quantized(layer) for layer in layers})
+    copy = network.edited(Edits(weights={layer.name: params.fake_quantized(layer) for layer in layers}))
     if params.activation_bits is None:
         return copy
     return copy.with_quantizers(input_quantizations(network, layers, batches, params.activation_bits))

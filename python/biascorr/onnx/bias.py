@@ -51,7 +51,7 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
     if node.op_type == "Gemm":
         change = _add_input(graph, node, layer, shift / factor)
         return BiasChange(change.applied * factor, change.note)
-    axes_behind = len(layer.layout) - 2 if layer.window is not None else int(layer.channel_axis == -2)
+    axes_behind = -1 - layer.output_axis
     aligned = shift.reshape(-1, *[1] * axes_behind)
     add = _following_add(graph, node)
     if add is not None:
@@ -60,15 +60,61 @@ def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray
     if _is_clamped(graph, node):
         return BiasChange(np.zeros(layer.channels), _CLAMPED)
     if layer.window is None:
-        return _insert_add(graph, node, aligned.astype(layer.weights.dtype))
+        return _insert_add(graph, node, layer, aligned)
     return _add_input(graph, node, layer, shift)
 
 
 def biased_output(graph: Graph, node: onnx.NodeProto) -> str:
-    """The output of a layer with its bias in it."""
-    has_own = node.op_type == "Gemm" or (len(node.input) > 2 and node.input[2])
-    add = None if has_own else _following_add(graph, node)
-    return str(node.output[0] if add is None else add[0].output[0])
+    """The output of a layer of real numbers with its bias in it."""
+    reader, _ = reader_of_bias(graph, node) or (node, None)
+    return str(reader.output[0])
+
+
+def reader_of_bias(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
+    """What adds the bias of a layer of real numbers, and as which of its inputs; None where the layer has no bias."""
+    if len(node.input) > 2 and node.input[2]:
+        return node, 2
+    return None if node.op_type == "Gemm" else _following_add(graph, node)
+
+
+def bias_of(graph: Graph, node: onnx.NodeProto, axes_behind: int) -> NDArray[Any] | None:
+    """The bias of a layer of real numbers, its axes aligned with the last ones of the output; None where it has none.
+
+    Parameters
+    ----------
+    graph : Graph
+        What the layer is in.
+    node : onnx.NodeProto
+        The layer.
+    axes_behind : int
+        Axes of its output behind that of the channels.
+    """
+    reader, index = reader_of_bias(graph, node) or (node, None)
+    if index is None:
+        return None
+    bias = graph.value(reader.input[index])
+    if node.op_type == "Gemm":
+        return np.asarray(bias * attributes(node).get("beta", 1.0))
+    return bias.reshape(-1, *[1] * axes_behind) if reader is node else bias
+
+
+def set_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, bias: NDArray[Any]) -> None:
+    """Replaces the bias of a layer of real numbers by another, aligned with the last axes of its output.
+
+    Where it is smaller than what was there, it is repeated; a layer without a bias gets one.
+    """
+    adds = reader_of_bias(graph, node)
+    if adds is None and node.op_type == "MatMul":
+        _insert_add(graph, node, layer, bias)
+        return
+    reader, index = adds or (node, 2)
+    if adds is not None and (reader is not node or node.op_type == "Gemm"):
+        bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, graph.value(reader.input[index]).shape))
+    if node.op_type == "Gemm":
+        bias = bias / attributes(node).get("beta", 1.0)
+    elif reader is node:
+        bias = bias.reshape(-1)
+    graph.set_constant(reader, index, bias.astype(layer.weights.dtype), f"{node.output[0]}_bias")
 
 
 def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -217,13 +263,14 @@ def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] |
     return np.tile(dequantizer.step, times) if rest == 0 and times in (1, layer.groups) else None
 
 
-def _insert_add(graph: Graph, node: onnx.NodeProto, bias: NDArray[Any]) -> BiasChange:
+def _insert_add(graph: Graph, node: onnx.NodeProto, layer: Layer, bias: NDArray[Any]) -> BiasChange:
     """An Add behind a node: it takes over the name of the output, so that nothing else changes.
 
     Behind an operator with a quantized output it stands between quantizers with that output's own step.
     """
-    output = node.output[0]
+    output, bias = node.output[0], bias.astype(layer.weights.dtype)
     constant = graph.add_initializer(f"{output}_bias", bias)
+    node.name = layer.name  # of a node without one, the layer would change its name with the output
     node.output[0] = graph.fresh_name(f"{output}_before_bias")
     graph.producer[node.output[0]] = node
     add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))

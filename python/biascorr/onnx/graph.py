@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Graph:
         self._names |= {node.name for node in model.graph.node}
         self._constant = self._find_constants()
         self._values: dict[str, NDArray[Any]] = {}
+        self._gone: set[str] = set()
 
     def _add_reader(self, node: onnx.NodeProto) -> None:
         for name in node.input:
@@ -61,6 +62,11 @@ class Graph:
                 for inner in function.node:
                     yield inner
                     yield from self.function_nodes(inner)
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators; 0 where the model uses none."""
+        return max((each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0)
 
     @property
     def nodes(self) -> Sequence[onnx.NodeProto]:
@@ -107,6 +113,14 @@ class Graph:
         alone = self._readers.get(name, 0) == 1 and name not in self.outputs
         nodes = self._nodes_reading.get(name, [])
         return nodes[0] if alone and len(nodes) == 1 else None
+
+    def read(self) -> set[str]:
+        """The tensors that something reads, the model's caller among them."""
+        return {name for name, count in self._readers.items() if name and count} | self.outputs
+
+    def is_captured(self, name: str) -> bool:
+        """Whether a subgraph reads a tensor."""
+        return self._readers.get(name, 0) > len(self._nodes_reading.get(name, ()))
 
     def fresh_name(self, base: str) -> str:
         name, k = base, 1
@@ -181,6 +195,66 @@ class Graph:
             self._constant.update(inserted.output)
         return inserted
 
+    def redirect(self, name: str, to: str) -> None:
+        """Lets the nodes that read a tensor read another one; what subgraphs and the model's caller read stays."""
+        for node in list(self._nodes_reading.get(name, ())):
+            for index, each in enumerate(node.input):
+                if each == name:
+                    self.set_input(node, index, to)
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a tensor that a node makes a name that nothing has; subgraphs and the model's caller must not read it."""
+        node = self.producer.pop(name)
+        node.output[list(node.output).index(name)] = new
+        self.producer[new] = node
+        self._gone.discard(new)
+        self._gone.add(name)
+        self.redirect(name, new)
+
+    def replace(self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **given: Any) -> None:
+        """Makes a node compute its first output otherwise: by another operator of ONNX, from other inputs."""
+        for index in range(len(inputs), len(node.input)):
+            self.set_input(node, index, "")
+        for index, name in enumerate(inputs):
+            self.set_input(node, index, name)
+        del node.input[len(inputs) :], node.output[1:], node.attribute[:]
+        node.op_type, node.domain = op, ""
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in given.items())
+
+    def remove(self, node: onnx.NodeProto) -> None:
+        """Takes out a node whose outputs nothing has to make any more."""
+        del self.model.graph.node[next(k for k, each in enumerate(self.nodes) if each is node)]
+        for name in (*node.input, *captured(node)):
+            self._readers[name] -= 1
+        for name in node.input:
+            self._nodes_reading[name].remove(node)
+        for name in filter(None, node.output):
+            self.producer.pop(name, None)
+            self._gone.add(name)
+
+    def remove_unread(self, names: Collection[str]) -> None:
+        """Takes out what makes only tensors that nothing reads, some of these among them; then what nothing says more about."""
+        for node in list(self.nodes)[::-1]:
+            if any(name in names for name in node.output) and not any(map(self._is_read, filter(None, node.output))):
+                self.remove(node)
+        for name in [name for name in self.initializers if name in names and not self._is_read(name)]:
+            self.initializers.pop(name)
+            self._gone.add(name)
+        graph = self.model.graph
+        for fields in (graph.initializer, graph.input, graph.value_info):
+            _remove_where(fields, lambda each: each.name in self._gone)
+        _remove_where(graph.quantization_annotation, lambda each: each.tensor_name in self._gone)
+
+    def _is_read(self, name: str) -> bool:
+        return self._readers.get(name, 0) > 0 or name in self.outputs
+
+
+def _remove_where(fields: Any, is_gone: Callable[[Any], bool]) -> None:
+    """From a repeated field, in place: what stays is not copied."""
+    for index in reversed(range(len(fields))):
+        if is_gone(fields[index]):
+            del fields[index]
+
 
 def named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """Nodes by name; by operator and output where they have none of their own."""
@@ -189,6 +263,11 @@ def named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
         own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
         nodes[own] = node
     return nodes
+
+
+def weight_index(node: onnx.NodeProto, graph: Graph) -> int:
+    """Which input of a convolution or matrix product is its constant one."""
+    return 0 if node.op_type == "MatMul" and graph.is_constant(node.input[0]) else 1
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -221,5 +300,6 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
 
 def _tensor(array: NDArray[Any], like: onnx.TensorProto) -> onnx.TensorProto:
     tensor = numpy_helper.from_array(np.asarray(array, order="C"), like.name)
-    tensor.doc_string = like.doc_string
+    if like.doc_string:
+        tensor.doc_string = like.doc_string
     return tensor

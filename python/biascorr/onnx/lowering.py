@@ -52,7 +52,6 @@ class _Lowering:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._opset = max((each.version for each in graph.model.opset_import if each.domain in ("", "ai.onnx")), default=0)
 
     def nodes_for(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         """What a node is written as; None where it stays as it is."""
@@ -140,7 +139,7 @@ class _Lowering:
         """What dequantizes a tensor given with its step and zero point; the axis that several steps belong to."""
         tensor, *parameters = quantized
         step = self._graph.value(parameters[0])
-        if step.size > 1 and self._opset < _AXIS_OF_DEQUANTIZER:
+        if step.size > 1 and self._graph.opset < _AXIS_OF_DEQUANTIZER:
             return [], self._real_constant(tensor, parameters, axis)
         output = self._graph.fresh_name(f"{tensor}_real")
         node = helper.make_node("DequantizeLinear", [tensor, *self._parameters(parameters)], [output])

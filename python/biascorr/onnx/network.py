@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.calibration import ModelInput
-from biascorr.model.network import BiasChange, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
+from biascorr.model.network import BiasChange, Edits, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
 from biascorr.model.storage import Buffers
 from biascorr.onnx import files
-from biascorr.onnx.bias import add_to_bias, biased_output
-from biascorr.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes
+from biascorr.onnx.bias import add_to_bias, bias_of, biased_output, reader_of_bias
+from biascorr.onnx.edits import edit
+from biascorr.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes, weight_index
 from biascorr.onnx.lowering import lowered
 from biascorr.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.onnx.runtime import Runner, session
@@ -35,6 +36,11 @@ _POINTWISE = {
     "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
 """Operators that activations are made of: each element of the output depends on one element of each input."""
+
+_COPIES = {
+    "Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""Operators behind which weights are the same in another form."""
 
 _WEIGHTED = {
     "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
@@ -71,7 +77,7 @@ class OnnxNetwork:
         self.operations = _operations(self._nodes, self._graph)
         self.layers: list[Layer] = []
         self.left_alone: list[LayerReport] = []
-        self._graph.values(_weights_of(node, self._graph) for node in self._nodes.values() if _has_weights(node, self._graph))
+        self._graph.values(name for node in self._nodes.values() for name in _constants_of(node, self._graph))
         for node_name, node in self._nodes.items():
             found = self._layer(node_name, node)
             if isinstance(found, Layer):
@@ -131,13 +137,9 @@ class OnnxNetwork:
             graph.set_input(node, index, moved[key])
         return OnnxNetwork(graph.model, self._name)
 
-    def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> OnnxNetwork:
+    def edited(self, edits: Edits) -> OnnxNetwork:
         graph, nodes = self._copy_of_what_computes()
-        for name, array in weights.items():
-            node = nodes[name]
-            index = _weight_index(node, graph)
-            shape = graph.value(node.input[index]).shape
-            graph.set_constant(node, index, array.reshape(shape), f"{node.input[index]}_fake_quantized")
+        edit(graph, nodes, self.layers, edits)
         return OnnxNetwork(graph.model, self._name)
 
     def copy(self) -> OnnxNetwork:
@@ -198,6 +200,8 @@ class OnnxNetwork:
             given.get("group", 1),
             _transposed_window(given, weights.shape[2:]) if transposed else _window(given, weights.shape[2:]),
             weight_step=self._weight_step(node.input[1], weights),
+            bias=bias_of(self._graph, node, rank),
+            shares_weights=_shares_weights(node, self._graph),
         )
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
@@ -208,13 +212,25 @@ class OnnxNetwork:
         axis = 0 if given.get("transA", 0) else 1
         weights = self._graph.value(node.input[1])
         tensor, quantization = self._read(node.input[0])
-        gain, step = given.get("alpha", 1.0), self._weight_step(node.input[1], weights)
-        output = biased_output(self._graph, node)
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, output, -1, gain=gain, weight_step=step)
+        return Layer(
+            name,
+            node.op_type,
+            weights,
+            layout,
+            tensor,
+            quantization,
+            axis,
+            biased_output(self._graph, node),
+            -1,
+            gain=given.get("alpha", 1.0),
+            weight_step=self._weight_step(node.input[1], weights),
+            bias=bias_of(self._graph, node, 0),
+            shares_weights=_shares_weights(node, self._graph),
+        )
 
     def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """x W contracts the last axis of x, W x the one before."""
-        index = _weight_index(node, self._graph)
+        index = weight_index(node, self._graph)
         if not self._graph.is_constant(node.input[index]):
             return None
         weights = self._graph.value(node.input[index])
@@ -223,9 +239,20 @@ class OnnxNetwork:
         weights = weights.reshape(weights.shape[-2:])
         tensor, quantization = self._read(node.input[1 - index])
         layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
-        step = self._weight_step(node.input[index], weights)
-        output = biased_output(self._graph, node)
-        return Layer(name, node.op_type, weights, layout, tensor, quantization, axis, output, axis, weight_step=step)
+        return Layer(
+            name,
+            node.op_type,
+            weights,
+            layout,
+            tensor,
+            quantization,
+            axis,
+            biased_output(self._graph, node),
+            axis,
+            weight_step=self._weight_step(node.input[index], weights),
+            bias=bias_of(self._graph, node, -1 - axis),
+            shares_weights=_shares_weights(node, self._graph),
+        )
 
     def _weight_step(self, name: str, weights: NDArray[Any]) -> NDArray[Any] | None:
         dequantizer = dequantizer_of(self._graph, name)
@@ -305,17 +332,29 @@ def _input(value: onnx.ValueInfoProto) -> ModelInput:
     return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
 
 
-def _weight_index(node: onnx.NodeProto, graph: Graph) -> int:
-    return 0 if node.op_type == "MatMul" and graph.is_constant(node.input[0]) else 1
-
-
 def _activation_index(node: onnx.NodeProto, graph: Graph) -> int:
-    return 1 - _weight_index(node, graph)
+    return 1 - weight_index(node, graph)
 
 
-def _has_weights(node: onnx.NodeProto, graph: Graph) -> bool:
-    return node.op_type in _LAYERS and graph.is_constant(_weights_of(node, graph))
+def _constants_of(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
+    """The weights of a layer and its bias, where they are constant."""
+    if node.op_type not in _LAYERS or not graph.is_constant(_weights_of(node, graph)):
+        return
+    yield _weights_of(node, graph)
+    adds = reader_of_bias(graph, node)
+    if adds is not None and graph.is_constant(adds[0].input[adds[1]]):
+        yield adds[0].input[adds[1]]
+
+
+def _shares_weights(node: onnx.NodeProto, graph: Graph) -> bool:
+    name = _weights_of(node, graph)
+    while graph.only_reader(name) is node:
+        maker = graph.producer.get(name)
+        if maker is None or maker.op_type not in _COPIES:
+            return False
+        node, name = maker, maker.input[0]
+    return True
 
 
 def _weights_of(node: onnx.NodeProto, graph: Graph) -> str:
-    return str(node.input[_weight_index(node, graph)])
+    return str(node.input[weight_index(node, graph)])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, shape_inference
 
-from biascorr.model.network import ActivationType, BatchNorm, Surroundings
+from biascorr.model.network import ActivationType, BatchNorm, Bound, Surroundings
 from biascorr.onnx.graph import Graph, attributes
+from biascorr.onnx.shapes import Shapes, inferred_shapes
 
 _OTHER = {
     "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "PRelu", "Selu", "Shrink",
@@ -19,29 +19,33 @@ _OTHER = {
 }  # fmt: skip
 """Activations that do more than limit values to constants, or do not show it."""
 
+_OF_ANY_ORDER = ("Max", "Min")
+"""Operators whose constant may be before the tensor that they limit to it."""
+
+_WITH_PARAMETERS = ("BatchNormalization", "Clip", "Max", "Min", "PRelu", "Pad", "Reshape")
+"""Operators whose constants tell what they are."""
+
 _RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 _UNLIMITED = float(np.finfo(np.float32).max)
 """What a bound is by default where it is an attribute: beyond it, values are not limited."""
 
-_KNOWN_VALUES = 64
-"""Elements that a constant may have to count as a shape or axes, whose values shape inference needs."""
-
-Shapes: TypeAlias = Mapping[str, tuple[int | None, ...]]
-"""Shapes of tensors by name; None for an axis of any size."""
-
 
 def surroundings_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Surroundings:
     """Of the named nodes of a graph."""
     acting = {name: node for name, node in nodes.items() if _acts_on_a_tensor(node, graph)}
-    parameters = (_parameters(node, graph) for node in acting.values() if node.op_type in ("BatchNormalization", "Clip"))
+    parameters = (_parameters(node, graph) for node in acting.values() if node.op_type in _WITH_PARAMETERS)
     graph.values(name for names in parameters if names is not None for name in names if name)
-    shapes = _shapes(graph.model)
+    shapes = inferred_shapes(graph.model)
     return Surroundings(
         _recognised(acting, lambda name, node: _batch_norm(name, node, graph)),
-        _recognised(acting, lambda _, node: _activation(node, graph)),
+        _recognised(acting, lambda _, node: _activation(node, graph, shapes)),
         {name for name, node in acting.items() if _is_identity(node, graph, shapes)},
         {name for name, node in acting.items() if _is_average(node, graph, shapes)},
+        {name for name, node in acting.items() if _is_leaky(node, graph)},
+        {name for name, node in acting.items() if _is_padding(node, graph, shapes)},
+        {name for name, node in acting.items() if _is_flatten(node, graph, shapes)},
+        {},
         shapes,
     )
 
@@ -52,8 +56,9 @@ def _recognised(nodes: Mapping[str, onnx.NodeProto], recognise: Callable[[str, o
 
 
 def _acts_on_a_tensor(node: onnx.NodeProto, graph: Graph) -> bool:
-    """Whether its operator is one of ONNX, and its first input depends on those of the model."""
-    return node.domain in ("", "ai.onnx") and bool(node.input) and not graph.is_constant(node.input[0])
+    """Whether its operator is one of ONNX, and its first input, or any of a Max or Min, depends on those of the model."""
+    tensors = node.input if node.op_type in _OF_ANY_ORDER else node.input[:1]
+    return node.domain in ("", "ai.onnx") and not all(map(graph.is_constant, tensors))
 
 
 def _parameters(node: onnx.NodeProto, graph: Graph) -> list[str] | None:
@@ -73,9 +78,13 @@ def _batch_norm(name: str, node: onnx.NodeProto, graph: Graph) -> BatchNorm | No
     return BatchNorm(name, beta, gamma, mean, variance, given.get("epsilon", 1e-5))
 
 
-def _activation(node: onnx.NodeProto, graph: Graph) -> ActivationType | None:
+def _activation(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> ActivationType | None:
     if node.op_type == "Relu":
         return ActivationType.relu
+    if node.op_type in _OF_ANY_ORDER:
+        bound = _bound(node, graph, shapes)
+        both = (bound, math.inf) if node.op_type == "Max" else (-math.inf, bound)
+        return ActivationType.other if bound is None else ActivationType.clip(*both)
     bounds = _clip_bounds(node, graph) if node.op_type == "Clip" else None
     if bounds is not None:
         return ActivationType.clip(min(bounds), bounds[1])  # where they cross, the upper one counts
@@ -90,6 +99,67 @@ def _clip_bounds(node: onnx.NodeProto, graph: Graph) -> tuple[float, float] | No
     given = attributes(node) | {key: graph.value(name).item() for key, name in zip(("min", "max"), names) if name}
     low, high = float(given.get("min", -math.inf)), float(given.get("max", math.inf))
     return -math.inf if low <= -_UNLIMITED else low, math.inf if high >= _UNLIMITED else high
+
+
+def _bound(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> Bound | None:
+    """What a Max or Min limits one tensor to: a number, or one for each channel along axis 1; None for anything else."""
+    constants = [name for name in node.input if graph.is_constant(name)]
+    if len(node.input) != 2 or len(constants) != 1:
+        return None
+    bound = graph.value(constants[0]).astype(np.float64)
+    shape = shapes.get(next(name for name in node.input if name not in constants))
+    if np.isnan(bound).any() or bound.ndim > (1 if shape is None else len(shape)):
+        return None
+    if bound.size == 1:
+        return float(bound.item())
+    along = len(shape or ()) - bound.ndim  # axes that the constant has not
+    of_channels = 0 <= 1 - along < bound.ndim and bound.shape[1 - along] == bound.size
+    fits = shape is not None and shape[1] in (None, bound.size)
+    return tuple(bound.ravel().tolist()) if of_channels and fits else None
+
+
+def _is_leaky(node: onnx.NodeProto, graph: Graph) -> bool:
+    if node.op_type == "PRelu":
+        return graph.is_constant(node.input[1]) and bool((graph.value(node.input[1]) >= 0).all())
+    return node.op_type == "LeakyRelu" and attributes(node).get("alpha", 0.01) >= 0
+
+
+def _is_padding(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
+    if node.op_type != "Pad" or attributes(node).get("mode", b"constant") != b"constant":
+        return False
+    names, given, rank = _parameters(node, graph), attributes(node), len(shapes.get(node.input[0], ()))
+    if names is None:
+        return False
+    pads, value, axes = (graph.value(name).tolist() if name else None for name in (*names, "", "", "")[:3])
+    pads = given["pads"] if pads is None else pads
+    value = given.get("value", 0.0) if value is None else value
+    axes = range(len(pads) // 2) if axes is None else axes
+    if np.any(value) or (rank == 0 and any(axis < 0 for axis in axes)):
+        return False
+    return all(axis % max(rank, axis + 1) > 1 or not any(each) for axis, *each in zip(axes, pads, pads[len(pads) // 2 :]))
+
+
+def _is_flatten(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
+    before, after = (shapes.get(name, ()) for name in (node.input[0], node.output[0]))
+    if node.op_type == "Flatten":
+        axis = attributes(node).get("axis", 1)
+        return axis == 1 or (bool(before) and axis + len(before) == 1)
+    if node.op_type != "Reshape":
+        return False
+    if _keeps_first_axis(node, graph):
+        return True
+    if len(after) != 2 or not before:
+        return False
+    others = None if None in before[1:] else math.prod(size or 0 for size in before[1:])
+    return (before[0] is not None and before[0] == after[0]) or (others is not None and others > 0 and others == after[1])
+
+
+def _keeps_first_axis(node: onnx.NodeProto, graph: Graph) -> bool:
+    """Whether a Reshape makes two axes, and says of the first that it stays."""
+    if not graph.is_constant(node.input[1]) or attributes(node).get("allowzero", 0):
+        return False
+    shape = graph.value(node.input[1]).tolist()
+    return len(shape) == 2 and shape[0] == 0
 
 
 def _is_identity(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
@@ -115,35 +185,3 @@ def _is_average(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
         return False
     axes = graph.value(parameters[0]).tolist() if any(parameters) else attributes(node).get("axes", [])
     return bool(axes) and rank > 0 and all(axis % rank > 1 for axis in axes)
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
-    inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
-    values: Iterable[onnx.ValueInfoProto] = (*inferred.input, *inferred.value_info, *inferred.output)
-    return {value.name: _shape(value) for value in values if value.type.tensor_type.HasField("shape")}
-
-
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    return tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim)
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with large constants as inputs, so that inference copies no weights and has no limit of 2 GB."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    in_nodes = {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
-    large = {name: each for name, each in (tensors | in_nodes).items() if math.prod(each.dims) > _KNOWN_VALUES}
-    declared = {value.name for value in model.graph.input}
-    weights = [
-        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
-        for name, tensor in large.items()
-        if name not in declared
-    ]
-    graph = helper.make_graph(
-        [node for node in model.graph.node if not (node.op_type == "Constant" and node.output[0] in large)],
-        "shapes",
-        [*model.graph.input, *weights],
-        list(model.graph.output),
-        [tensor for name, tensor in tensors.items() if name not in large],
-        value_info=list(model.graph.value_info),
-    )
-    return helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)

@@ -1,0 +1,54 @@
+"""What onnx infers of the tensors of a model without running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import onnx
+from onnx import helper, shape_inference
+
+_KNOWN_VALUES = 64
+"""Elements that a constant may have to count as a shape or axes, whose values shape inference needs."""
+
+Shapes: TypeAlias = Mapping[str, tuple[int | None, ...]]
+"""Shapes of tensors by name; None for an axis of any size."""
+
+
+def inferred_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Element types and shapes of tensors by name, as far as they are known."""
+    inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+    values: Iterable[onnx.ValueInfoProto] = (*inferred.input, *inferred.value_info, *inferred.output)
+    return {value.name: value.type.tensor_type for value in values}
+
+
+def inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of tensors by name; those of unknown rank are left out."""
+    return {name: _shape(tensor) for name, tensor in inferred_types(model).items() if tensor.HasField("shape")}
+
+
+def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int | None, ...]:
+    return tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim)
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with large constants as inputs, so that inference copies no weights and has no limit of 2 GB."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    in_nodes = {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    large = {name: each for name, each in (tensors | in_nodes).items() if math.prod(each.dims) > _KNOWN_VALUES}
+    declared = {value.name for value in model.graph.input}
+    weights = [
+        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+        for name, tensor in large.items()
+        if name not in declared
+    ]
+    graph = helper.make_graph(
+        [node for node in model.graph.node if not (node.op_type == "Constant" and node.output[0] in large)],
+        "shapes",
+        [*model.graph.input, *weights],
+        list(model.graph.output),
+        [tensor for name, tensor in tensors.items() if name not in large],
+        value_info=list(model.graph.value_info),
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)
