@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from biascorr.model.network import Edits
+from biascorr.model.network import BatchNorm, Edits
 from biascorr.onnx.network import OnnxNetwork
 from networks import as_constant_nodes, biases, constants_of, model_from_text, run, samples, weights
 
@@ -305,3 +305,185 @@ def test_shared_weights(text, shared):
     assert not network.layers[0].shares_weights
     for found, expected, factor in zip(outputs(network.model), outputs(model), (2, 1), strict=True):
         np.testing.assert_array_equal(found, factor * expected)
+
+
+INF = np.inf
+VECTOR = np.array([0.5, INF, 1.0]).reshape(3, 1, 1)
+LIMITS = [
+    ((-INF, INF), []),
+    ((0, INF), ["Relu"]),
+    ((0, 1), ["Clip"]),
+    ((-0.5, INF), ["Clip"]),
+    ((-INF, 0.25), ["Clip"]),
+    ((0.5, 0.5), ["Clip"]),
+    ((0, VECTOR), ["Relu", "Min"]),
+    ((-VECTOR, INF), ["Max"]),
+    ((-INF, VECTOR), ["Min"]),
+    ((-VECTOR, VECTOR), ["Max", "Min"]),
+    ((-1, VECTOR), ["Max", "Min"]),
+    ((0, np.full((3, 1, 1), 6.0)), ["Clip"]),
+    ((np.zeros((3, 1, 1)), np.full((3, 1, 1), INF)), ["Relu"]),
+]
+ACTIVATIONS = {"relu": "Relu(x)", "clip": "Clip(x, c, d)", "clip below": "Clip(x, c)", "max": "Max(x, c)", "min": "Min(c, x)"}
+
+
+def clipping(activation, type_="float", opset=17, ends="y = Identity(t)"):
+    if opset < 11:
+        activation = re.sub(r"Clip\(x.*\)", "Clip<min=-1.0>(x)", activation)
+    dtype = {"float": np.float32, "float16": np.float16, "double": np.float64}[type_]
+    constants = {name: dtype(k) for k, name in enumerate("cd", -1) if re.search(rf"[ (]{name}[,)]", activation)}
+    text = f"g ({type_}[N,3,5,4] x) => ({type_}[N,3,5,4] y) {{ [act] t = {activation} {ends} }}"
+    return model_from_text(text, **constants, opset=opset, ir_version=3 if opset < 9 else 8)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("opset", [8, 10, 11, 13, 21])
+@pytest.mark.parametrize(("limits", "operators"), LIMITS, ids=str)
+def test_limits(limits, operators, opset, activation):
+    network = edited(clipping(ACTIVATIONS[activation], opset=opset), limits={"act": limits})
+    *nodes, last = network.model.graph.node
+    assert [node.op_type for node in nodes] == operators
+    assert last.input[0] == ("t" if operators else "x")
+    assert [node.name for node in nodes] == ["act", *[f"act_{op}" for op in operators[1:]]][: len(operators)]
+    assert len(network.model.graph.initializer) == sum(len(node.input) - 1 for node in nodes)
+    assert len(network.model.graph.input) == 1 + (opset < 9) * len(network.model.graph.initializer)
+    x = (X - 1).astype(np.float32)
+    x[0, :, 0, 0] = np.nan
+    x[0, :, 1, 0], x[0, :, 2, 0] = INF, -INF
+    (found,) = outputs(network.model, x)
+    np.testing.assert_array_equal(found, np.clip(x, *limits))
+
+
+@pytest.mark.parametrize("type_", ["float16", "double"])
+@pytest.mark.parametrize("opset", [8, 11, 12, 21])
+@pytest.mark.parametrize("limits", [(-1, 1), (-INF, 0.25), (-VECTOR, VECTOR), (0, 1e300), (0, VECTOR)], ids=str)
+def test_limits_of_other_types(type_, opset, limits):
+    network = edited(clipping("Relu(x)", type_, opset), limits={"act": limits})
+    x = (X - 1).astype(np.float16 if type_ == "float16" else np.float64)
+    (found,) = outputs(network.model, x)
+    assert found.dtype == x.dtype
+    np.testing.assert_array_equal(found, np.clip(x.astype(np.float64), *limits))
+
+
+def test_limits_of_numbers_before_max_and_min_broadcast():
+    network = edited(clipping("Relu(x)", opset=7), limits={"act": (-1, 2)})
+    np.testing.assert_array_equal(outputs(network.model)[0], X.clip(-1, 2))
+    with pytest.raises(ValueError, match="act: such limits need opset 8 or newer, the model has 7"):
+        network.edited(Edits(limits={"act": (-1, VECTOR)}))
+
+
+def test_limits_behind_a_layer_whose_type_nothing_else_tells():
+    text = "g (float[N,3,5,4] x) => (float[N,A,B,C] y) { a = com.microsoft.Gelu(x) [layer] t = Conv(a, w) [act] y = Relu(t) }"
+    model = model_from_text(text, w=weights(2, 3, 1, 1))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    network = OnnxNetwork.load(model, "model").edited(Edits(limits={"act": (0, 1)}))
+    np.testing.assert_array_equal(outputs(network.model)[0], np.minimum(outputs(model)[0], 1))
+    del model.graph.node[1]
+    model.graph.node[1].input[0] = "a"
+    with pytest.raises(ValueError, match="act: the type of a, which it limits, is not known"):
+        OnnxNetwork.load(model, "model").edited(Edits(limits={"act": (0, 1)}))
+
+
+def test_limits_of_an_output_of_the_model():
+    network = edited(clipping("Relu(x)", ends="y = Neg(t) [out] z = Relu(x)"), limits={"act": (-INF, INF), "out": (0, VECTOR)})
+    np.testing.assert_array_equal(outputs(network.model)[0], -X)
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "message"),
+    [
+        ("Relu(x)", (1, 0), "act: limits 1.0 and 0.0, expected the first to be at most the second"),
+        ("Relu(x)", (0, np.nan), "act: limits 0.0 and nan, expected the first to be at most the second"),
+        ("Sigmoid(x)", (0, 1), "limits: 'act' is no activation that limits values of the model"),
+        ("Max(x, x)", (0, 1), "limits: 'act' is no activation that limits values of the model"),
+    ],
+)
+def test_limits_that_cannot_be(text, limits, message):
+    with pytest.raises(ValueError, match=message):
+        OnnxNetwork.load(clipping(text), "model").edited(Edits(limits={"act": limits}))
+
+
+def norm(name="bn", *, beta=(0.5, -1.0), gamma=(2.0, 0.25)):
+    beta, gamma = np.float64(beta), np.float64(gamma)
+    return BatchNorm(name, beta, gamma, beta, gamma**2, 0.0)
+
+
+def folded_in(network):
+    return {tensor: (each.name, *each.beta, *each.gamma) for tensor, each in network.surroundings.folded.items()}
+
+
+CHAIN = "g (float[N,3,5,4] x) => (float[N,3,5,4] y) { [a] s = Abs(x) [b] t = Relu(s) [c] u = Identity(t) [d] y = Neg(u) }"
+
+
+def test_what_is_known_of_tensors_is_kept_in_the_model(tmp_path):
+    model = model_from_text(CHAIN)
+    assert folded_in(OnnxNetwork.load(model, "model")) == {}
+    network = edited(model, folded={"s": norm("one"), "y": norm("two", beta=(0.1, 1e30))})
+    network.save(tmp_path / "model.onnx")
+    again = OnnxNetwork.load(tmp_path / "model.onnx", "model")
+    assert folded_in(again)["s"] == ("one", 0.5, -1.0, 2.0, 0.25)
+    assert folded_in(again)["y"] == ("two", *np.float32([0.1, 1e30]).astype(np.float64), 2.0, 0.25)
+    known = again.surroundings.folded["s"]
+    assert (known.epsilon, known.beta.dtype) == (0.0, np.float64)
+    np.testing.assert_array_equal([known.mean, known.variance], [known.beta, known.gamma**2])
+    assert [entry.key for entry in again.model.metadata_props] == ["author", "biascorr.folded"]
+    assert again.model.metadata_props[1].value.startswith('{"s":["one","AAAAPwAAgL8=","AAAAQAAAgD4="],"y":')
+
+
+def test_what_was_known_of_other_tensors_stays():
+    network = edited(model_from_text(CHAIN), folded={"s": norm("one"), "t": norm("two")})
+    network = edited(network.model, folded={"t": norm("three")})
+    assert {tensor: each[0] for tensor, each in folded_in(network).items()} == {"s": "one", "t": "three"}
+    assert folded_in(edited(network.model)) == folded_in(network)
+
+
+@pytest.mark.parametrize(
+    ("given", "edits", "found"),
+    [
+        ("t", {"removed": "b"}, {"s": "t"}),
+        ("st", {"removed": "b"}, {"s": "t"}),
+        ("ts", {"removed": "b"}, {"s": "t"}),
+        ("s", {"removed": "b"}, {"s": "s"}),
+        ("u", {"removed": "bc"}, {"s": "u"}),
+        ("u", {"removed": "cb"}, {"s": "u"}),
+        ("tu", {"removed": "dc"}, {"y": "u"}),
+        ("s", {"removed": "dcb"}, {"y": "s"}),
+        ("x", {"removed": "abcd"}, {"x": "x"}),
+        ("y", {"removed": "abcd"}, {"y": "y"}),
+        ("st", {"limits": {"b": (-INF, INF)}}, {"s": "t"}),
+        ("st", {"limits": {"b": (-1, VECTOR)}}, {"s": "s", "t": "t"}),
+        ("z", {}, {}),
+    ],
+)
+@pytest.mark.parametrize("known_before", [False, True])
+def test_what_is_known_moves_with_the_tensors(given, edits, found, known_before):
+    folded, model = {tensor: norm(tensor) for tensor in given}, model_from_text(CHAIN)
+    first, second = ({"folded": folded}, edits) if known_before else ({"folded": folded, **edits}, {})
+    network = edited(edited(model, **first).model, **second)
+    assert {tensor: each[0] for tensor, each in folded_in(network).items()} == found
+    kept = [entry.value for entry in network.model.metadata_props if entry.key == "biascorr.folded"]
+    assert bool(kept) == bool(found)
+
+
+def test_what_is_known_of_tensors_that_are_gone_is_ignored():
+    network = edited(model_from_text(CHAIN), folded={"s": norm("one"), "t": norm("two")})
+    network.model.graph.node[0].output[0] = network.model.graph.node[1].input[0] = "other"
+    network = OnnxNetwork.load(network.model, "model")
+    assert list(folded_in(network)) == ["t"]
+    assert '"s"' not in edited(network.model).model.metadata_props[-1].value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"s": 3}', '{"s": ["n"]}', '{"s": ["n", "", "", ""]}', '{"s": [1, "", ""]}', '{"s": ["n", 1, 2]}',
+     '{"s": ["n", "AAAAAA==", ""]}', '{"s": ["n", "AAAA", "AAAA"]}', '{"s": ["n", "?", "?"]}', '{"s": ["n", "\\u00e9", ""]}',
+     "[" * 99999],
+)  # fmt: skip
+def test_metadata_that_somebody_changed(text):
+    model = model_from_text(CHAIN)
+    model.metadata_props.add(key="biascorr.folded", value=text)
+    network = OnnxNetwork.load(model, "model")
+    with pytest.raises(ValueError, match=r"^metadata 'biascorr.folded': .*; expected what biascorr writes there, or nothing$"):
+        _ = network.surroundings
+    with pytest.raises(ValueError, match="metadata 'biascorr.folded'"):
+        network.edited(Edits())

@@ -271,8 +271,7 @@ def _insert_add(graph: Graph, node: onnx.NodeProto, layer: Layer, bias: NDArray[
     output, bias = node.output[0], bias.astype(layer.weights.dtype)
     constant = graph.add_initializer(f"{output}_bias", bias)
     node.name = layer.name  # of a node without one, the layer would change its name with the output
-    node.output[0] = graph.fresh_name(f"{output}_before_bias")
-    graph.producer[node.output[0]] = node
+    graph.give_up_output(node, f"{output}_before_bias")
     add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
     new = [add]
     if node.op_type == "QLinearMatMul":

@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from onnx import helper
 
-from biascorr.model.network import Edits, Layer
+from biascorr.model.network import BatchNorm, Edits, Layer
 from biascorr.onnx.bias import set_bias
+from biascorr.onnx.folded import folded_of, keep_folded
 from biascorr.onnx.graph import Graph, named_nodes, weight_index
+from biascorr.onnx.limits import limited, set_limits
+from biascorr.onnx.shapes import inferred_types
 
 
-def edit(graph: Graph, nodes: Mapping[str, onnx.NodeProto], layers: Sequence[Layer], edits: Edits) -> None:
+def edit(
+    graph: Graph, nodes: Mapping[str, onnx.NodeProto], layers: Sequence[Layer], limiting: Collection[str], edits: Edits
+) -> None:
     """Edits a graph in place.
 
     Parameters
@@ -28,28 +34,36 @@ def edit(graph: Graph, nodes: Mapping[str, onnx.NodeProto], layers: Sequence[Lay
         Its nodes by name. They keep their names.
     layers : sequence of Layer
         Its layers.
+    limiting : collection of str
+        Its activations that limit values.
     edits : Edits
         What is to be different.
 
     Raises
     ------
     ValueError
-        There is no such layer or operation; weights or a bias of another shape than the layer's; an operation cannot be
-        removed.
+        There is no such layer, activation or operation; weights or a bias of another shape than the layer's; limits that
+        cross or that the opset cannot say; an operation that cannot be removed; metadata of ours that somebody changed.
     """
-    known, read = {layer.name: layer for layer in layers}, graph.read()
+    known = {layer.name: layer for layer in layers}
+    computed = [name for name, node in nodes.items() if not graph.is_constant(node.output[0])]
     _check_names("weights", edits.weights, known, "layer")
     _check_names("biases", edits.biases, known, "layer")
-    computed = [name for name, node in nodes.items() if not graph.is_constant(node.output[0])]
+    _check_names("limits", edits.limits, limiting, "activation that limits values")
     _check_names("removed", edits.removed, computed, "operation")
+    position = {output: k for k, node in enumerate(nodes.values()) for output in node.output}
+    read, types = graph.read(), _types(graph, layers) if edits.limits else {}
     for name, weights in edits.weights.items():
         _set_weights(graph, nodes[name], known[name], weights)
     for name, bias in edits.biases.items():
         set_bias(graph, nodes[name], known[name], _aligned(known[name], bias))
-    for name in edits.removed:
-        _remove(graph, nodes[name], name)
+    unlimited = [name for name, limits in edits.limits.items() if not _set_limits(graph, nodes[name], name, limits, types)]
+    renamed: dict[str, str] = {}
+    for name in dict.fromkeys([*unlimited, *edits.removed]):
+        renamed |= _remove(graph, nodes[name], name)
     graph.remove_unread(read)
     _keep_names(graph, nodes)
+    _keep_folded(graph, edits.folded, renamed, position)
 
 
 def _check_names(what: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -78,20 +92,38 @@ def _aligned(layer: Layer, bias: NDArray[Any]) -> NDArray[Any]:
     return bias
 
 
-def _remove(graph: Graph, node: onnx.NodeProto, name: str) -> None:
-    """Lets what reads the first output of a node read its input."""
-    source, output = next(each for each in node.input if not graph.is_constant(each)), node.output[0]
+def _types(graph: Graph, layers: Sequence[Layer]) -> dict[str, np.dtype[Any]]:
+    """Of tensors, as far as they are known."""
+    types = {name: tensor.elem_type for name, tensor in inferred_types(graph.model).items() if tensor.elem_type}
+    dtypes = {name: np.dtype(helper.tensor_dtype_to_np_dtype(each)) for name, each in types.items()}
+    return dtypes | {layer.output: layer.weights.dtype for layer in layers}
+
+
+def _set_limits(
+    graph: Graph, node: onnx.NodeProto, name: str, limits: tuple[ArrayLike, ArrayLike], types: Mapping[str, np.dtype[Any]]
+) -> bool:
+    tensor = limited(graph, node)
+    if tensor not in types:
+        raise ValueError(f"{name}: the type of {tensor}, which it limits, is not known")
+    return set_limits(graph, node, name, limits, types[tensor])
+
+
+def _remove(graph: Graph, node: onnx.NodeProto, name: str) -> dict[str, str]:
+    """Lets what reads the first output of a node read its input; returns the tensor that is gone, and what it is called now."""
+    source, output = limited(graph, node), node.output[0]
     for other in filter(None, node.output[1:]):
         if other in graph.read():
             raise ValueError(f"{name}: it cannot be removed: its output {other} is read too")
     graph.redirect(output, source)
     if output not in graph.outputs and not graph.is_captured(output):
         graph.remove(node)
-    elif source in graph.producer and source not in graph.outputs and not graph.is_captured(source):
+        return {output: source}
+    if source in graph.producer and source not in graph.outputs and not graph.is_captured(source):
         graph.remove(node)
         graph.rename(source, output)
-    else:
-        graph.replace(node, "Identity", [source])
+        return {source: output}
+    graph.replace(node, "Identity", [source])
+    return {}
 
 
 def _keep_names(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> None:
@@ -100,3 +132,17 @@ def _keep_names(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> None:
     for name, node in nodes.items():
         if found.get(id(node), name) != name:
             node.name = name
+
+
+def _keep_folded(
+    graph: Graph, folded: Mapping[str, BatchNorm], renamed: Mapping[str, str], position: Mapping[str, int]
+) -> None:
+    """Adds what is known of tensors; where two have become one, what the nodes behind them knew is kept."""
+    known = {}
+    for entries in (folded_of(graph.model), folded):
+        for tensor in sorted(entries, key=lambda name: position.get(name, -1)):
+            name = tensor
+            while name in renamed:
+                name = renamed[name]
+            known[name] = entries[tensor]
+    keep_folded(graph.model, {name: norm for name, norm in known.items() if graph.has(name)})

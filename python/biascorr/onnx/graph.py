@@ -73,6 +73,11 @@ class Graph:
         nodes: Sequence[onnx.NodeProto] = self.model.graph.node
         return nodes
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name that depends on the inputs of the model, or is one of them."""
+        inputs = (each.name for each in self.model.graph.input)
+        return name not in self._constant and (name in self.producer or name in inputs)
+
     def is_constant(self, name: str) -> bool:
         return name in self._constant
 
@@ -210,6 +215,11 @@ class Graph:
         self._gone.discard(new)
         self._gone.add(name)
         self.redirect(name, new)
+
+    def give_up_output(self, node: onnx.NodeProto, base: str) -> None:
+        """Gives the first output of a node a fresh name, so that another node can take over the one it had."""
+        node.output[0] = self.fresh_name(base)
+        self.producer[node.output[0]] = node
 
     def replace(self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **given: Any) -> None:
         """Makes a node compute its first output otherwise: by another operator of ONNX, from other inputs."""

@@ -139,8 +139,13 @@ class OnnxNetwork:
 
     def edited(self, edits: Edits) -> OnnxNetwork:
         graph, nodes = self._copy_of_what_computes()
-        edit(graph, nodes, self.layers, edits)
+        limiting = [name for name in edits.limits if self._limits(name)]
+        edit(graph, nodes, self.layers, limiting, edits)
         return OnnxNetwork(graph.model, self._name)
+
+    def _limits(self, name: str) -> bool:
+        activation = self.surroundings.activations.get(name)
+        return activation is not None and activation.bounds is not None
 
     def copy(self) -> OnnxNetwork:
         model = onnx.ModelProto()

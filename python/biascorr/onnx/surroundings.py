@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from biascorr.model.network import ActivationType, BatchNorm, Bound, Surroundings
+from biascorr.onnx.folded import folded_of
 from biascorr.onnx.graph import Graph, attributes
 from biascorr.onnx.shapes import Shapes, inferred_shapes
 
@@ -45,7 +46,7 @@ def surroundings_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Surrou
         {name for name, node in acting.items() if _is_leaky(node, graph)},
         {name for name, node in acting.items() if _is_padding(node, graph, shapes)},
         {name for name, node in acting.items() if _is_flatten(node, graph, shapes)},
-        {},
+        {name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
         shapes,
     )
 
