@@ -12,20 +12,29 @@ from onnx import helper, shape_inference
 _KNOWN_VALUES = 64
 """Elements that a constant may have to count as a shape or axes, whose values shape inference needs."""
 
+Types: TypeAlias = Mapping[str, onnx.TypeProto.Tensor]
+"""Element types and shapes of tensors by name."""
+
 Shapes: TypeAlias = Mapping[str, tuple[int | None, ...]]
 """Shapes of tensors by name; None for an axis of any size."""
 
 
-def inferred_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+def inferred_types(model: onnx.ModelProto) -> Types:
     """Element types and shapes of tensors by name, as far as they are known."""
     inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     values: Iterable[onnx.ValueInfoProto] = (*inferred.input, *inferred.value_info, *inferred.output)
     return {value.name: value.type.tensor_type for value in values}
 
 
-def inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+def known_shapes(types: Types) -> dict[str, tuple[int | None, ...]]:
     """Shapes of tensors by name; those of unknown rank are left out."""
-    return {name: _shape(tensor) for name, tensor in inferred_types(model).items() if tensor.HasField("shape")}
+    return {name: _shape(tensor) for name, tensor in types.items() if tensor.HasField("shape")}
+
+
+def first_size(types: Types, name: str) -> onnx.TensorShapeProto.Dimension | None:
+    """The size of axis 0 of a tensor, a number or a name that stands for one; None where neither is known."""
+    axes = types[name].shape.dim if name in types else []
+    return axes[0] if len(axes) and axes[0].WhichOneof("value") else None
 
 
 def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int | None, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnx
 from biascorr.model.network import ActivationType, BatchNorm, Bound, Surroundings
 from biascorr.onnx.folded import folded_of
 from biascorr.onnx.graph import Graph, attributes
-from biascorr.onnx.shapes import Shapes, inferred_shapes
+from biascorr.onnx.shapes import Shapes, Types, first_size, inferred_types, known_shapes
 
 _OTHER = {
     "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "PRelu", "Selu", "Shrink",
@@ -37,17 +37,18 @@ def surroundings_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Surrou
     acting = {name: node for name, node in nodes.items() if _acts_on_a_tensor(node, graph)}
     parameters = (_parameters(node, graph) for node in acting.values() if node.op_type in _WITH_PARAMETERS)
     graph.values(name for names in parameters if names is not None for name in names if name)
-    shapes = inferred_shapes(graph.model)
+    types = inferred_types(graph.model)
+    shapes = known_shapes(types)
     return Surroundings(
-        _recognised(acting, lambda name, node: _batch_norm(name, node, graph)),
-        _recognised(acting, lambda _, node: _activation(node, graph, shapes)),
-        {name for name, node in acting.items() if _is_identity(node, graph, shapes)},
-        {name for name, node in acting.items() if _is_average(node, graph, shapes)},
-        {name for name, node in acting.items() if _is_leaky(node, graph)},
-        {name for name, node in acting.items() if _is_padding(node, graph, shapes)},
-        {name for name, node in acting.items() if _is_flatten(node, graph, shapes)},
-        {name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
-        shapes,
+        batch_norms=_recognised(acting, lambda name, node: _batch_norm(name, node, graph)),
+        activations=_recognised(acting, lambda _, node: _activation(node, graph, shapes)),
+        identities={name for name, node in acting.items() if _is_identity(node, graph, shapes)},
+        averages={name for name, node in acting.items() if _is_average(node, graph, shapes)},
+        leaky={name for name, node in acting.items() if _is_leaky(node, graph)},
+        paddings={name for name, node in acting.items() if _is_padding(node, graph, shapes)},
+        flattens={name for name, node in acting.items() if _is_flatten(node, graph, types, shapes)},
+        folded={name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
+        shapes=shapes,
     )
 
 
@@ -113,10 +114,10 @@ def _bound(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> Bound | None:
         return None
     if bound.size == 1:
         return float(bound.item())
-    along = len(shape or ()) - bound.ndim  # axes that the constant has not
-    of_channels = 0 <= 1 - along < bound.ndim and bound.shape[1 - along] == bound.size
-    fits = shape is not None and shape[1] in (None, bound.size)
-    return tuple(bound.ravel().tolist()) if of_channels and fits else None
+    if shape is None or len(shape) < 2 or shape[1] not in (None, bound.size):
+        return None
+    aligned = (1,) * (len(shape) - bound.ndim) + bound.shape
+    return tuple(bound.ravel().tolist()) if aligned[1] == bound.size else None
 
 
 def _is_leaky(node: onnx.NodeProto, graph: Graph) -> bool:
@@ -126,33 +127,34 @@ def _is_leaky(node: onnx.NodeProto, graph: Graph) -> bool:
 
 
 def _is_padding(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
-    if node.op_type != "Pad" or attributes(node).get("mode", b"constant") != b"constant":
+    given, names = attributes(node), _parameters(node, graph)
+    if node.op_type != "Pad" or names is None or given.get("mode", b"constant") != b"constant":
         return False
-    names, given, rank = _parameters(node, graph), attributes(node), len(shapes.get(node.input[0], ()))
-    if names is None:
-        return False
-    pads, value, axes = (graph.value(name).tolist() if name else None for name in (*names, "", "", "")[:3])
-    pads = given["pads"] if pads is None else pads
-    value = given.get("value", 0.0) if value is None else value
-    axes = range(len(pads) // 2) if axes is None else axes
-    if np.any(value) or (rank == 0 and any(axis < 0 for axis in axes)):
-        return False
-    return all(axis % max(rank, axis + 1) > 1 or not any(each) for axis, *each in zip(axes, pads, pads[len(pads) // 2 :]))
+    given |= {key: graph.value(name) for key, name in zip(("pads", "value", "axes"), names) if name}
+    pads = np.reshape(given["pads"], (2, -1))  # in front and behind
+    axes = np.asarray(given.get("axes", range(pads.shape[1])))
+    rank = len(shapes.get(node.input[0], ()))
+    outer = np.where(axes < 0, axes + (rank or -axes), axes) < 2  # of unknown rank, any from the end may be one of these
+    return not np.any(given.get("value", 0.0)) and not pads[:, outer].any()
 
 
-def _is_flatten(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
+def _is_flatten(node: onnx.NodeProto, graph: Graph, types: Types, shapes: Shapes) -> bool:
     before, after = (shapes.get(name, ()) for name in (node.input[0], node.output[0]))
     if node.op_type == "Flatten":
         axis = attributes(node).get("axis", 1)
-        return axis == 1 or (bool(before) and axis + len(before) == 1)
+        return axis == 1 or (len(before) > 1 and axis + len(before) == 1)
     if node.op_type != "Reshape":
         return False
     if _keeps_first_axis(node, graph):
         return True
-    if len(after) != 2 or not before:
-        return False
-    others = None if None in before[1:] else math.prod(size or 0 for size in before[1:])
-    return (before[0] is not None and before[0] == after[0]) or (others is not None and others > 0 and others == after[1])
+    samples = first_size(types, node.input[0])
+    same_samples = samples is not None and samples == first_size(types, node.output[0])
+    return len(before) > 1 and len(after) == 2 and (same_samples or _product(before[1:]) == after[1] != 0)
+
+
+def _product(sizes: Sequence[int | None]) -> int:
+    """Of sizes that are all known, else 0."""
+    return math.prod(size or 0 for size in sizes)
 
 
 def _keeps_first_axis(node: onnx.NodeProto, graph: Graph) -> bool:
