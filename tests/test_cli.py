@@ -421,7 +421,12 @@ def read_until(terminal, pattern):
 
 
 def spilled(folder):
-    """The folders of activations beyond the budget; onnxruntime keeps a file of its own beside them."""
+    """The folders of activations beyond the budget."""
+    return list(folder.glob("biascorr-*/biascorr-*"))
+
+
+def left_in(folder):
+    """What should be gone; onnxruntime keeps a file of its own beside it."""
     return list(folder.glob("biascorr-*"))
 
 
@@ -462,10 +467,77 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, stat
     assert process.returncode == status, shown
     assert b"Traceback" not in shown
     assert printed == b""
-    assert (shown.count(b"error: interrupted") == 1) == (number is signal.SIGINT)
+    ended = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"terminated"}
+    lines = [b"error: " + ended[number] + b", nothing was written"] if number in ended else []
+    assert re.findall(rb"error: [^\r\n]*", shown) == lines
     assert names_in(folder) == before
-    assert number is signal.SIGKILL or spilled(temporary) == []
+    assert number is signal.SIGKILL or left_in(temporary) == []
     assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+SIGNALLING = """
+import os, pkgutil, sys
+from biascorr.__main__ import main
+
+def signal_after(number, place):
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    plain = getattr(owner, name)
+
+    def called(*arguments, **options):
+        setattr(owner, name, plain)
+        result = plain(*arguments, **options)
+        os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, called)
+
+signal_after(int(sys.argv.pop(1)), sys.argv.pop(1))
+main()
+"""
+"""Runs the command; a signal comes right after the first call of a function."""
+
+MOMENTS = {
+    "the command starts": ("typer.Typer", "nothing was written"),
+    "a folder is made": ("tempfile.mkdtemp", "nothing was written"),
+    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
+    "the output is in its place": ("pathlib.Path.hardlink_to", "but out.onnx is written"),
+    "the report is made": ("biascorr.report.table.table_from_report", "but out.onnx is written"),
+}
+
+
+def run_and_signal(number, place, folder, *, answer, **variables):
+    """The command with its output; `answer` is how the process that starts it answers the signal."""
+    arguments = ("correct", "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", "--memory-budget", "1kB")
+    return subprocess.run(
+        [sys.executable, "-c", SIGNALLING, str(int(number)), place, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(**variables),
+        preexec_fn=lambda: signal.signal(number, answer),
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_signal_at_a_bad_moment(moment, number, ended, folder, tmp_path_factory):
+    place, state = MOMENTS[moment]
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = run_and_signal(number, place, folder, answer=signal.SIG_DFL, TMPDIR=str(temporary))
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {ended}, {state}"
+    assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
+    assert left_in(temporary) == []
+
+
+def test_interrupt_that_is_ignored_where_the_command_starts_stays_so(folder):
+    done = run_and_signal(signal.SIGINT, "rich.progress.Progress.start", folder, answer=signal.SIG_IGN)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.onnx").is_file()
 
 
 def test_command_needs_no_writable_home(folder):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
-import signal
+import shutil
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -23,9 +26,7 @@ from biascorr.model import correction
 from biascorr.model.correction import Correction
 from biascorr.model.quant_params import QuantParams
 from biascorr.report.table import table_from_report, table_from_scores
-
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""What a shell reports of a command that the signal ended."""
+from biascorr.signals import Signals, StoppedError, leave
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 _WEIGHT_BITS = 8
@@ -35,13 +36,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 """Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM."""
 
 
-def _fail(message: object, status: int = 1) -> NoReturn:
+def _fail(message: object) -> NoReturn:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(_TERMINATED)  # on the way out, the temporary folder is removed
+    raise SystemExit(1)
 
 
 def _bytes_from_text(text: str) -> int:
@@ -105,37 +102,58 @@ def correct(
     """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
     if data is None and method != "analytical":
         raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
-    signal.signal(signal.SIGTERM, _terminate)
+    signals = Signals()
     warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
     _replace_what_cannot_be_encoded()
     try:
         _check_output(output, force)
         if quantized and (weight_bits != _WEIGHT_BITS or per_channel):
             raise ValueError("--weight-bits and --per-channel are of simulated quantization: not with --quantized")
-        with Progress(*_COLUMNS, console=Console(stderr=True)) as bar:
+        with _temporary_folder(), Progress(*_COLUMNS, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
-            result = correction.correct(
-                model,
-                data,
-                quantized=quantized,
-                method=method,
-                strength=strength,
-                shrunk=shrunk,
-                quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
-                memory_budget=memory_budget,
-                progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+            result = signals.wait_for(
+                lambda: correction.correct(
+                    model,
+                    data,
+                    quantized=quantized,
+                    method=method,
+                    strength=strength,
+                    shrunk=shrunk,
+                    quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+                    memory_budget=memory_budget,
+                    progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+                )
             )
         result.save(output, force=force)
-    except KeyboardInterrupt:
-        _fail("interrupted, nothing was written", _INTERRUPTED)
+    except StoppedError as stopped:
+        leave(stopped.number, "nothing was written")
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         _fail(error or type(error).__name__)
+    signals.leave_from_now_on(f"but {output} is written")
     try:
         _print_report(result, output)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
         if not isinstance(error, BrokenPipeError):  # who reads along may leave
             _fail(f"{output} is written, but the report cannot be printed: {error}")
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Has all temporary folders made inside one, which can be removed while a thread still writes there.
+
+    It stays where they are made, or that thread would go on elsewhere.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix="biascorr-")
+    except OSError:  # a run within its memory budget needs none
+        yield
+        return
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        shutil.rmtree(Path(folder).rename(f"{folder}-"), ignore_errors=True)  # by its new name, nothing is added to it
 
 
 def _replace_what_cannot_be_encoded() -> None:
