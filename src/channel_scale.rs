@@ -313,12 +313,20 @@ pub enum Side {
     Input,
 }
 
+/// Checks that there is a factor for each channel.
+fn checked_count(name: &'static str, factors: Option<&[f64]>, channels: usize) -> Result<(), Error> {
+    match factors {
+        Some(factors) if factors.len() != channels => {
+            Err(Error::FactorCount { name, found: factors.len(), expected: channels })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Checks that there is a positive factor for each channel.
 fn checked_factors(name: &'static str, factors: Option<&[f64]>, channels: usize) -> Result<(), Error> {
+    checked_count(name, factors, channels)?;
     let Some(factors) = factors else { return Ok(()) };
-    if factors.len() != channels {
-        return Err(Error::FactorCount { name, found: factors.len(), expected: channels });
-    }
     match factors.iter().position(|&factor| !(factor > 0.0 && factor < f64::INFINITY)) {
         Some(index) => Err(Error::Factor { name, index, found: factors[index].to_string() }),
         None => Ok(()),
@@ -452,8 +460,8 @@ pub fn scaled_channels<T: Real>(
     weights: &Tensor<T>, layout: &str, groups: usize, [outputs, inputs]: [Option<&[f64]>; 2], scaled: &mut [T],
 ) -> Result<(), Error> {
     let channels = Channels::new(weights.shape, groups, layout)?;
-    checked_factors("output_factors", outputs, channels.outputs)?;
-    checked_factors("input_factors", inputs, channels.inputs)?;
+    checked_count("output_factors", outputs, channels.outputs)?;
+    checked_count("input_factors", inputs, channels.inputs)?;
     let mut at = weights.len() as isize;
     let axes = channels.loops.iter().map(|l| {
         at /= l.len.max(1) as isize;

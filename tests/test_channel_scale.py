@@ -227,10 +227,6 @@ def test_lists_and_other_kinds_of_factors():
         ({"factors": np.ones(6)}, ValueError, "factors: 6 values, expected 4, one for each channel"),
         ({"factors": np.ones((4, 1))}, ValueError, "factors: 2 axes, expected one"),
         ({"factors": 2.0}, ValueError, "factors: 0 axes, expected one"),
-        ({"factors": [1.0, 0.0, 1.0, 1.0]}, ValueError, r"factors\[1\]: 0, expected a finite number above 0"),
-        ({"factors": [1.0, 2.0, -1.5, 1.0]}, ValueError, r"factors\[2\]: -1.5, expected a finite number above 0"),
-        ({"factors": [1.0, 2.0, 1.0, np.nan]}, ValueError, r"factors\[3\]: NaN, expected a finite number above 0"),
-        ({"factors": [np.inf, 2.0, 1.0, 1.0]}, ValueError, r"factors\[0\]: inf, expected a finite number above 0"),
         ({"factors": ["a"] * 4}, TypeError, "factors: dtype"),
     ],
 )
@@ -249,6 +245,14 @@ def test_what_does_not_fit_is_named(arguments, error, message):
         weights = np.swapaxes(arguments.pop("weights"), 0, 1)
         with pytest.raises(error, match=message.replace("input", "output")):
             scaled_channels(weights, "OIW", output_factors=arguments["input_factors"])
+
+
+@pytest.mark.parametrize(("factor", "found"), [(0.0, "0"), (-1.5, "-1.5"), (np.nan, "NaN"), (np.inf, "inf")])
+def test_ranges_are_of_positive_factors_and_scaled_weights_of_any(factor, found):
+    weights, factors = np.ones((2, 4)), [1.0, 2.0, factor, 1.0]
+    with pytest.raises(ValueError, match=rf"factors\[2\]: {found}, expected a finite number above 0"):
+        channel_ranges(weights, "OI", axis="O", factors=factors)
+    np.testing.assert_array_equal(scaled_channels(weights, "OI", input_factors=factors), weights * factors)
 
 
 def test_the_number_of_threads_changes_nothing():

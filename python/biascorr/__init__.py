@@ -1,8 +1,8 @@
 """Takes the bias that quantization leaves in neural networks out again.
 
 Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`, :class:`MeanBiasCorrector` and its relatives,
-:func:`fake_quantize`. Whole models: :func:`correct`, :class:`QuantParams`, and the classic
-:class:`BiasCorrection`.
+:func:`fake_quantize`. Whole models: :func:`correct`, :func:`equalize`, :class:`QuantParams`, and the classic
+:class:`BiasCorrection` and :func:`equalize_model`.
 """
 
 import importlib
@@ -22,7 +22,17 @@ from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
     from biascorr.model.classic import BiasCorrection, BiasCorrectionParams
+    from biascorr.model.classic_equalization import (
+        ClsSetInfo,
+        ClsSetLayerPairInfo,
+        CrossLayerScaling,
+        HighBiasFold,
+        equalize_model,
+        fold_all_batch_norms,
+        fold_given_batch_norms,
+    )
     from biascorr.model.correction import Correction, correct
+    from biascorr.model.equalization import Equalization, equalize
     from biascorr.model.network import ActivationType, LayerReport
     from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
     from biascorr.model.quant_params import QuantParams
@@ -35,9 +45,14 @@ __all__ = [
     "BiasCorrectionType",
     "BiasCorrector",
     "ChannelMean",
+    "ClsSetInfo",
+    "ClsSetLayerPairInfo",
     "ConvBnInfoType",
     "Correction",
+    "CrossLayerScaling",
     "EmpiricalBiasCorrector",
+    "Equalization",
+    "HighBiasFold",
     "LayerReport",
     "MeanBiasCorrector",
     "NullBiasCorrector",
@@ -45,8 +60,12 @@ __all__ = [
     "QuantParams",
     "Quantization",
     "correct",
+    "equalize",
+    "equalize_model",
     "fake_quantize",
     "find_all_convs_bn_with_activation",
+    "fold_all_batch_norms",
+    "fold_given_batch_norms",
     "get_num_threads",
     "prepare_input_mean",
     "set_num_threads",
@@ -59,12 +78,21 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "ActivationType": "biascorr.model.network",
         "BiasCorrection": "biascorr.model.classic",
         "BiasCorrectionParams": "biascorr.model.classic",
+        "ClsSetInfo": "biascorr.model.classic_equalization",
+        "ClsSetLayerPairInfo": "biascorr.model.classic_equalization",
         "ConvBnInfoType": "biascorr.model.patterns",
         "Correction": "biascorr.model.correction",
+        "CrossLayerScaling": "biascorr.model.classic_equalization",
+        "Equalization": "biascorr.model.equalization",
+        "HighBiasFold": "biascorr.model.classic_equalization",
         "LayerReport": "biascorr.model.network",
         "QuantParams": "biascorr.model.quant_params",
         "correct": "biascorr.model.correction",
+        "equalize": "biascorr.model.equalization",
+        "equalize_model": "biascorr.model.classic_equalization",
         "find_all_convs_bn_with_activation": "biascorr.model.patterns",
+        "fold_all_batch_norms": "biascorr.model.classic_equalization",
+        "fold_given_batch_norms": "biascorr.model.classic_equalization",
     }
 
     def __getattr__(name):

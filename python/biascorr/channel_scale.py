@@ -82,7 +82,7 @@ def scaled_channels(
     weights, layout, groups
         As in :func:`channel_ranges`.
     output_factors, input_factors : array_like, optional
-        One for each output channel g*O+o and input channel g*I+i, above 0; 1 where they are None.
+        One for each output channel g*O+o and input channel g*I+i; 1 where they are None.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def scaled_channels(
     Raises
     ------
     TypeError, ValueError
-        As :func:`channel_ranges`.
+        As :func:`channel_ranges`, but for factors of any value.
 
     Examples
     --------

@@ -225,6 +225,13 @@ class Window:
     pads: tuple[tuple[int, int], ...]
     auto_pad: str = "NOTSET"
 
+    @property
+    def sees_every_tap(self) -> bool:
+        """Whether every output position sees real input at every tap, whatever the shape of the input."""
+        if self.auto_pad != "NOTSET":
+            return all(taps == 1 for taps in self.taps)
+        return not any(map(any, self.pads))
+
     def along(self, shape: Sequence[int]) -> list[AxisWindow]:
         """(taps, stride, dilation, pad, outputs) along each axis of an input with this spatial shape."""
         windows = []
@@ -278,6 +285,12 @@ class TransposedWindow:
     output_padding: tuple[int, ...]
     output_shape: tuple[int, ...] | None = None
     auto_pad: str = "NOTSET"
+
+    @property
+    def sees_every_tap(self) -> bool:
+        """Whether every output position gets something from every tap, whatever the shape of the input."""
+        single = all(taps == stride == 1 for taps, stride in zip(self.taps, self.strides))
+        return single and not any(self.output_padding) and self.output_shape is None
 
     def along(self, shape: Sequence[int]) -> list[tuple[list[tuple[int, int]], int]]:
         """Along each axis of an input of this spatial shape: (first, end) of the inputs that each tap spreads; the outputs."""

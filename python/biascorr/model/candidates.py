@@ -17,11 +17,8 @@ from biascorr.model.judging import NOT_JUDGED, Judge, Score
 from biascorr.model.methods import Empirical, Hybrid, Method, Shift, mean_shift
 from biascorr.model.network import Feeds, Layer, LayerReport, Network
 from biascorr.model.patterns import ConvBnInfoType, batch_norms_around_layers
-from biascorr.model.samples import Samples
+from biascorr.model.samples import Progress, Samples
 from biascorr.model.sweep import CPUS, Measured, Sweep, empty_mean, in_order
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is going on, what of it is done, and how much there is (None if unknown)."""
 
 _DEPTH = 8
 """Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from biascorr.calibration import ModelInput, batches_from_data, number_of_batches, number_of_samples
-from biascorr.model.candidates import Candidate, Progress, Workshop
+from biascorr.model.candidates import Candidate, Workshop
 from biascorr.model.counterparts import counterparts
 from biascorr.model.judging import NOT_JUDGED, Score
 from biascorr.model.loading import network_from_model
 from biascorr.model.methods import Activation, Empirical, Mean, Shift
 from biascorr.model.network import Layer, LayerReport, Network
 from biascorr.model.quant_params import QuantParams
-from biascorr.model.samples import ONE_OF, Samples
+from biascorr.model.samples import ONE_OF, Progress, Samples
 from biascorr.model.simulation import simulated
 from biascorr.model.storage import Storage, default_budget
 
@@ -185,7 +184,7 @@ def correct(
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
         if data is not None:
-            _read(samples, data, (measured or reference).inputs, report_progress)
+            samples.read(data, (measured or reference).inputs, report_progress)
         if measured is None:
             measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
             matching = {layer.name: layer for layer in reference.layers}
@@ -235,18 +234,6 @@ def _check_inputs_and_outputs(reference: Network, quantized: Network) -> None:
     if len(reference.outputs) != len(quantized.outputs):
         counts = f"{len(quantized.outputs)} outputs, expected {len(reference.outputs)}"
         raise ValueError(f"quantized: not of this float model: {counts}")
-
-
-def _read(samples: Samples, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
-    """Takes all batches. Raises ValueError where there are none."""
-    total = number_of_batches(data)
-    lasting = isinstance(data, (np.ndarray, Mapping, list, tuple))
-    for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
-        kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may use its arrays again
-        samples.add(kept, number_of_samples(feeds, inputs))
-        progress("reading samples", done, total)
-    if samples.batches == 0:
-        raise ValueError("data: no samples, at least one is needed")
 
 
 def _candidates(workshop: Workshop, method: str, strength: float, shrunk: bool) -> list[Candidate]:

@@ -107,8 +107,24 @@ class Layer:
     @property
     def channels(self) -> int:
         """Output channels, of all groups."""
-        of_a_group = int(self.weights.shape[self.layout.index("O")])
-        return of_a_group * self.groups if self.layout.startswith("I") else of_a_group
+        return self._size_of("OMGC") * (self.groups if self.layout.startswith("I") else 1)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels that it reads, of all groups."""
+        return self._size_of("IGC") * (1 if self.layout.startswith("I") else self.groups)
+
+    def _size_of(self, letters: str) -> int:
+        return math.prod(size for letter, size in zip(self.layout, self.weights.shape) if letter in letters)
+
+    def along_channels(self, values: NDArray[Any]) -> NDArray[Any]:
+        """One value for each output channel, its axes aligned with the last ones of the output."""
+        return values.reshape(-1, *[1] * (-1 - self.output_axis))
+
+    @property
+    def sees_every_tap(self) -> bool:
+        """Whether each output position sums over all taps of real input: none is padding, none is left out."""
+        return self.window is None or self.window.sees_every_tap
 
 
 @dataclass(frozen=True, eq=False)

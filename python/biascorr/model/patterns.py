@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from biascorr.model.loading import network_from_model
-from biascorr.model.network import ActivationType, BatchNorm, Layer, Network, Operation
+from biascorr.model.network import ActivationType, BatchNorm, Bound, Layer, Network, Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +57,12 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 
     Notes
     -----
-    `input_bn` is found through ReLU, Clip with constant bounds, Identity, Dropout, an average over all positions and a reshape
-    of such averages, whatever else reads the tensors in between. Anything else in between ends the search: the mean of what
-    the layer reads would not follow from the batch normalization.
+    Batch normalizations that :func:`biascorr.fold_all_batch_norms` or :func:`biascorr.equalize_model` have made part of layers
+    are found too, with the statistics that their outputs have now: scaled, and without what was absorbed.
+
+    `input_bn` is found through ReLU, Clip with constant bounds, Min and Max with constants, Identity, Dropout, an average over
+    all positions and a reshape of such averages, whatever else reads the tensors in between. Anything else in between ends the
+    search: the mean of what the layer reads would not follow from the batch normalization.
 
     Examples
     --------
@@ -74,12 +80,12 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 
 def batch_norms_around_layers(network: Network) -> dict[str, ConvBnInfoType]:
     """See :func:`find_all_convs_bn_with_activation`."""
-    neighbours = _Neighbours(network)
+    neighbours = Neighbours(network)
     found = {layer.name: neighbours.around(layer) for layer in network.layers}
     return {name: info for name, info in found.items() if info.input_bn is not None or info.output_bn is not None}
 
 
-class _Neighbours:
+class Neighbours:
     """Who makes and who reads each tensor of a network."""
 
     def __init__(self, network: Network) -> None:
@@ -96,44 +102,86 @@ class _Neighbours:
         output_bn, out_activation = self._behind(layer)
         return ConvBnInfoType(input_bn, output_bn, in_activation, out_activation)
 
+    def readers(self, tensor: str) -> list[Operation | None]:
+        """What reads a tensor, None for the caller of the model."""
+        return [*([None] if tensor in self._outputs else []), *self._readers.get(tensor, ())]
+
+    def is_along_axis_1(self, layer: Layer, axis: int, tensor: str) -> bool:
+        """Whether this axis, counted from either end, has the channels of a batch normalization; no where that is not known."""
+        rank = len(self._kinds.shapes.get(tensor, ())) if layer.window is None else len(layer.window.taps) + 2
+        return 1 in (axis, axis + rank)
+
     def _before(self, layer: Layer) -> tuple[BatchNorm | None, ActivationType]:
-        """From the layer back through at most one activation, and averages of what it gives out, not of what it reads."""
+        """From the layer back through activations, and averages of what they give out, not of what they read."""
         kinds, nothing = self._kinds, (None, ActivationType.no_activation)
-        maker = self._maker.get(layer.input) if self._is_along_axis_1(layer, layer.channel_axis, layer.input) else None
-        activation = None
-        while maker is not None and maker.name not in kinds.batch_norms:
-            if activation is None and maker.name in kinds.activations:
-                activation = kinds.activations[maker.name]
-            elif maker.name not in kinds.identities and (activation is not None or maker.name not in kinds.averages):
-                return nothing
-            maker = self._maker.get(maker.inputs[0])
-        if maker is None or activation == ActivationType.other:
+        if not self.is_along_axis_1(layer, layer.channel_axis, layer.input):
             return nothing
-        return kinds.batch_norms[maker.name], activation or ActivationType.no_activation
+        tensor, activation = layer.input, ActivationType.no_activation
+        while (maker := self._maker.get(tensor)) is not None and self._norm_of(tensor) is None:
+            if maker.name in kinds.activations:
+                activation = _composed(kinds.activations[maker.name], activation)
+            elif maker.name not in kinds.identities and (acts(activation) or maker.name not in kinds.averages):
+                return nothing
+            tensor = maker.inputs[0]
+        norm = self._norm_of(tensor)
+        return nothing if norm is None or activation == ActivationType.other else (norm, activation)
+
+    def _norm_of(self, tensor: str) -> BatchNorm | None:
+        """The batch normalization that tells what a tensor is like."""
+        maker = self._maker.get(tensor)
+        made = None if maker is None else self._kinds.batch_norms.get(maker.name)
+        return made or self._kinds.folded.get(tensor)
 
     def _behind(self, layer: Layer) -> tuple[BatchNorm | None, ActivationType]:
-        kinds, nothing = self._kinds, (None, ActivationType.no_activation)
-        if not self._is_along_axis_1(layer, layer.output_axis, layer.output):
+        nothing = (None, ActivationType.no_activation)
+        if not self.is_along_axis_1(layer, layer.output_axis, layer.output):
             return nothing
-        norms = [reader for reader in self._readers_of(layer.output) if reader is not None and reader.name in kinds.batch_norms]
+        if layer.output in self._kinds.folded:
+            return self._kinds.folded[layer.output], self._activation_behind(layer.output)
+        readers = [each for each in self._readers_of(layer.output) if each is not None]
+        norms = [reader for reader in readers if reader.name in self._kinds.batch_norms]
         if len(norms) != 1:
             return nothing
-        readers = (None if each is None else kinds.activations.get(each.name) for each in self._readers_of(norms[0].outputs[0]))
-        activations = {each or ActivationType.no_activation for each in readers}
-        activation = activations.pop() if len(activations) == 1 else ActivationType.other
-        return kinds.batch_norms[norms[0].name], activation
+        return self._kinds.batch_norms[norms[0].name], self._activation_behind(norms[0].outputs[0])
+
+    def _activation_behind(self, tensor: str) -> ActivationType:
+        """What is applied to a tensor by all that read it."""
+        readers = list(self._readers_of(tensor))
+        activations = {ActivationType.no_activation if each is None else self._activation(each) for each in readers}
+        if len(activations) != 1:
+            return ActivationType.other if activations else ActivationType.no_activation
+        found = activations.pop()
+        if len(readers) != 1 or readers[0] is None or not acts(found):
+            return found
+        return _composed(self._activation_behind(readers[0].outputs[0]), found)
+
+    def _activation(self, operation: Operation) -> ActivationType:
+        return self._kinds.activations.get(operation.name, ActivationType.no_activation)
 
     def _readers_of(self, tensor: str) -> Iterator[Operation | None]:
         """What reads the values of a tensor, None for the caller of the model."""
-        if tensor in self._outputs:
-            yield None
-        for operation in self._readers.get(tensor, ()):
-            if operation.name in self._kinds.identities:
+        for operation in self.readers(tensor):
+            if operation is not None and operation.name in self._kinds.identities:
                 yield from self._readers_of(operation.outputs[0])
             else:
                 yield operation
 
-    def _is_along_axis_1(self, layer: Layer, axis: int, tensor: str) -> bool:
-        """Whether this axis, counted from either end, has the channels of a batch normalization; no where that is not known."""
-        rank = len(self._kinds.shapes.get(tensor, ())) if layer.window is None else len(layer.window.taps) + 2
-        return 1 in (axis, axis + rank)
+
+def acts(activation: ActivationType) -> bool:
+    """Whether an activation does anything."""
+    return activation != ActivationType.no_activation
+
+
+def _composed(first: ActivationType, then: ActivationType) -> ActivationType:
+    """What two activations do, one behind the other."""
+    if not acts(first) or not acts(then):
+        return first if acts(first) else then
+    if first.bounds is None or then.bounds is None:
+        return ActivationType.other
+    low, high = (np.clip(bound, *then.bounds) for bound in first.bounds)
+    return ActivationType.clip(_bound(low), _bound(high))
+
+
+def _bound(values: NDArray[np.float64]) -> Bound:
+    """One for all channels, where they have the same."""
+    return float(values.flat[0]) if np.all(values == values.flat[0]) else tuple(values.tolist())

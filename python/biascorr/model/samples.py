@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr import _kernels
+from biascorr.calibration import ModelInput, batches_from_data, number_of_batches, number_of_samples
 from biascorr.model.network import Feeds
 from biascorr.model.storage import Storage
 from biascorr.reference import mean_from_sums
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is going on, what of it is done, and how much there is (None if unknown)."""
 
 ONE_OF = 4
 """One of so many samples judges."""
@@ -103,6 +107,17 @@ class Samples:
         for name, array in feeds.items():
             self.storage[name, self.batches] = array
         self._starts.append(self.count + size)
+
+    def read(self, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
+        """Keeps all batches of some data. Raises ValueError where there are none."""
+        total = number_of_batches(data)
+        lasting = isinstance(data, (np.ndarray, Mapping, list, tuple))
+        for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
+            kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may fill them again
+            self.add(kept, number_of_samples(feeds, inputs))
+            progress("reading samples", done, total)
+        if self.batches == 0:
+            raise ValueError("data: no samples, at least one is needed")
 
     def feeds(self) -> Iterator[Feeds]:
         """The inputs of each batch."""

@@ -1,0 +1,113 @@
+"""High-bias fold: what a channel is always above moves into the biases of the next layer.
+
+    c = max(0, beta - 3 gamma) behind ReLU, else beta           b1 -= c, b2[o] += sum over i of K2[o,i] * c[i]
+
+beta and gamma are the mean and standard deviation of the first layer's output, as a batch normalization told them before it
+was folded; K2 is the sum of W2 over the taps of its kernel. Without an activation this is exact. Behind ReLU it is where the
+output is above c: for all but one in 741 values of a normal distribution.
+
+Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biascorr.model.chains import Link, find_links
+from biascorr.model.folding import as_folded, bias_of, response
+from biascorr.model.network import ActivationType, BatchNorm, Edits, Network
+from biascorr.model.scaling import known_of
+
+_SIGMAS = 3.0
+"""Standard deviations that the output keeps above what is absorbed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Absorption:
+    """What moved from the bias of one layer to that of the next.
+
+    Parameters
+    ----------
+    first, second : str
+        The layers.
+    absorbed : ndarray, (C,), float64
+        Of each output channel of the first.
+    """
+
+    first: str
+    second: str
+    absorbed: NDArray[np.float64]
+
+
+def absorb_high_biases(
+    network: Network, wanted: Collection[tuple[str, str]] | None = None
+) -> tuple[Network, list[Absorption], dict[str, str]]:
+    """A network whose high biases are absorbed by the layers behind.
+
+    Parameters
+    ----------
+    network : Network
+        Float, its batch normalizations folded.
+    wanted : collection of (str, str), optional
+        Layers that follow each other; None: all.
+
+    Returns
+    -------
+    network : Network
+        Gives out nearly the same.
+    absorptions : list of Absorption
+        What moved.
+    left : dict from str to str
+        By the names of layers with high biases that stay, why.
+    """
+    biases: dict[str, NDArray[Any]] = {}
+    folded: dict[str, BatchNorm] = {}
+    absorptions, left = [], {}
+    for link in find_links(network)[0]:
+        high = _high_bias(network, link)
+        if not np.any(high) or (wanted is not None and (link.first.name, link.second.name) not in wanted):
+            continue
+        if reason := _obstacle(network, link):
+            left[link.first.name] = reason
+            continue
+        first, second = link.first, link.second
+        behind = np.repeat(high, second.input_channels // first.channels)
+        biases[first.name] = biases.get(first.name, bias_of(first)) - first.along_channels(high)
+        biases[second.name] = biases.get(second.name, bias_of(second)) + second.along_channels(response(second, behind))
+        for tensor, norm in known_of(network, link):
+            folded[tensor] = as_folded(norm.name, norm.beta - np.repeat(high, len(norm.beta) // len(high)), norm.gamma)
+        absorptions.append(Absorption(first.name, second.name, high))
+    return network.edited(Edits(biases=biases, folded=folded)) if absorptions else network, absorptions, left
+
+
+def _high_bias(network: Network, link: Link) -> NDArray[np.float64]:
+    """c of the first layer of a link; zeros where nothing is known of its output."""
+    norm = network.surroundings.folded.get(link.first.output)
+    if norm is None:
+        return np.zeros(link.first.channels)
+    if not acting(network, link):
+        return norm.beta
+    return np.maximum(0.0, norm.beta - _SIGMAS * norm.gamma)
+
+
+def acting(network: Network, link: Link) -> list[str]:
+    """The activations between two layers that do anything."""
+    kinds = network.surroundings
+    acting = {name for name, each in kinds.activations.items() if each != ActivationType.no_activation}
+    return [name for name in link.between if name in acting or name in kinds.leaky]
+
+
+def _obstacle(network: Network, link: Link) -> str:
+    """Why the bias of a link's first layer has to stay; empty where it can move."""
+    kinds = network.surroundings
+    for name in acting(network, link):
+        if name not in kinds.leaky and kinds.activations[name] != ActivationType.relu:
+            return f"{name} limits it to bounds that would move"
+    if not link.second.sees_every_tap or any(name in kinds.paddings for name in link.between):
+        return f"{link.second.name} reads padding too, which would be shifted"
+    return ""
