@@ -55,38 +55,15 @@ impl Magnitude for f64 {
     }
 }
 
-/// Magnitudes that are compared at a time.
-const LANES: usize = 16;
-
 #[inline(always)]
 fn greatest_body<T: Magnitude>(_: Tier, w: &[T]) -> f64 {
-    let (chunks, rest) = w.as_chunks::<LANES>();
-    let mut lanes = [T::Bits::default(); LANES];
-    for chunk in chunks {
-        for (lane, w) in lanes.iter_mut().zip(chunk) {
-            *lane = (*lane).max(w.magnitude());
-        }
-    }
-    for (lane, w) in lanes.iter_mut().zip(rest) {
-        *lane = (*lane).max(w.magnitude());
-    }
-    T::of_magnitude(lanes.into_iter().fold(T::Bits::default(), Ord::max))
+    T::of_magnitude(w.iter().fold(T::Bits::default(), |most, w| most.max(w.magnitude())))
 }
 
 #[inline(always)]
 fn greatest_product_body<T: Magnitude>(_: Tier, w: &[T], factors: &[f64]) -> f64 {
-    let (chunks, rest) = w.as_chunks::<LANES>();
-    let (factor_chunks, factor_rest) = factors.as_chunks::<LANES>();
-    let mut lanes = [0; LANES];
-    for (chunk, factors) in chunks.iter().zip(factor_chunks) {
-        for ((lane, w), factor) in lanes.iter_mut().zip(chunk).zip(factors) {
-            *lane = (*lane).max((w.widen() * factor).magnitude());
-        }
-    }
-    for ((lane, w), factor) in lanes.iter_mut().zip(rest).zip(factor_rest) {
-        *lane = (*lane).max((w.widen() * factor).magnitude());
-    }
-    f64::of_magnitude(lanes.into_iter().fold(0, Ord::max))
+    let products = w.iter().zip(factors).map(|(w, factor)| (w.widen() * factor).magnitude());
+    f64::of_magnitude(products.fold(0, Ord::max))
 }
 
 /// Rows of weights that share one pass over the greatest magnitudes so far, which are twice as wide as f32.
