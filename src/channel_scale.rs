@@ -60,19 +60,43 @@ fn greatest_body<T: Magnitude>(_: Tier, w: &[T]) -> f64 {
     T::of_magnitude(w.iter().fold(T::Bits::default(), |most, w| most.max(w.magnitude())))
 }
 
+/// Of each row times factors that the rows share.
 #[inline(always)]
-fn greatest_product_body<T: Magnitude>(_: Tier, w: &[T], factors: &[f64]) -> f64 {
-    let products = w.iter().zip(factors).map(|(w, factor)| (w.widen() * factor).magnitude());
-    f64::of_magnitude(products.fold(0, Ord::max))
+fn greatest_products_body<T: Magnitude>(_: Tier, rows: &[&[T]], factors: &[f64], greatest: &mut [f64]) {
+    if let (Ok(rows), Ok(greatest)) = (<[&[T]; ROWS]>::try_from(rows), <&mut [f64; ROWS]>::try_from(&mut *greatest)) {
+        *greatest = products_together(rows, factors);
+        return;
+    }
+    for (row, most) in rows.iter().zip(greatest) {
+        [*most] = products_together([*row], factors);
+    }
 }
 
-/// Rows of weights that share one pass over the greatest magnitudes so far, which are twice as wide as f32.
+#[inline(always)]
+fn products_together<T: Magnitude, const R: usize>(rows: [&[T]; R], factors: &[f64]) -> [f64; R] {
+    let rows = rows.map(|row| &row[..factors.len()]);
+    let mut greatest = [0; R];
+    for (k, factor) in factors.iter().enumerate() {
+        for r in 0..R {
+            greatest[r] = greatest[r].max((rows[r][k].widen() * factor).magnitude());
+        }
+    }
+    greatest.map(f64::of_magnitude)
+}
+
+/// Rows of weights that share one pass over their factors, or over the greatest magnitudes so far: both are twice as wide as f32.
 const ROWS: usize = 4;
+
+/// Up to this length the numbers that rows share stay in the L1 cache (8 KB), and rows are read one after the other, as hardware
+/// prefetchers like best.
+const SHORT_ROW: usize = 1024;
 
 /// Raises the greatest magnitudes so far to those of rows times a factor each.
 #[inline(always)]
 fn raise_body<T: Magnitude>(_: Tier, rows: &[&[T]], factors: &[f64], greatest: &mut [i64]) {
-    if let (Ok(rows), Ok(factors)) = (<[&[T]; ROWS]>::try_from(rows), <[f64; ROWS]>::try_from(factors)) {
+    if let (Ok(rows), Ok(factors)) = (<[&[T]; ROWS]>::try_from(rows), <[f64; ROWS]>::try_from(factors))
+        && (greatest.len() > SHORT_ROW || greatest.len() < NARROW_ROW)
+    {
         return raise_together(rows, factors, greatest);
     }
     for (row, &factor) in rows.iter().zip(factors) {
@@ -120,10 +144,13 @@ fn scale_body<T: Real>(_: Tier, w: &[T], output: Factor, input: Factor, scaled: 
 }
 
 tiered! { fn greatest<T: Magnitude>(w: &[T]) -> f64 = greatest_body }
-tiered! { fn greatest_product<T: Magnitude>(w: &[T], factors: &[f64]) -> f64 = greatest_product_body }
+tiered! { fn greatest_products<T: Magnitude>(rows: &[&[T]], factors: &[f64], most: &mut [f64]) = greatest_products_body }
 tiered! { fn raise<T: Magnitude>(rows: &[&[T]], factors: &[f64], greatest: &mut [i64]) = raise_body }
 tiered! { fn raise_each<T: Magnitude>(row: &[T], factors: &[f64], greatest: &mut [i64]) = raise_each_body }
 tiered! { fn scale<T: Real>(w: &[T], output: Factor, input: Factor, scaled: &mut [T]) = scale_body }
+
+/// Rows that are shorter share a pass too: a call for each would cost more than it does.
+const NARROW_ROW: usize = 256;
 
 /// A shorter run takes the loop around it in, until it is as long: what a run costs beside its elements then hardly counts.
 const SHORT_RUN: usize = 32;
@@ -137,8 +164,14 @@ const LONG_RUN: usize = 16 << 10;
 /// Weights of one part, at least: 512 KB of f32.
 const PART: usize = 128 << 10;
 
-/// A tensor is cut into about so many parts at most, which bounds the memory of their partial ranges.
+/// Weights whose ranges are asked for are cut into no more parts, which bounds the memory of their partial ranges.
 const MAX_PARTS: usize = 16;
+
+/// Parts that are too few for the threads of many machines, if the tensor is large.
+const FEW_PARTS: usize = 8;
+
+/// Ranges are found so many times faster than the pool takes for granted (measured: two threads break even near 1 MB of f32).
+const READ_SPEED: usize = 4;
 
 /// Loops cut in two: the outer ones, and the inner ones whose elements are taken together as a run. The last two operands count
 /// channels.
@@ -153,12 +186,14 @@ impl<const N: usize> Runs<N> {
         nest.axes.retain(|axis| axis.len != 1);
         let nest = nest.merged();
         let inner = nest.axes.len() - 1;
-        let len_from = |k: usize| nest.axes[k..].iter().map(|axis| axis.len).product::<usize>();
-        let first = (0..=inner).rev().find(|&k| len_from(k) >= SHORT_RUN).unwrap_or(0);
+        let (mut first, mut within) = (inner, 1);
+        while first > 0 && within * nest.axes[first].len < SHORT_RUN && Self::joins(&nest.axes, first - 1) {
+            within *= nest.axes[first].len;
+            first -= 1;
+        }
         let Axis { len, strides } = nest.axes[first];
-        let within = len_from(first) / len;
-        let joins_channels = first == inner || strides[N - 2..] != [0, 0];
-        let most = (if joins_channels { LONG_RUN } else { SHORT_LOOPS } / within).clamp(1, len);
+        let changes = first == inner || strides[N - 2..] != [0, 0];
+        let most = (if changes { LONG_RUN } else { SHORT_LOOPS } / within).clamp(1, len);
         let piece = |start: usize, steps: usize, len: usize| {
             let mut outer = Nest { axes: nest.axes[..first].to_vec(), origin: nest.origin };
             if steps > 1 {
@@ -170,6 +205,14 @@ impl<const N: usize> Runs<N> {
         };
         let whole = piece(0, len / most, most);
         if len % most == 0 { vec![whole] } else { vec![whole, piece(len / most * most, 1, len % most)] }
+    }
+
+    /// Whether a run may take in the loop at `k`: where that changes channels, a loop around it has to meet these again.
+    fn joins(axes: &[Axis<N>], k: usize) -> bool {
+        let changes = |axis: &Axis<N>| [N - 2, N - 1].map(|operand| axis.strides[operand] != 0);
+        let [first, second] = changes(&axes[k]);
+        let meets_again = |axis| !matches!((changes(axis), first, second), ([true, _], true, _) | ([_, true], _, true));
+        !(first || second) || axes[..k].iter().any(meets_again)
     }
 
     /// Outer loops that change which channels a run meets come first: what is made for these serves many runs.
@@ -330,12 +373,26 @@ pub fn channel_ranges<T: Magnitude>(
     if nest.is_empty() {
         return Ok(vec![0.0; count]);
     }
-    let most = PART.max(nest.len() / MAX_PARTS);
-    let partial = |part| ranges_of(weights.elements, factors, part);
-    for (start, part) in parallel::map(parts(nest, most), size_of::<T>() * weights.len(), partial)? {
+    let (parts, work) = (parts_of_ranges(nest), size_of::<T>() * weights.len() / READ_SPEED);
+    for (start, part) in parallel::map(parts, work, |part| ranges_of(weights.elements, factors, part))? {
         ranges[start..].iter_mut().zip(part).for_each(|(range, part): (&mut i64, i64)| *range = part.max(*range));
     }
     Ok(ranges.into_iter().map(f64::of_magnitude).collect())
+}
+
+/// Cuts a nest by its size alone: along the outermost loop that leaves the parts few ranges beside their weights.
+fn parts_of_ranges(nest: Nest<3>) -> Vec<Nest<3>> {
+    let count = (nest.len() / PART).clamp(1, MAX_PARTS);
+    let reach = |axis: &Axis<3>| (axis.len - 1) * axis.strides[1].unsigned_abs();
+    let all: usize = nest.axes.iter().map(reach).sum();
+    let ranges_of_parts = |&k: &usize| {
+        let parts = count.min(nest.axes[k].len);
+        parts * (1 + all - reach(&nest.axes[k])) + reach(&nest.axes[k])
+    };
+    let few = |k: &usize| nest.axes[*k].len >= count.min(FEW_PARTS) && ranges_of_parts(k) <= nest.len() / MAX_PARTS;
+    let loops = 0..nest.axes.len();
+    let axis = loops.clone().find(few).or_else(|| loops.min_by_key(ranges_of_parts)).unwrap_or(0);
+    nest.split(axis, count)
 }
 
 /// The magnitudes that a part of the weights reaches, and the channel of the first of them.
@@ -358,13 +415,30 @@ fn ranges_of<T: Magnitude>(elements: Elements<T>, factors: Option<&[f64]>, mut p
 
 /// Of runs that belong to one channel each.
 fn raise_one_range_each<T: Magnitude>(runs: &Runs<3>, mut source: Source<T>, mut factors: Factors, ranges: &mut [i64]) {
-    runs.outer.walk(runs.outer.axes.len(), |[w, range, factor]| {
-        let w = source.run(runs, w);
-        let most = match factors.run(runs, factor) {
-            Factor::One(factor) => greatest(w) * factor,
-            Factor::Each(factors) => greatest_product(w, factors),
-        };
-        ranges[range as usize] = ranges[range as usize].max(most.magnitude());
+    let mut outer = runs.outer.clone();
+    let share = factors.meets && source.stride == Some(1) && runs.run.len() > SHORT_ROW;
+    let rows = outer.axes.pop_if(|axis| share && axis.strides[2] == 0).unwrap_or(Axis { len: 1, strides: [0; 3] });
+    outer.walk(outer.axes.len(), |[w, range, factor]| {
+        for first in (0..rows.len).step_by(ROWS) {
+            let mut most = [0.0; ROWS];
+            let count = ROWS.min(rows.len - first);
+            let at = |start: isize, k: usize, operand: usize| start + (first + k) as isize * rows.strides[operand];
+            match factors.run(runs, factor) {
+                Factor::One(factor) => most[0] = greatest(source.run(runs, w)) * factor,
+                Factor::Each(factors) if count == 1 => {
+                    greatest_products(&[source.run(runs, at(w, 0, 0))], factors, &mut most[..1]);
+                }
+                Factor::Each(factors) => {
+                    let row = |k: usize| source.elements.run(at(w, k.min(count - 1), 0), factors.len());
+                    let together: [&[T]; ROWS] = std::array::from_fn(row);
+                    greatest_products(&together[..count], factors, &mut most[..count]);
+                }
+            }
+            for (k, most) in most[..count].iter().enumerate() {
+                let range = &mut ranges[at(range, k, 1) as usize];
+                *range = most.magnitude().max(*range);
+            }
+        }
     });
 }
 
@@ -523,7 +597,8 @@ mod tests {
                 let axes = axes.map(|(k, (&len, &at))| Axis { len, strides: [at, isize::from(k == channel), 0] });
                 let nest = Nest::new(axes.collect()).normalized();
                 let mut seen = vec![0; nest.len()];
-                for runs in parts(nest, 5000).into_iter().flat_map(Runs::of) {
+                let cut = if channel % 2 == 0 { parts(nest, 5000) } else { parts_of_ranges(nest) };
+                for runs in cut.into_iter().flat_map(Runs::of) {
                     runs.outer.walk(runs.outer.axes.len(), |[at, ..]| {
                         runs.walk_run(0, at, |at, len, stride| {
                             (0..len as isize).for_each(|k| seen[(at + k * stride) as usize] += 1);

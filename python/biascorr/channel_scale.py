@@ -130,7 +130,9 @@ def _checked_groups(groups: int) -> int:
 def _factors(factors: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
     if factors is None:
         return None
-    checked = np.asarray(reference.native(factors, name), dtype=np.float64, order="C")
+    if not (isinstance(factors, np.ndarray) and factors.dtype.char == "d"):
+        factors = reference.native(factors, name)
+    checked = np.asarray(factors, dtype=np.float64, order="C")
     if checked.ndim != 1:
         raise ValueError(f"{name}: {checked.ndim} axes, expected one")
     return checked
