@@ -81,8 +81,9 @@ class Workshop:
         See :data:`Progress`.
     activated : bool
         Whether what is behind the activations is measured too.
-    judged : bool
-        Whether candidates are judged, which takes a pass through the rest of the network.
+    judge : Network or None
+        The float network whose outputs candidates are judged by, which takes a pass through the rest of each network; None:
+        they are not judged.
     norms : mapping, optional
         What is around the layers of the float network; None: found there.
     """
@@ -96,7 +97,7 @@ class Workshop:
         progress: Progress,
         *,
         activated: bool = True,
-        judged: bool = True,
+        judge: Network | None = None,
         norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
         self._reference = reference
@@ -104,7 +105,7 @@ class Workshop:
         self._pairs = pairs
         self._samples = samples
         self._progress = progress
-        self._judged = judged
+        self._judge = judge
         self._norms = norms
         self._layers = [layer for _, layer in pairs.values()]
         self._activated = activated_pairs(reference, quantized, pairs) if activated else {}
@@ -129,7 +130,7 @@ class Workshop:
             lambda layer, measured: found.update(dict.fromkeys(names[layer.name], measured)), self._step("float network")
         )
         for batch, outputs in enumerate(sweep.outputs()):
-            if self._judged and self._samples.judge(batch).any():
+            if self._judge is self._reference and self._samples.judge(batch).any():
                 self._expect(outputs, batch)
         return found
 
@@ -142,10 +143,9 @@ class Workshop:
         collections.deque(sweep.outputs(), maxlen=0)  # drops what is live
         return {name: mean for name, mean in found.items() if mean is not None}
 
-    @functools.cached_property
-    def uncorrected(self) -> Candidate:
-        """The network as it came."""
-        candidate = Candidate("none", self._quantized, self._score(self._outputs(self._quantized)))
+    def uncorrected(self, name: str, network: Network) -> Candidate:
+        """A network as it is."""
+        candidate = Candidate(name, network, self._score(self._outputs(network)))
         for layer in self._layers:
             candidate.leave(layer, "no correction made the outputs better")
         return candidate
@@ -237,10 +237,10 @@ class Workshop:
 
     def _score(self, outputs: Iterable[tuple[int, Feeds]]) -> Score:
         """Of outputs by batch, which are only computed where they are judged."""
-        if not self._judged:
+        if self._judge is None:
             return NOT_JUDGED
         if not self._has_expectations:
-            for batch, expected in self._outputs(self._reference):
+            for batch, expected in self._outputs(self._judge):
                 self._expect(expected, batch)
         judge = Judge()
         for batch, computed in outputs:

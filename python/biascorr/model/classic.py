@@ -25,7 +25,7 @@ from biascorr.model.candidates import Workshop
 from biascorr.model.correction import add_shifts
 from biascorr.model.loading import network_from_model
 from biascorr.model.network import Feeds, Layer, LayerReport, Network
-from biascorr.model.patterns import ConvBnInfoType
+from biascorr.model.patterns import ConvBnInfoType, brought_up_to_date
 from biascorr.model.quant_params import QuantParams
 from biascorr.model.samples import Samples
 from biascorr.model.simulation import layers_to_quantize, simulated
@@ -133,6 +133,7 @@ class BiasCorrection:
             See the class.
         conv_bn_dict : mapping from str to ConvBnInfoType, optional
             What is around layers, for the analytical correction; None: what :func:`find_all_convs_bn_with_activation` finds.
+            Batch normalizations that became part of layers since are taken as they are in the model now.
         perform_only_empirical_bias_corr : bool
             False: layers behind a batch normalization are corrected analytically, all others empirically.
 
@@ -150,7 +151,8 @@ class BiasCorrection:
         layers = layers_to_quantize(reference, quant_params)
         for name in conv_bn_dict or ():
             _layer(reference, name, "conv_bn_dict")
-        workshop = _workshop(reference, reference, layers, bias_correct_params, quant_params, data_set, conv_bn_dict)
+        norms = None if conv_bn_dict is None else brought_up_to_date(conv_bn_dict, reference)
+        workshop = _workshop(reference, reference, layers, bias_correct_params, quant_params, data_set, norms)
         with workshop as corrected:
             candidate = corrected.empirical() if perform_only_empirical_bias_corr else corrected.hybrid()
         add_shifts(reference, candidate.shifts)
@@ -252,6 +254,8 @@ class BiasCorrection:
             raise ValueError(f"preceeding_bn_layer_info: None for layer {layer}, expected one unless is_first_conv is set")
         if info is not None and info.input_bn is None and is_first_conv:
             info = None  # it says what is behind the layer
+        if info is not None:
+            info = brought_up_to_date({layer: info}, network)[layer]
         if info is not None and found in layers_to_quantize(network, quant_params):
             quantized = replace(found, weights=quant_params.fake_quantized(found))
             shape = network.surroundings.shapes.get(found.input)
@@ -281,7 +285,7 @@ def _workshop(
         collections.deque(reading, maxlen=0)
         before, after = ({layer.name: layer for layer in each.layers} for each in (reference, quantized))
         pairs = {layer.name: (before[layer.name], after[layer.name]) for layer in layers}
-        yield Workshop(reference, quantized, pairs, samples, lambda *_: None, activated=False, judged=False, norms=norms)
+        yield Workshop(reference, quantized, pairs, samples, lambda *_: None, activated=False, norms=norms)
 
 
 def _read(

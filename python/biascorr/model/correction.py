@@ -12,6 +12,7 @@ import numpy as np
 
 from biascorr.model.candidates import Candidate, Workshop
 from biascorr.model.counterparts import counterparts
+from biascorr.model.equalization import Equalization, equalized
 from biascorr.model.judging import NOT_JUDGED, Score
 from biascorr.model.loading import network_from_model
 from biascorr.model.methods import Activation, Empirical, Mean, Shift
@@ -62,6 +63,9 @@ class Correction:
         What is worth knowing about the judgement: few samples, outputs that got worse, nothing judged.
     samples, batches : int
         How many were read; a batch counts as one sample where the model fixes its size.
+    equalization : Equalization or None
+        What was done to the float model before; None where it was not asked for. Of the equalized model are then all candidates
+        but "none": "equalized" is the one without correction.
     """
 
     network: Network
@@ -71,6 +75,7 @@ class Correction:
     notes: Sequence[str]
     samples: int
     batches: int
+    equalization: Equalization | None = None
 
     @property
     def model(self) -> Any:
@@ -94,6 +99,7 @@ def correct(
     strength: float = 1.0,
     shrunk: bool = False,
     quant_params: QuantParams | None = None,
+    equalize: bool = False,
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Correction:
@@ -134,6 +140,9 @@ def correct(
         done where samples disagree; only for "empirical" and "activation".
     quant_params : QuantParams, optional
         How quantization is simulated, where no quantized model is given; None: `QuantParams()`, 8-bit weights.
+    equalize : bool
+        Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto"
+        still returns the model as it came where nothing is better.
     memory_budget : int, optional
         Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. None: half
         of the memory that is free.
@@ -175,9 +184,10 @@ def correct(
     'it had no bias; one was added'
     """
     _check_options(method, strength, shrunk, memory_budget, data is not None)
-    if quantized is not None and quant_params is not None:
-        raise ValueError("quant_params: only for simulated quantization, but there is a quantized model")
-    reference = network_from_model(model, "model")
+    for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
+        if quantized is not None and is_given:
+            raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
+    reference = original = network_from_model(model, "model")
     measured = None if quantized is None else network_from_model(quantized, "quantized")
     _check_inputs_and_outputs(reference, measured or reference)
     report_progress = progress or (lambda *_: None)
@@ -185,28 +195,36 @@ def correct(
         samples = Samples(storage, held_back=method == "auto")
         if data is not None:
             samples.read(data, (measured or reference).inputs, report_progress)
+        equalization = equalized(original, samples, progress=report_progress) if equalize else None
+        if equalization is not None:
+            reference = equalization.network.copy()
         if measured is None:
             measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
             matching = {layer.name: layer for layer in reference.layers}
         else:
             matching = counterparts(reference.layers, measured.layers)
         pairs, untouched = _split(measured, matching)
-        activated = method in ("auto", "activation")
-        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated, judged=data is not None)
+        activated, judge = method in ("auto", "activation"), original if data is not None else None
+        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated, judge=judge)
         candidates = _candidates(workshop, method, strength, shrunk) if pairs else []
-        before = workshop.uncorrected
-        best = _best([before, *candidates]) if method == "auto" or not candidates else candidates[0]
+        uncorrected = [workshop.uncorrected("none" if equalization is None else "equalized", measured)]
+        if equalization is not None:
+            came = simulated(original, quant_params or QuantParams(), samples.feeds())
+            uncorrected.insert(0, workshop.uncorrected("none", came))
+        best = _best([*uncorrected, *candidates]) if method == "auto" else [*candidates, uncorrected[-1]][0]
     if quantized is None:
+        reference = original if equalization is not None and best is uncorrected[0] else reference
         add_shifts(reference, best.shifts)
     reports = best.reports | {report.name: report for report in (*untouched, *measured.left_alone)}
     return Correction(
         best.network if quantized is not None else reference,
         best.name,
         [reports[name] for name in measured.order if name in reports],
-        {} if before.score is NOT_JUDGED else {each.name: each.score for each in (before, *candidates)},
-        _notes(best, before, samples),
+        {each.name: each.score for each in (*uncorrected, *candidates) if each.score is not NOT_JUDGED},
+        _notes(best, uncorrected[0], samples),
         samples.count,
         samples.batches,
+        equalization,
     )
 
 

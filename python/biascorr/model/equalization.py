@@ -7,6 +7,7 @@ Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bi
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def equalized(
     meter.measure("scaling", network, bool(chains))
     network, absorptions, kept = absorb_high_biases(network)
     meter.measure("high-bias fold", network, bool(absorptions))
+    meter.forget()
     left = left | unscaled | {name: f"its high bias stays: {reason}" for name, reason in kept.items()}
     return Equalization(network, folds, replaced, chains, absorptions, left, meter.changes)
 
@@ -230,6 +232,11 @@ class _Meter:
                 relative = moved / largest if largest else moved
                 change = OutputChange(*np.maximum((moved, relative), (change.absolute, change.relative)).tolist())
         self.changes[step] = change
+
+    def forget(self) -> None:
+        """Frees what was held."""
+        for name, batch in itertools.product(self._largest, range(self._samples.batches)):
+            self._samples.storage.pop(("float", name, batch))
 
     def _outputs(self, network: Network, step: str) -> Iterator[tuple[int, Feeds]]:
         compute: Callable[[Feeds], Feeds] | None = None

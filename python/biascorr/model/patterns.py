@@ -6,7 +6,7 @@ layer -> BatchNorm -> [activation]          tells the mean of what it makes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,17 @@ def batch_norms_around_layers(network: Network) -> dict[str, ConvBnInfoType]:
     neighbours = Neighbours(network)
     found = {layer.name: neighbours.around(layer) for layer in network.layers}
     return {name: info for name, info in found.items() if info.input_bn is not None or info.output_bn is not None}
+
+
+def brought_up_to_date(infos: Mapping[str, ConvBnInfoType], network: Network) -> dict[str, ConvBnInfoType]:
+    """What is around layers, by name: as it is in the network where that has the batch normalization folded, else as given."""
+    surroundings = network.surroundings
+    folded = {norm.name for norm in surroundings.folded.values()} - set(surroundings.batch_norms)
+    found = batch_norms_around_layers(network)
+    return {
+        name: info if info.input_bn is None or info.input_bn.name not in folded else found.get(name, ConvBnInfoType())
+        for name, info in infos.items()
+    }
 
 
 class Neighbours:
