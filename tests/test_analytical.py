@@ -129,6 +129,8 @@ def normal_samples(channels, size):
         ("t = Clip(n, low, high)", {"low": -0.5, "high": 1.25}),
         ("t = Clip(n, low)", {"low": -0.5}),
         ("t = Clip(n, , high)", {"high": 0.25}),
+        ("t = Min(n, high)", {"high": [[[0.25]], [[-1]], [[np.inf]], [[5]]]}),
+        ("t = Max(low, n)", {"low": [[[0.25]], [[-1]], [[-np.inf]], [[5]]]}),
     ],
     ids=str,
 )

@@ -279,6 +279,15 @@ def test_a_clipped_normal_mean_equals_its_integral(beta, gamma, low, width):
     assert clipped_normal_mean([beta], [gamma], low, low + width)[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_clipped_normal_mean_has_bounds_per_channel():
+    beta, gamma = np.float64([0.5, -1, 2, 3, 0]), np.float64([1, 2, -0.5, 0, 3])
+    low, high = np.float64([0, -1.5, -np.inf, 4, -np.inf]), np.float64([np.inf, 0.25, 2, 4, np.inf])
+    expected = [clipped_normal_mean(*([each] for each in one[:2]), *one[2:])[0] for one in zip(beta, gamma, low, high)]
+    np.testing.assert_array_equal(clipped_normal_mean(beta, gamma, tuple(low), tuple(high)), expected)
+    mixed = clipped_normal_mean(beta, gamma, 0.0, high)
+    np.testing.assert_array_equal(mixed, clipped_normal_mean(beta, gamma, np.zeros(5), high))
+
+
 def test_analytical_corrector_is_a_mean_corrector():
     weights, quantized = random_array((4, 3), "float64", 1), random_array((4, 3), "float64", 2)
     beta, gamma = random_array((4,), "float64", 3), random_array((4,), "float64", 4)
@@ -296,6 +305,10 @@ def test_statistics_that_do_not_fit():
         AnalyticalBiasCorrector([0.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="low, high: 2.0, 1.0"):
         clipped_normal_mean([0.0], [1.0], 2.0, 1.0)
+    with pytest.raises(ValueError, match=r"low, high: \[0. 2.\], 1.0, expected low <= high"):
+        clipped_normal_mean([0.0, 0.0], [1.0, 1.0], [0.0, 2.0], 1.0)
+    with pytest.raises(ValueError, match=r"low, high: shapes \(\) and \(3,\), expected \(\) or \(2,\) as of beta"):
+        clipped_normal_mean([0.0, 0.0], [1.0, 1.0], 0.0, [1.0, 2.0, 3.0])
 
 
 @settings(deadline=None)

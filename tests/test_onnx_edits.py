@@ -9,7 +9,7 @@ from onnx import helper
 
 from biascorr.model.network import BatchNorm, Edits
 from biascorr.onnx.network import OnnxNetwork
-from networks import as_constant_nodes, biases, constants_of, model_from_text, run, samples, weights
+from networks import as_constant_nodes, biases, constants_of, model_from_text, run, samples, two_layers, weights
 
 X = samples(2, 3, 5, 4)
 BRANCHES = (
@@ -51,6 +51,7 @@ BEHIND = [
     ("Conv(x, w)", (2, 3, 1, 1), "y = Add(t, b)", (4,)),
     ("MatMul(x, w)", (4, 6), "y = Add(t, b)", (6,)),
     ("MatMul(w, x)", (6, 5), "y = Add(t, b)", (6, 1)),
+    ("Conv(x, w)", (2, 3, 5, 4), "y = Add(t, b)", (2, 5, 4)),
 ]
 
 
@@ -169,13 +170,31 @@ def test_a_removed_operation_takes_its_constants_along(opset):
     model = model_from_text(text, **constants, unused=unused, opset=opset, ir_version=3 if opset < 9 else 8)
     for name in ("s", "n"):
         model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, 5, 4]))
+    model.graph.quantization_annotation.add(tensor_name="n")
     network = edited(model, removed=["norm"])
     graph = network.model.graph
+    assert not graph.quantization_annotation
     assert [(node.op_type, *node.input) for node in graph.node] == [("Relu", "x"), ("Abs", "s")]
     assert list(constants_of(network.model)) == ["unused"]
     assert [value.name for value in graph.value_info] == ["s"]
     assert [value.name for value in graph.input] == (["x", "unused"] if opset < 9 else ["x"])
     np.testing.assert_array_equal(outputs(network.model)[0], np.maximum(X, 0))
+
+
+def test_what_a_removed_operation_computed_goes_too():
+    branches = "then_branch = a () => (float u) { u = Neg(c) }, else_branch = b () => (float v) { v = Neg(c) }"
+    text = f"g (float[N,3,5,4] x) => (float[N,3,5,4] y) {{ i = If(f) <{branches}> [sum] s = Add(x, i) y = Neg(s) }}"
+    network = edited(model_from_text(text, c=np.float32(0), f=np.bool_(True)), removed=["sum"])
+    assert [node.op_type for node in network.model.graph.node] == ["Neg"]
+    assert not constants_of(network.model)
+
+
+def test_what_is_said_of_a_tensor_that_another_node_makes_stays():
+    text = f"g (float[N,3,5,4] x) => (float[N,3,5,4] y) {{ s = Abs(x) [out] t = Relu(s) y = If(f) <{BRANCHES}> }}"
+    model = model_from_text(text, f=np.bool_(True))
+    for name in ("s", "t"):
+        model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, 5, 4]))
+    assert [value.name for value in edited(model, removed=["out"]).model.graph.value_info] == ["t"]
 
 
 @pytest.mark.parametrize(
@@ -190,15 +209,21 @@ def test_a_removed_operation_takes_its_constants_along(opset):
         ("s = Abs(x) [out] t = Relu(s) y = Add(t, t)", ["Abs x -> s", "Add s s -> y"]),
         ("s = Abs(x) [a] t = Relu(s) [b] u = Relu(t) [out] y = Relu(u)", ["Abs x -> y"]),
         ("[out] t, mask = Dropout(x) y = Neg(t)", ["Neg x -> y"]),
+        ("[out] y, mask = Dropout(x) z = Neg(x)", ["Identity x -> y", "Neg x -> z"]),
+        ("s = Abs(x) [out] y = Identity(s) unread = Neg(s)", ["Abs x -> y", "Neg y -> unread"]),
         (f"[out] t = Dropout(x) i = Identity(f) y = If(i) <{BRANCHES}>", ["Identity x -> t", "Identity f -> i", "If i -> y"]),
+        (f"t = Abs(x) [out] y = Identity(t) z = If(f) <{BRANCHES}>", ["Abs x -> t", "Identity t -> y", "If f -> z"]),
         (f"s = Abs(x) [out] t = Relu(s) y = If(f) <{BRANCHES}>", ["Abs x -> t", "If f -> y"]),
     ],
 )
 def test_removed_operations(text, nodes):
-    outputs_of_graph = ", ".join(f"float[N,3,5,4] {name}" for name in "yz" if f"{name} =" in text)
+    outputs_of_graph = ", ".join(f"float[N,3,5,4] {name}" for name in "yz" if re.search(rf"\b{name}\b", text))
     model = model_from_text(f"g (float[N,3,5,4] x) => ({outputs_of_graph}) {{ {text} }}", c=np.float32(0), f=np.bool_(True))
     removed = [node.name for node in model.graph.node if node.name]
+    if "mask" in text:
+        model.graph.value_info.append(helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, ["N", 3, 5, 4]))
     network = edited(model, removed=removed)
+    assert not network.model.graph.value_info
     assert [" ".join([node.op_type, *node.input, "->", *node.output]) for node in network.model.graph.node] == nodes
     for found, expected in zip(outputs(network.model), outputs(model), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -272,7 +297,7 @@ def test_weights_in_any_form(text, opset, constant_nodes):
         model = as_constant_nodes(model)
     layer = only_layer(OnnxNetwork.load(model, "model"))
     assert not layer.shares_weights
-    network = edited(model, weights={layer.name: 2 * layer.weights})
+    network = edited(model, weights={layer.name: 2 * layer.weights.astype(np.float64)})
     np.testing.assert_array_equal(only_layer(network).weights, 2 * layer.weights)
     np.testing.assert_array_equal(outputs(network.model)[0], 2 * outputs(model)[0])
     graph = network.model.graph
@@ -487,3 +512,26 @@ def test_metadata_that_somebody_changed(text):
         _ = network.surroundings
     with pytest.raises(ValueError, match="metadata 'biascorr.folded'"):
         network.edited(Edits())
+
+
+@pytest.mark.parametrize("constant_nodes", [False, True])
+def test_the_same_constants_make_the_same_model(constant_nodes):
+    model = as_constant_nodes(two_layers()) if constant_nodes else two_layers()
+    network = OnnxNetwork.load(model, "model")
+    weights_of = {layer.name: layer.weights for layer in network.layers}
+    copy = edited(model, weights=weights_of, biases={layer.name: layer.bias for layer in network.layers})
+    assert copy.model.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_subgraphs_and_the_caller_keep_what_they_read():
+    branches = BRANCHES.replace("Identity(t)", "Mul(t, b)").replace("Neg(t)", "Mul(t, b)")
+    text = f"""g (float[N,3,5,4] x) => (float[N,3,5,4] y, float[3,3,1,1] w) {{
+        [layer] t = Conv(x, w, c) c = Reshape(b, s) y = If(f) <{branches}>
+    }}"""
+    constants = {"b": np.float32([2, 3, 4]).reshape(3, 1, 1), "s": np.int64([3]), "f": np.bool_(True)}
+    model = model_from_text(text, w=weights(3, 3, 1, 1), **constants)
+    model.graph.node.sort(key=lambda node: node.op_type != "Reshape")
+    network = edited(model, weights={"layer": 2 * weights(3, 3, 1, 1)}, biases={"layer": np.float32([4, 6, 8])})
+    np.testing.assert_array_equal(outputs(network.model)[1], weights(3, 3, 1, 1))
+    np.testing.assert_array_equal(outputs(network.model)[0], 2 * outputs(model)[0])
+    assert set(constants_of(network.model)) == {"w", "w_edited", "b", "f", "t_bias"}

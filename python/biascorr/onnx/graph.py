@@ -74,9 +74,8 @@ class Graph:
         return nodes
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name that depends on the inputs of the model, or is one of them."""
-        inputs = (each.name for each in self.model.graph.input)
-        return name not in self._constant and (name in self.producer or name in inputs)
+        """Whether a node makes a tensor of this name, or the model's caller gives it."""
+        return name in self.producer or any(each.name == name for each in self.model.graph.input)
 
     def is_constant(self, name: str) -> bool:
         return name in self._constant
@@ -227,6 +226,7 @@ class Graph:
             self.set_input(node, index, "")
         for index, name in enumerate(inputs):
             self.set_input(node, index, name)
+        self._lose(node.output[1:])
         del node.input[len(inputs) :], node.output[1:], node.attribute[:]
         node.op_type, node.domain = op, ""
         node.attribute.extend(helper.make_attribute(key, value) for key, value in given.items())
@@ -238,7 +238,10 @@ class Graph:
             self._readers[name] -= 1
         for name in node.input:
             self._nodes_reading[name].remove(node)
-        for name in filter(None, node.output):
+        self._lose(node.output)
+
+    def _lose(self, names: Iterable[str]) -> None:
+        for name in filter(None, names):
             self.producer.pop(name, None)
             self._gone.add(name)
 

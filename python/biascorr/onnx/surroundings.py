@@ -134,7 +134,7 @@ def _is_padding(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
     pads = np.reshape(given["pads"], (2, -1))  # in front and behind
     axes = np.asarray(given.get("axes", range(pads.shape[1])))
     rank = len(shapes.get(node.input[0], ()))
-    outer = np.where(axes < 0, axes + (rank or -axes), axes) < 2  # of unknown rank, any from the end may be one of these
+    outer = np.where(axes < 0, axes + rank, axes) < 2  # where the rank is not known, any from the end may be one of these
     return not np.any(given.get("value", 0.0)) and not pads[:, outer].any()
 
 
