@@ -4,14 +4,15 @@
 
 beta and gamma are the mean and standard deviation of the first layer's output, as a batch normalization told them before it
 was folded; K2 is the sum of W2 over the taps of its kernel. Without an activation this is exact. Behind ReLU it is where the
-output is above c: for all but one in 741 values of a normal distribution.
+output is above c: for all but one in 741 values of a normal distribution. Real outputs are not normal, so where there are
+samples, c is at most the least output that they give.
 
 Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from biascorr.model.chains import Link, find_links
 from biascorr.model.folding import as_folded, bias_of, response
-from biascorr.model.network import ActivationType, BatchNorm, Edits, Network
+from biascorr.model.network import ActivationType, BatchNorm, Edits, Feeds, Network
 from biascorr.model.scaling import known_of
 
 _SIGMAS = 3.0
@@ -45,7 +46,7 @@ class Absorption:
 
 
 def absorb_high_biases(
-    network: Network, wanted: Collection[tuple[str, str]] | None = None
+    network: Network, wanted: Collection[tuple[str, str]] | None = None, batches: Callable[[], Iterable[Feeds]] = tuple
 ) -> tuple[Network, list[Absorption], dict[str, str]]:
     """A network whose high biases are absorbed by the layers behind.
 
@@ -55,11 +56,13 @@ def absorb_high_biases(
         Float, its batch normalizations folded.
     wanted : collection of (str, str), optional
         Layers that follow each other; None: all.
+    batches : callable
+        Gives the samples.
 
     Returns
     -------
     network : Network
-        Gives out nearly the same.
+        Gives out nearly the same; to rounding, for the samples.
     absorptions : list of Absorption
         What moved.
     left : dict from str to str
@@ -68,13 +71,16 @@ def absorb_high_biases(
     biases: dict[str, NDArray[Any]] = {}
     folded: dict[str, BatchNorm] = {}
     absorptions, left = [], {}
+    found = {}
     for link in find_links(network)[0]:
         high = _high_bias(network, link)
         if not np.any(high) or (wanted is not None and (link.first.name, link.second.name) not in wanted):
             continue
         if reason := _obstacle(network, link):
             left[link.first.name] = reason
-            continue
+        else:
+            found[link] = high
+    for link, high in _never_cut(network, found, batches()).items():
         first, second = link.first, link.second
         behind = np.repeat(high, second.input_channels // first.channels)
         biases[first.name] = biases.get(first.name, bias_of(first)) - first.along_channels(high)
@@ -83,6 +89,20 @@ def absorb_high_biases(
             folded[tensor] = as_folded(norm.name, norm.beta - np.repeat(high, len(norm.beta) // len(high)), norm.gamma)
         absorptions.append(Absorption(first.name, second.name, high))
     return network.edited(Edits(biases=biases, folded=folded)) if absorptions else network, absorptions, left
+
+
+def _never_cut(
+    network: Network, found: Mapping[Link, NDArray[np.float64]], batches: Iterable[Feeds]
+) -> dict[Link, NDArray[np.float64]]:
+    """High biases, those in front of activations at most as high as what samples have there; the links that have any."""
+    tensors = {link.first.output: link for link in found if acting(network, link)}
+    limited, compute = dict(found), None
+    for feeds in batches if tensors else ():
+        compute = compute or network.part(feeds, list(tensors))
+        for name, array in compute(feeds).items():
+            least = np.moveaxis(array, 1, 0).reshape(array.shape[1], -1).min(axis=1, initial=np.inf)
+            limited[tensors[name]] = np.clip(least, 0.0, limited[tensors[name]])
+    return {link: high for link, high in limited.items() if np.any(high)}
 
 
 def _high_bias(network: Network, link: Link) -> NDArray[np.float64]:
