@@ -55,6 +55,51 @@ impl Magnitude for f64 {
     }
 }
 
+/// What weights are multiplied by before their magnitudes are compared.
+trait Multiplier<T>: Copy {
+    /// Magnitudes of the products.
+    type Bits: Copy + Default + Ord;
+    fn new(factor: f64) -> Self;
+    fn times(self, w: T) -> Self::Bits;
+    fn widened(bits: Self::Bits) -> f64;
+}
+
+impl<T: Magnitude> Multiplier<T> for f64 {
+    type Bits = i64;
+    #[inline(always)]
+    fn new(factor: f64) -> f64 {
+        factor
+    }
+    #[inline(always)]
+    fn times(self, w: T) -> i64 {
+        (w.widen() * self).magnitude()
+    }
+    #[inline(always)]
+    fn widened(bits: i64) -> f64 {
+        f64::of_magnitude(bits)
+    }
+}
+
+/// The multiplier where there are no factors: magnitudes are as wide as weights.
+#[derive(Clone, Copy)]
+struct One;
+
+impl<T: Magnitude> Multiplier<T> for One {
+    type Bits = T::Bits;
+    #[inline(always)]
+    fn new(_: f64) -> One {
+        One
+    }
+    #[inline(always)]
+    fn times(self, w: T) -> T::Bits {
+        w.magnitude()
+    }
+    #[inline(always)]
+    fn widened(bits: T::Bits) -> f64 {
+        T::of_magnitude(bits)
+    }
+}
+
 #[inline(always)]
 fn greatest_body<T: Magnitude>(_: Tier, w: &[T]) -> f64 {
     T::of_magnitude(w.iter().fold(T::Bits::default(), |most, w| most.max(w.magnitude())))
@@ -93,8 +138,8 @@ const SHORT_ROW: usize = 1024;
 
 /// Raises the greatest magnitudes so far to those of rows times a factor each.
 #[inline(always)]
-fn raise_body<T: Magnitude>(_: Tier, rows: &[&[T]], factors: &[f64], greatest: &mut [i64]) {
-    if let (Ok(rows), Ok(factors)) = (<[&[T]; ROWS]>::try_from(rows), <[f64; ROWS]>::try_from(factors))
+fn raise_body<T: Magnitude, M: Multiplier<T>>(_: Tier, rows: &[&[T]], factors: &[M], greatest: &mut [M::Bits]) {
+    if let (Ok(rows), Ok(factors)) = (<[&[T]; ROWS]>::try_from(rows), <[M; ROWS]>::try_from(factors))
         && (greatest.len() > SHORT_ROW || greatest.len() < NARROW_ROW)
     {
         return raise_together(rows, factors, greatest);
@@ -105,13 +150,15 @@ fn raise_body<T: Magnitude>(_: Tier, rows: &[&[T]], factors: &[f64], greatest: &
 }
 
 #[inline(always)]
-fn raise_together<T: Magnitude, const R: usize>(rows: [&[T]; R], factors: [f64; R], greatest: &mut [i64]) {
+fn raise_together<T: Magnitude, M: Multiplier<T>, const R: usize>(
+    rows: [&[T]; R], factors: [M; R], greatest: &mut [M::Bits],
+) {
     let len = greatest.len();
     let rows = rows.map(|row| &row[..len]);
     for k in 0..len {
         let mut most = greatest[k];
         for r in 0..R {
-            most = most.max((rows[r][k].widen() * factors[r]).magnitude());
+            most = most.max(factors[r].times(rows[r][k]));
         }
         greatest[k] = most;
     }
@@ -119,9 +166,9 @@ fn raise_together<T: Magnitude, const R: usize>(rows: [&[T]; R], factors: [f64; 
 
 /// The same for one row with a factor for each weight.
 #[inline(always)]
-fn raise_each_body<T: Magnitude>(_: Tier, row: &[T], factors: &[f64], greatest: &mut [i64]) {
-    for ((most, w), factor) in greatest.iter_mut().zip(row).zip(factors) {
-        *most = (*most).max((w.widen() * factor).magnitude());
+fn raise_each_body<T: Magnitude, M: Multiplier<T>>(_: Tier, row: &[T], factors: &[f64], greatest: &mut [M::Bits]) {
+    for ((most, &w), &factor) in greatest.iter_mut().zip(row).zip(factors) {
+        *most = (*most).max(M::new(factor).times(w));
     }
 }
 
@@ -145,8 +192,13 @@ fn scale_body<T: Real>(_: Tier, w: &[T], output: Factor, input: Factor, scaled: 
 
 tiered! { fn greatest<T: Magnitude>(w: &[T]) -> f64 = greatest_body }
 tiered! { fn greatest_products<T: Magnitude>(rows: &[&[T]], factors: &[f64], most: &mut [f64]) = greatest_products_body }
-tiered! { fn raise<T: Magnitude>(rows: &[&[T]], factors: &[f64], greatest: &mut [i64]) = raise_body }
-tiered! { fn raise_each<T: Magnitude>(row: &[T], factors: &[f64], greatest: &mut [i64]) = raise_each_body }
+tiered! {
+    fn raise<T: Magnitude, M: Multiplier<T>>(rows: &[&[T]], factors: &[M], greatest: &mut [M::Bits]) = raise_body
+}
+tiered! {
+    fn raise_each<T: Magnitude, M: Multiplier<T>>(row: &[T], factors: &[f64], greatest: &mut [M::Bits]) =
+        raise_each_body::<T, M>
+}
 tiered! { fn scale<T: Real>(w: &[T], output: Factor, input: Factor, scaled: &mut [T]) = scale_body }
 
 /// Rows that are shorter share a pass too: a call for each would cost more than it does.
@@ -404,10 +456,10 @@ fn ranges_of<T: Magnitude>(elements: Elements<T>, factors: Option<&[f64]>, mut p
     for runs in Runs::of(part) {
         let factors = Factors::new(factors, 2, &runs);
         let source = Source::new(elements, 0, &runs);
-        if runs.meets(1) {
-            raise_ranges(&runs, source, factors, &mut ranges);
-        } else {
-            raise_one_range_each(&runs, source, factors, &mut ranges);
+        match (runs.meets(1), factors.values) {
+            (false, _) => raise_one_range_each(&runs, source, factors, &mut ranges),
+            (true, None) => raise_ranges::<T, One>(&runs, source, factors, &mut ranges),
+            (true, Some(_)) => raise_ranges::<T, f64>(&runs, source, factors, &mut ranges),
         }
     }
     (start as usize, ranges)
@@ -443,35 +495,37 @@ fn raise_one_range_each<T: Magnitude>(runs: &Runs<3>, mut source: Source<T>, mut
 }
 
 /// Of runs of many channels: the greatest magnitude at each position first, then of each channel.
-fn raise_ranges<T: Magnitude>(runs: &Runs<3>, mut source: Source<T>, mut factors: Factors, ranges: &mut [i64]) {
-    let mut greatest = vec![0; runs.run.len()];
+fn raise_ranges<T: Magnitude, M: Multiplier<T>>(
+    runs: &Runs<3>, mut source: Source<T>, mut factors: Factors, ranges: &mut [i64],
+) {
+    let mut greatest = vec![M::Bits::default(); runs.run.len()];
     let mut outer = runs.outer.clone();
     let rows = outer.axes.pop_if(|axis| axis.strides[1] == 0).unwrap_or(Axis { len: 1, strides: [0; 3] });
     let mut met = outer.origin[1];
     outer.walk(outer.axes.len(), |[w, range, factor]| {
         if range != met {
-            join(runs, met, &greatest, ranges);
-            greatest.fill(0);
+            join::<T, M>(runs, met, &greatest, ranges);
+            greatest.fill(M::Bits::default());
             met = range;
         }
         let row = |k: usize| [w + k as isize * rows.strides[0], factor + k as isize * rows.strides[2]];
-        raise_rows((0..rows.len).map(row), runs, &mut source, &mut factors, &mut greatest);
+        raise_rows::<T, M>((0..rows.len).map(row), runs, &mut source, &mut factors, &mut greatest);
     });
-    join(runs, met, &greatest, ranges);
+    join::<T, M>(runs, met, &greatest, ranges);
 }
 
 /// `rows` are where rows of weights and their factors start.
-fn raise_rows<T: Magnitude>(
+fn raise_rows<T: Magnitude, M: Multiplier<T>>(
     mut rows: impl Iterator<Item = [isize; 2]>, runs: &Runs<3>, source: &mut Source<T>, factors: &mut Factors,
-    greatest: &mut [i64],
+    greatest: &mut [M::Bits],
 ) {
     while let Some([w, factor]) = rows.next() {
         let one = match factors.run(runs, factor) {
             Factor::Each(factors) => {
-                raise_each(source.run(runs, w), factors, greatest);
+                raise_each::<T, M>(source.run(runs, w), factors, greatest);
                 continue;
             }
-            Factor::One(factor) => factor,
+            Factor::One(factor) => M::new(factor),
         };
         if source.stride != Some(1) {
             raise(&[source.run(runs, w)], &[one], greatest);
@@ -481,7 +535,7 @@ fn raise_rows<T: Magnitude>(
         let (mut together, mut ones, mut count) = ([source.elements.run(w, len); ROWS], [one; ROWS], 1);
         for [w, factor] in rows.by_ref().take(ROWS - 1) {
             together[count] = source.elements.run(w, len);
-            ones[count] = factors.one(factor);
+            ones[count] = M::new(factors.one(factor));
             count += 1;
         }
         raise(&together[..count], &ones[..count], greatest);
@@ -489,19 +543,18 @@ fn raise_rows<T: Magnitude>(
 }
 
 /// Raises ranges to the greatest magnitudes of a run that starts at channel `start`.
-fn join(runs: &Runs<3>, start: isize, greatest: &[i64], ranges: &mut [i64]) {
+fn join<T, M: Multiplier<T>>(runs: &Runs<3>, start: isize, greatest: &[M::Bits], ranges: &mut [i64]) {
     let mut rest = greatest;
+    let mut raise = |channel: isize, bits| {
+        let range = &mut ranges[channel as usize];
+        *range = M::widened(bits).magnitude().max(*range);
+    };
     runs.walk_run(1, start, |at, len, stride| {
         let (each, after) = rest.split_at(len);
         rest = after;
-        if stride == 0 {
-            let most = each.iter().fold(ranges[at as usize], |most, &x| most.max(x));
-            ranges[at as usize] = most;
-        } else {
-            for (k, &most) in each.iter().enumerate() {
-                let range = &mut ranges[(at + k as isize * stride) as usize];
-                *range = most.max(*range);
-            }
+        match stride {
+            0 => raise(at, each.iter().fold(M::Bits::default(), |most, &bits| most.max(bits))),
+            _ => each.iter().enumerate().for_each(|(k, &bits)| raise(at + k as isize * stride, bits)),
         }
     });
 }

@@ -87,9 +87,9 @@ macro_rules! tiered {
             #[expect(unsafe_code, reason = "calls a clone that needs CPU features")]
             match $crate::simd::tier() {
                 // SAFETY: `tier` has probed this CPU for exactly the features of the clone.
-                $crate::simd::Tier::Avx512 => return unsafe { avx512($($arg),*) },
+                $crate::simd::Tier::Avx512 => return unsafe { avx512::<$($t),*>($($arg),*) },
                 // SAFETY: as above.
-                $crate::simd::Tier::Avx2 => return unsafe { avx2($($arg),*) },
+                $crate::simd::Tier::Avx2 => return unsafe { avx2::<$($t),*>($($arg),*) },
                 _ => {}
             }
             $body($crate::simd::Tier::Baseline, $($arg),*)

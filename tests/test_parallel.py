@@ -188,6 +188,7 @@ def test_no_kernel_takes_memory_that_grows_with_what_it_reads():
 import ml_dtypes
 import numpy as np
 from biascorr import MeanBiasCorrector, PackedInt4, Quantization, prepare_input_mean
+from biascorr.channel_scale import channel_ranges
 from biascorr.statistics import TapMean, Window
 bytes = np.ones(128 << 20, np.uint8)
 taps = TapMean(Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))))
@@ -207,6 +208,9 @@ kernels = {
     "blocks": lambda size: MeanBiasCorrector(np.ones(32 * size)).calculate_from_quantization(
         weights[: 32 * size], Quantization(per_block[: size // 8], 0, 4), block_size=256
     ),
+    "rows": lambda size: channel_ranges(weights[: 32 * size], "OI", axis="O", factors=np.ones(4096)),
+    "columns": lambda size: channel_ranges(weights[: 32 * size], "OI", axis="I", factors=np.ones(32 * size)),
+    "strides": lambda size: channel_ranges(weights[: 32 * size, ::2].T, "OI", axis="I"),
 }
 for name, kernel in kernels.items():
     kernel(8)
