@@ -1,7 +1,7 @@
 //! How far the weights of each channel reach, and weights with their channels scaled.
 //!
 //! ```text
-//! range[c]    = max over all other axes of |W| * factor        the factor of the channel on the other side, 1 where there is none
+//! range[g*O+o]    = max over s,i of |W[s,i,g,o]| * factor[g*I+i]        of input channels likewise; no factors are 1
 //! scaled[s,i,g,o] = (W[s,i,g,o] * output_factor[g*O+o]) * input_factor[g*I+i]
 //! ```
 //!
@@ -219,10 +219,10 @@ const PART: usize = 128 << 10;
 /// Weights whose ranges are asked for are cut into no more parts, which bounds the memory of their partial ranges.
 const MAX_PARTS: usize = 16;
 
-/// Parts that are too few for the threads of many machines, if the tensor is large.
+/// A loop with fewer steps is cut where no other will do: its parts would leave threads without work.
 const FEW_PARTS: usize = 8;
 
-/// Ranges are found so many times faster than the pool takes for granted (measured: two threads break even near 1 MB of f32).
+/// Ranges are found so many times faster than the sums that the least work for threads was measured with, about.
 const READ_SPEED: usize = 4;
 
 /// Loops cut in two: the outer ones, and the inner ones whose elements are taken together as a run. The last two operands count
@@ -245,7 +245,8 @@ impl<const N: usize> Runs<N> {
         }
         let Axis { len, strides } = nest.axes[first];
         let changes = first == inner || strides[N - 2..] != [0, 0];
-        let most = (if changes { LONG_RUN } else { SHORT_LOOPS } / within).clamp(1, len);
+        let limit = if changes { LONG_RUN } else { SHORT_LOOPS };
+        let most = (limit / within).clamp(1, len);
         let piece = |start: usize, steps: usize, len: usize| {
             let mut outer = Nest { axes: nest.axes[..first].to_vec(), origin: nest.origin };
             if steps > 1 {
@@ -366,8 +367,7 @@ impl<'a> Factors<'a> {
 
 /// Cuts a nest along its outermost loops, by its size alone, into parts that each are one after the other in operand 0.
 fn parts<const N: usize>(nest: Nest<N>, most: usize) -> Vec<Nest<N>> {
-    let longest = nest.axes.iter().position(|axis| axis.len > 1);
-    match longest {
+    match nest.axes.iter().position(|axis| axis.len > 1) {
         Some(axis) if nest.len() > most => {
             let pieces = nest.split(axis, nest.len().div_ceil(most));
             pieces.into_iter().flat_map(|piece| parts(piece, most)).collect()
