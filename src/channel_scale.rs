@@ -129,11 +129,11 @@ fn products_together<T: Magnitude, const R: usize>(rows: [&[T]; R], factors: &[f
     greatest.map(f64::of_magnitude)
 }
 
-/// Rows of weights that share one pass over their factors, or over the greatest magnitudes so far: both are twice as wide as f32.
+/// Rows of weights that share one pass over their factors or the greatest magnitudes so far, which are twice as wide as f32.
 const ROWS: usize = 4;
 
-/// Up to this length the numbers that rows share stay in the L1 cache (8 KB), and rows are read one after the other, as hardware
-/// prefetchers like best.
+/// Up to this length the numbers that rows share stay in the L1 cache (8 KB), and rows are read one after the other, as
+/// hardware prefetchers like best.
 const SHORT_ROW: usize = 1024;
 
 /// Raises the greatest magnitudes so far to those of rows times a factor each.

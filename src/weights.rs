@@ -1,7 +1,7 @@
 //! Weights as tensors: which axes count channels, on either side of the layer.
 //!
-//! A layout has a letter per axis: O or M output channels, I input channels, G or C groups, and D, H, W space. The channels of all
-//! groups are counted through: output g*O+o, input g*I+i.
+//! A layout has a letter per axis: O or M output channels, I input channels, G or C groups, and D, H, W space. The channels of
+//! all groups are counted through: output g*O+o, input g*I+i.
 
 use crate::error::Error;
 use crate::layout::Elements;

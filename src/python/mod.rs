@@ -260,7 +260,7 @@ fn channel_ranges_of<'py, T: Magnitude + Element>(
     Ok(as_array(py, ranges, true))
 }
 
-/// The greatest magnitude of each output channel's weights, or of each input channel's, times the factors of the other channels.
+/// The greatest magnitude of each output (or input) channel's weights, times the factors of the channels on the other side.
 #[pyfunction]
 #[pyo3(signature = (weights, layout, of_outputs, groups, factors))]
 fn channel_ranges<'py>(
