@@ -214,7 +214,7 @@ class Surroundings:
     averages : collection of str
         What averages over positions, each channel where it was along axis 1.
     leaky : collection of str
-        What multiplies negative values with constants of at least 0 and keeps others: LeakyReLU, PReLU.
+        What multiplies negative values with constants and keeps others: LeakyReLU, PReLU.
     paddings : collection of str
         What pads with zeros along other axes than 0 and 1.
     flattens : collection of str

@@ -121,9 +121,7 @@ def _bound(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> Bound | None:
 
 
 def _is_leaky(node: onnx.NodeProto, graph: Graph) -> bool:
-    if node.op_type == "PRelu":
-        return graph.is_constant(node.input[1]) and bool((graph.value(node.input[1]) >= 0).all())
-    return node.op_type == "LeakyRelu" and attributes(node).get("alpha", 0.01) >= 0
+    return node.op_type == "LeakyRelu" or (node.op_type == "PRelu" and graph.is_constant(node.input[1]))
 
 
 def _is_padding(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
