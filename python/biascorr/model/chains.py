@@ -58,6 +58,11 @@ def is_depthwise(layer: Layer) -> bool:
     return layer.channels == layer.input_channels and layer.weights.size == layer.channels * taps
 
 
+def is_inner(link: Link) -> bool:
+    """Whether a chain can go on behind the second layer: each channel of the first is still one of its own."""
+    return is_depthwise(link.second) and link.second.channels == link.first.channels
+
+
 def find_links(network: Network) -> tuple[list[Link], dict[str, str]]:
     """All links, in the order of their first layers; and by the names of the other layers, why nothing can follow them."""
     finder = _Finder(network)
@@ -74,7 +79,7 @@ def find_links(network: Network) -> tuple[list[Link], dict[str, str]]:
 def chains_of(links: Sequence[Link]) -> Iterator[Chain]:
     """Pairs, and longer chains through depthwise layers, in the order of their first layers."""
     following = {link.first.name: link for link in links}
-    inside = {link.second.name for link in links if is_depthwise(link.second)} & set(following)
+    inside = {link.second.name for link in links if is_inner(link)} & set(following)
     for link in links:
         if link.first.name not in inside:
             chain = [link]
@@ -89,6 +94,8 @@ def unfit(layer: Layer) -> str:
         return "its weights are quantized"
     if layer.shares_weights:
         return "its weights are used elsewhere too"
+    if not layer.weights.size:
+        return "it has no weights"
     return "" if np.isfinite(layer.weights).all() else "its weights are not finite"
 
 
@@ -142,8 +149,7 @@ class _Finder:
         kinds = self._kinds
         activation = kinds.activations.get(operation.name)
         if activation is not None and activation.bounds is not None:
-            reshaped = is_scaled(activation) and any(map(self._is_along_axis_1, between))
-            return f"{operation.name} limits its output in another shape" if reshaped else ""
+            return self._obstacle_to_bounds(first, between, operation) if is_scaled(activation) else ""
         if operation.name in kinds.leaky:
             return ""
         passing = (kinds.identities, kinds.paddings, kinds.averages, kinds.flattens)
@@ -152,6 +158,19 @@ class _Finder:
         if self._neighbours.is_along_axis_1(first, first.output_axis, first.output):
             return ""
         return f"{operation.name} reads its output, whose channels are not along axis 1"
+
+    def _obstacle_to_bounds(self, first: Layer, between: Sequence[Operation], operation: Operation) -> str:
+        """Why an activation between layers cannot limit each channel to a bound of its own."""
+        if any(map(self._is_along_axis_1, between)):
+            return f"{operation.name} limits its output in another shape"
+        bounds = self._kinds.activations[operation.name].bounds or ()
+        counts = {len(bound) for bound in bounds if isinstance(bound, tuple)}
+        is_along_axis_1 = self._neighbours.is_along_axis_1(first, first.output_axis, first.output)
+        if counts and not (is_along_axis_1 and counts == {first.channels}):
+            return f"{operation.name} limits its output along another axis"
+        if operation.name not in self._kinds.limitable:
+            return f"{operation.name} cannot limit each channel to a bound of its own in this model"
+        return ""
 
 
 def is_scaled(activation: ActivationType) -> bool:

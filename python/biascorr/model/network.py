@@ -209,6 +209,8 @@ class Surroundings:
         Their channels are along axis 1.
     activations : mapping from str to ActivationType
         What limits values, and other functions of each value.
+    limitable : collection of str
+        The activations that can limit each channel along axis 1 to another value; see :class:`Edits`.
     identities : collection of str
         What gives out its input, each channel where it was along axis 1.
     averages : collection of str
@@ -228,6 +230,7 @@ class Surroundings:
 
     batch_norms: Mapping[str, BatchNorm]
     activations: Mapping[str, ActivationType]
+    limitable: Collection[str]
     identities: Collection[str]
     averages: Collection[str]
     leaky: Collection[str]

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.channel_scale import channel_ranges, scaled_channels
-from biascorr.model.chains import Chain, Link, chains_of, find_links, is_depthwise, is_scaled
+from biascorr.model.chains import Chain, Link, chains_of, find_links, is_inner, is_scaled
 from biascorr.model.folding import as_folded
 from biascorr.model.network import BatchNorm, Bound, Edits, Layer, Network
 
@@ -162,7 +162,7 @@ def _chain_from_names(names: Sequence[str], links: Sequence[Link], left: dict[st
             reason = left.get(first, "no layer of this name" if link is None else f"followed by {link.second.name}")
             raise ValueError(f"cls_sets: {first} and {second} cannot be scaled together: {first}: {reason}")
         chain.append(link)
-    inner = [link.second.name for link in chain[:-1] if not is_depthwise(link.second)]
+    inner = [link.second.name for link in chain[:-1] if not is_inner(link)]
     if not chain or inner:
         what = f"{inner[0]} mixes channels, expected depthwise layers inside" if inner else "expected two layers or more"
         raise ValueError(f"cls_sets: {', '.join(names)}: {what}")

@@ -32,6 +32,11 @@ Operators = list[tuple[str, Sequence[NDArray[Any]]]]
 """Operators with their bounds, each behind the one before it."""
 
 
+def limits_channels(graph: Graph) -> bool:
+    """Whether the opset can say a limit for each channel."""
+    return graph.opset >= _BROADCASTING
+
+
 def limited(graph: Graph, node: onnx.NodeProto) -> str:
     """The tensor that an activation acts on: a Max or Min may have its constant first."""
     return str(next(name for name in node.input if not graph.is_constant(name)))
@@ -64,7 +69,7 @@ def set_limits(
     if not np.all(low <= high):
         raise ValueError(f"{name}: limits {low} and {high}, expected the first to be at most the second")
     operators = _operators(graph.opset, low, high)
-    if graph.opset < _BROADCASTING and any(op in ("Max", "Min") for op, _ in operators):
+    if not limits_channels(graph) and any(op in ("Max", "Min") for op, _ in operators):
         raise ValueError(f"{name}: such limits need opset {_BROADCASTING} or newer, the model has {graph.opset}")
     source, output = limited(graph, node), node.output[0]
     for k, (op, bounds) in enumerate(operators):

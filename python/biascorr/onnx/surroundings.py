@@ -12,6 +12,7 @@ import onnx
 from biascorr.model.network import ActivationType, BatchNorm, Bound, Surroundings
 from biascorr.onnx.folded import folded_of
 from biascorr.onnx.graph import Graph, attributes
+from biascorr.onnx.limits import limits_channels
 from biascorr.onnx.shapes import Shapes, Types, first_size, inferred_types, known_shapes
 
 _OTHER = {
@@ -39,9 +40,11 @@ def surroundings_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Surrou
     graph.values(name for names in parameters if names is not None for name in names if name)
     types = inferred_types(graph.model)
     shapes = known_shapes(types)
+    activations = _recognised(acting, lambda _, node: _activation(node, graph, shapes))
     return Surroundings(
         batch_norms=_recognised(acting, lambda name, node: _batch_norm(name, node, graph)),
-        activations=_recognised(acting, lambda _, node: _activation(node, graph, shapes)),
+        activations=activations,
+        limitable=list(activations) if limits_channels(graph) else [],
         identities={name for name, node in acting.items() if _is_identity(node, graph, shapes)},
         averages={name for name, node in acting.items() if _is_average(node, graph, shapes)},
         leaky={name for name, node in acting.items() if _is_leaky(node, graph)},
