@@ -20,6 +20,9 @@ from biascorr.onnx.graph import Graph, named_nodes, weight_index
 from biascorr.onnx.limits import limited, set_limits
 from biascorr.onnx.shapes import inferred_types
 
+_ACTIVATIONS = ("Clip", "LeakyRelu", "Max", "Min", "PRelu", "Relu")
+"""What may be before an activation that limits values, and makes the type that it reads."""
+
 
 def edit(
     graph: Graph, nodes: Mapping[str, onnx.NodeProto], layers: Sequence[Layer], limiting: Collection[str], edits: Edits
@@ -96,7 +99,12 @@ def _types(graph: Graph, layers: Sequence[Layer]) -> dict[str, np.dtype[Any]]:
     """Of tensors, as far as they are known."""
     types = {name: tensor.elem_type for name, tensor in inferred_types(graph.model).items() if tensor.elem_type}
     dtypes = {name: np.dtype(helper.tensor_dtype_to_np_dtype(each)) for name, each in types.items()}
-    return dtypes | {layer.output: layer.weights.dtype for layer in layers}
+    dtypes |= {layer.output: layer.weights.dtype for layer in layers}
+    for node in graph.model.graph.node:
+        known = [dtypes[name] for name in node.input if name in dtypes]
+        if node.op_type in _ACTIVATIONS and known:
+            dtypes.setdefault(node.output[0], known[0])
+    return dtypes
 
 
 def _set_limits(
