@@ -4,8 +4,9 @@
     triple    t = (r1 r2 r3)^(1/3), S12 = r1 / t, S23 = t / r3   the middle one depthwise: W2 *= S12 / S23, b2 /= S23
     longer    t = (r1 ... rn)^(1/n), each S the one before it times r / t
 
-r1[c] is the largest absolute weight of output channel c, r2[c] that of input channel c; S[c] = 1 where a range is 0. Scales of
-one chain change ranges of the next, so sweeps over all chains are repeated until nothing moves.
+r1[c] is the largest absolute weight of output channel c, r2[c] that of input channel c; S[c] = 1 where a range is 0, and
+where the bias divided by it would be no number of its type. Scales of one chain change ranges of the next, so sweeps over all
+chains are repeated until nothing moves.
 
 Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1
 and appendix A.
@@ -68,6 +69,17 @@ class _Scaled:
         self.layer = layer
         self.output, self.input = np.ones(layer.channels), np.ones(layer.input_channels)
         self._known: dict[str, tuple[Factors, Factors]] = {}
+        self._largest_bias = self._largest_biases()
+
+    def _largest_biases(self) -> Factors:
+        """Of each output channel, (C,), in magnitude."""
+        aligned = self.layer.along_channels(np.zeros(self.layer.channels))
+        biases = aligned if self.layer.bias is None else aligned + np.abs(self.layer.bias)
+        return np.asarray(np.moveaxis(biases, self.layer.output_axis, 0).reshape(len(aligned), -1).max(axis=1))
+
+    def overflows(self, factors: Factors) -> NDArray[np.bool_]:
+        """Where biases divided by these, beside what they were before, would be beyond the numbers of their type."""
+        return np.asarray(self._largest_bias * self.output / factors > np.finfo(self.layer.weights.dtype).max)
 
     def ranges(self, axis: str) -> Factors:
         """Of its output ("O") or input ("I") channels as scaled so far."""
@@ -225,7 +237,9 @@ class Scaler:
 
     def _equalize(self, chain: Chain) -> float:
         layers = [self._layers[layer.name] for layer in chain.layers]
-        steps = factors_from_ranges(self._ranges(chain))
+        found = factors_from_ranges(self._ranges(chain))
+        kept = np.any([first.overflows(step) for first, step in zip(layers, found)], axis=0)
+        steps = [np.where(kept, 1.0, step) for step in found]
         for link, first, second, step in zip(chain.links, layers, layers[1:], steps):
             self._factors[link.first.name] *= step
             first.output /= step
