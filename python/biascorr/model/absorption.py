@@ -108,7 +108,7 @@ def _never_cut(
 def _high_bias(network: Network, link: Link) -> NDArray[np.float64]:
     """c of the first layer of a link; zeros where nothing is known of its output."""
     norm = network.surroundings.folded.get(link.first.output)
-    if norm is None:
+    if norm is None or len(norm.beta) != link.first.channels:
         return np.zeros(link.first.channels)
     if not acting(network, link):
         return norm.beta

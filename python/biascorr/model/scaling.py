@@ -281,11 +281,12 @@ def _aligned(layer: Layer, bound: Bound) -> NDArray[np.float64]:
 
 
 def known_of(network: Network, link: Link) -> Iterator[tuple[str, BatchNorm]]:
-    """The tensors between two layers that something is known of."""
+    """The tensors between two layers that something is known of: of each channel, whatever else changed the model since."""
     made = {operation.name: operation.outputs[0] for operation in network.operations if operation.name in link.between}
     for name in (link.first.output, *made.values()):
-        if name in network.surroundings.folded:
-            yield name, network.surroundings.folded[name]
+        norm = network.surroundings.folded.get(name)
+        if norm is not None and len(norm.beta) % link.first.channels == 0:
+            yield name, norm
 
 
 def factors_from_ranges(ranges: Sequence[Factors]) -> list[Factors]:

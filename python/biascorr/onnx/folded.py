@@ -47,6 +47,8 @@ def _batch_norm(entry: Any) -> BatchNorm:
     beta, gamma = (_array(text) for text in texts)
     if not isinstance(name, str) or beta.shape != gamma.shape:
         raise ValueError(f"{name!r} with {beta.size} and {gamma.size} channels")
+    if not (np.isfinite(beta).all() and (gamma >= 0).all()):
+        raise ValueError(f"{name!r} with a mean that is not finite, or a standard deviation below 0")
     return BatchNorm(name, beta, gamma, beta, gamma**2, 0.0)
 
 
