@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.model.absorption import absorb_high_biases, acting
-from biascorr.model.equalization import equalize
+from biascorr.model.equalization import check_float, equalize
 from biascorr.model.folding import fold_batch_norms
 from biascorr.model.loading import network_from_model
 from biascorr.model.network import Network
 from biascorr.model.patterns import ConvBnInfoType, batch_norms_around_layers
-from biascorr.model.scaling import ScaledChain, scale
+from biascorr.model.scaling import ScaledChain, check_iterations, scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +135,10 @@ def fold_given_batch_norms(model: Any, layer_pairs: Sequence[tuple[str, str]]) -
     ValueError
         As there; a pair cannot be folded, or has other names.
     """
-    network, folds, left = fold_batch_norms(_network(model), {(layer, norm) for layer, norm in layer_pairs})
+    pairs = list(_checked_pairs(layer_pairs))
+    network, folds, left = fold_batch_norms(_network(model), pairs)
     done = {(fold.layer, fold.batch_norm) for fold in folds}
-    for layer, norm in layer_pairs:
+    for layer, norm in pairs:
         if (layer, norm) not in done:
             reason = left.get(norm, "no batch normalization of this name, or it is next to another layer")
             raise ValueError(f"layer_pairs: {norm} cannot be folded into {layer}: {reason}")
@@ -174,6 +175,7 @@ class CrossLayerScaling:
         FileNotFoundError, ImportError, TypeError, ValueError
             As :func:`biascorr.equalize`.
         """
+        check_iterations(iterations)
         network, chains, _ = scale(_network(model), iterations)
         return network.model, [_info(chain, network) for chain in chains]
 
@@ -242,8 +244,18 @@ class HighBiasFold:
         return absorb_high_biases(_network(model), [pair for pair in pairs if pair[0] in normalized])[0].model
 
 
+def _checked_pairs(layer_pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for k, pair in enumerate(layer_pairs):
+        if isinstance(pair, str) or [isinstance(name, str) for name in pair] != [True, True]:
+            raise ValueError(f"layer_pairs[{k}]: {pair!r}, expected a layer and a batch normalization, by name")
+        layer, norm = pair
+        yield layer, norm
+
+
 def _network(model: Any) -> Network:
-    return network_from_model(model, "model")
+    network = network_from_model(model, "model")
+    check_float(network)
+    return network
 
 
 def _info(chain: ScaledChain, network: Network) -> ClsSetInfo:

@@ -22,7 +22,7 @@ from biascorr.model.folding import Fold, fold_batch_norms
 from biascorr.model.loading import network_from_model
 from biascorr.model.network import ActivationType, Edits, Feeds, Network
 from biascorr.model.samples import Progress, Samples
-from biascorr.model.scaling import ScaledChain, scale
+from biascorr.model.scaling import ScaledChain, check_iterations, scale
 from biascorr.model.storage import Storage, default_budget
 
 _ROUNDING = 1e-4
@@ -86,7 +86,7 @@ class Equalization:
 
     @property
     def change(self) -> OutputChange | None:
-        """How far the float outputs have moved in all; None without data."""
+        """How far the float outputs have moved in all; None without data, and where nothing was done."""
         return list(self.changes.values())[-1] if self.changes else None
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
@@ -161,10 +161,7 @@ def equalize(
     >>> equalization.chains[0].factors
     [array([2. , 0.5])]
     """
-    if iterations is not None and (
-        not isinstance(iterations, (int, np.integer)) or isinstance(iterations, bool) or iterations < 1
-    ):
-        raise ValueError(f"iterations: {iterations!r}, expected an integer of at least 1, or None")
+    check_iterations(iterations)
     network = network_from_model(model, "model")
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage)
@@ -185,9 +182,7 @@ def equalized(
     progress: Progress | None = None,
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
-    for layer in network.layers:
-        if layer.weight_step is not None:
-            raise ValueError(f"model: layer {layer.name} has quantized weights; equalize the float model, then quantize it")
+    check_float(network)
     report = progress or (lambda *_: None)
     meter = _Meter(network, samples, report)
     network, folds, left = fold_batch_norms(network)
@@ -199,8 +194,17 @@ def equalized(
     network, absorptions, kept = absorb_high_biases(network, batches=samples.feeds)
     meter.measure("high-bias fold", network, bool(absorptions))
     meter.forget()
-    left = left | unscaled | {name: f"its high bias stays: {reason}" for name, reason in kept.items()}
+    left = {report.name: report.reason for report in network.left_alone} | left | unscaled
+    for name, reason in kept.items():
+        left[name] = "; ".join(filter(None, (left.get(name), f"its high bias stays: {reason}")))
     return Equalization(network, folds, replaced, chains, absorptions, left, meter.changes)
+
+
+def check_float(network: Network) -> None:
+    """Raises ValueError where a layer has quantized weights."""
+    for layer in network.layers:
+        if layer.weight_step is not None:
+            raise ValueError(f"model: layer {layer.name} has quantized weights; equalize the float model, then quantize it")
 
 
 def _with_relu(network: Network) -> tuple[Network, list[str]]:

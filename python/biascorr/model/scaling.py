@@ -142,6 +142,14 @@ def scale(
     return (*scaler.scaled(network), left)
 
 
+def check_iterations(iterations: int | None) -> None:
+    """Raises ValueError where these are no sweeps, nor None."""
+    if iterations is not None and (
+        not isinstance(iterations, (int, np.integer)) or isinstance(iterations, bool) or iterations < 1
+    ):
+        raise ValueError(f"iterations: {iterations!r}, expected an integer of at least 1, or None")
+
+
 def _worthwhile(network: Network, links: Sequence[Link], left: dict[str, str]) -> list[Link]:
     """The links but those with bounds to scale in chains that gain little by it."""
     worthwhile = []
