@@ -18,6 +18,8 @@ from onnx import helper, numpy_helper, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 from biascorr import Correction, Quantization, QuantParams, correct, fake_quantize
+from biascorr.model.network import Layer
+from biascorr.onnx.network import OnnxNetwork
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -89,6 +91,57 @@ def two_layers(*, image: int = 6) -> onnx.ModelProto:
     }}"""
     constants = {"w1": weights(4, 3, 3, 3), "w2": weights(6, 4, 3, 3), "w3": weights(5, 6)}
     return model_from_text(text, **constants, b1=biases(4), b2=biases(6), b3=biases(5))
+
+
+def batch_norm(x: str, y: str, name: str = "norm", *, epsilon: float = 0.25) -> str:
+    """A node that reads the constants of `batch_norm_constants`."""
+    parameters = ", ".join(f"{name}_{each}" for each in ("gamma", "beta", "mean", "var"))
+    return f"[{name}] {y} = BatchNormalization<epsilon={epsilon}>({x}, {parameters})"
+
+
+def batch_norm_constants(channels: int, name: str = "norm", *, dtype: str = "float32", seed: int = 0) -> dict[str, Array]:
+    """Of uneven channels, some of them with a negative gamma, some far above 0."""
+    rng = np.random.default_rng([seed, channels])
+    gamma = rng.uniform(0.5, 1.5, channels) * np.where(np.arange(channels) % 3 == 1, -1, 1)
+    beta = rng.normal(0, 1, channels) + np.where(np.arange(channels) % 3 == 2, 6, 0)
+    found = {"gamma": gamma, "beta": beta, "mean": rng.normal(0, 1, channels), "var": rng.uniform(0.5, 4, channels)}
+    return {f"{name}_{key}": array.astype(dtype) for key, array in found.items()}
+
+
+def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
+    """By name."""
+    return {layer.name: layer for layer in OnnxNetwork.load(model, "model").layers}
+
+
+def magnitudes(layer: Layer) -> tuple[Array, Array]:
+    """The largest absolute weight of each output channel and of each input channel, of all groups."""
+    flat = np.abs(layer.weights.astype(np.float64)).reshape(*layer.weights.shape[:2], -1).max(axis=2)
+    own = flat.max(axis=1)
+    other = flat.reshape(layer.groups, -1, flat.shape[1]).max(axis=1).ravel()
+    return (own, other) if layer.layout.startswith("O") else (other, own)
+
+
+def kernel_sums(layer: Layer) -> Array:
+    """What each output channel (rows) multiplies a constant input channel by, groups as blocks."""
+    blocks = layer.weights.astype(np.float64).reshape(*layer.weights.shape[:2], -1).sum(axis=2)
+    parts = [part if layer.layout.startswith("O") else part.T for part in np.split(blocks, layer.groups)]
+    outputs, inputs = parts[0].shape
+    dense = np.zeros((layer.channels, layer.input_channels))
+    for k, part in enumerate(parts):
+        dense[k * outputs : (k + 1) * outputs, k * inputs : (k + 1) * inputs] = part
+    return layer.gain * dense
+
+
+def assert_same_function(
+    before: onnx.ModelProto, after: onnx.ModelProto, *feeds: Mapping[str, Array], tolerance: float
+) -> None:
+    """That no output moves by more than this part of the largest magnitude in it."""
+    onnx.checker.check_model(after, full_check=True)
+    for each in feeds:
+        for expected, computed in zip(run(before, each), run(after, each), strict=True):
+            assert computed.dtype == expected.dtype
+            assert computed.shape == expected.shape
+            assert np.abs(computed - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=0)
 
 
 def gated_network() -> onnx.ModelProto:
