@@ -184,7 +184,8 @@ def _chain_from_names(names: Sequence[str], links: Sequence[Link], left: dict[st
         chain.append(link)
     inner = [link.second.name for link in chain[:-1] if not is_inner(link)]
     if not chain or inner:
-        what = f"{inner[0]} mixes channels, expected depthwise layers inside" if inner else "expected two layers or more"
+        unfit = f"{inner[0]} is no depthwise layer with the channels of the one before it" if inner else ""
+        what = unfit or "expected two layers or more"
         raise ValueError(f"cls_sets: {', '.join(names)}: {what}")
     return Chain(chain)
 
