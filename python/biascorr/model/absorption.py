@@ -100,7 +100,7 @@ def _never_cut(
     for feeds in batches if tensors else ():
         compute = compute or network.part(feeds, list(tensors))
         for name, array in compute(feeds).items():
-            least = np.moveaxis(array, 1, 0).reshape(array.shape[1], -1).min(axis=1, initial=np.inf)
+            least = np.fmin.reduce(np.moveaxis(array, 1, 0).reshape(array.shape[1], -1), axis=1, initial=np.inf)
             limited[tensors[name]] = np.clip(least, 0.0, limited[tensors[name]])
     return {link: high for link, high in limited.items() if np.any(high)}
 
