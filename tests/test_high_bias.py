@@ -14,6 +14,7 @@ from networks import (
     kernel_sums,
     layers_of,
     model_from_text,
+    run,
     samples,
     weights,
 )
@@ -134,14 +135,30 @@ def test_every_layer_behind(pooled, second, shape):
     np.testing.assert_allclose(found, given + kernel_sums(before) @ high, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_relu_cuts_is_said():
-    """A channel below what moved, by more than the three standard deviations of its batch normalization."""
-    model = network(norm_var=np.full(4, 1e-4, np.float32), norm_mean=np.full(4, 100, np.float32))
-    with pytest.warns(UserWarning, match="the float outputs moved by up to"):
-        result = equalize(model, {"x": X})
-    assert result.changes["scaling"].relative < 1e-4
-    assert result.changes["high-bias fold"].relative > 1e-4
+def test_samples_limit_what_moves():
+    """Channels below what would move, by more than the three standard deviations of their batch normalization."""
+    model = network(norm_var=np.full(4, 1, np.float32))
+    without, result = equalize(model), equalize(model, {"x": X})
+    assert np.abs(run(model, {"x": X})[0] - run(without.model, {"x": X})[0]).max() > 0.01
+    assert result.changes["high-bias fold"].relative < 1e-5
     assert result.change is result.changes["high-bias fold"]
+    scaled, _ = CrossLayerScaling.scale_model(fold_all_batch_norms(model)[0])
+    least = run(scaled, {"x": X}, [layers_of(scaled)["first"].output])[0].min(axis=(0, 2, 3))
+    expected = np.clip(least, 0, without.absorptions[0].absorbed)
+    np.testing.assert_allclose(result.absorptions[0].absorbed, expected, rtol=1e-5)
+    assert (expected < without.absorptions[0].absorbed).any()
+    found = find_all_convs_bn_with_activation(result.model)["second"].input_bn.beta
+    np.testing.assert_allclose(found, [6, -3, 1.5, 8] / result.chains[0].factors[0] - expected, rtol=1e-5)
+
+
+def test_outputs_that_are_no_numbers_do_not_count():
+    model = network()
+    model.graph.node.insert(0, onnx.helper.make_node("Sqrt", ["x"], ["root"]))
+    model.graph.node[1].input[0] = "root"
+    result = equalize(model, {"x": X})
+    assert np.isfinite(layers_of(result.model)["first"].bias).all()
+    assert result.absorptions[0].absorbed.any()
+    assert result.change.relative < 1e-5
 
 
 def test_only_given_pairs():
