@@ -26,7 +26,10 @@ from biascorr.model.scaling import ScaledChain, check_iterations, scale
 from biascorr.model.storage import Storage, default_budget
 
 _ROUNDING = 1e-4
-"""Relative change of an output that float rounding explains."""
+"""Relative change of an output that rounding to float32 explains."""
+
+_ROUNDINGS = 8
+"""Of coarser types, so many steps."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def equalize(
         if data is not None:
             samples.read(data, network.inputs, progress or (lambda *_: None))
         result = equalized(network, samples, iterations=iterations, replace_relu6=replace_relu6, progress=progress)
-    if result.change is not None and not result.change.relative <= _ROUNDING:
+    if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)
     return result
 
@@ -211,6 +214,11 @@ def _with_relu(network: Network) -> tuple[Network, list[str]]:
     """A network with ReLU in place of ReLU6, and where that was."""
     found = [name for name, each in network.surroundings.activations.items() if each == ActivationType.relu6]
     return network.edited(Edits(limits=dict.fromkeys(found, (0.0, np.inf)))), found
+
+
+def _rounding(network: Network) -> float:
+    """Relative change of an output that rounding to the types of the network explains."""
+    return max(_ROUNDING, *(_ROUNDINGS * float(np.finfo(layer.weights.dtype).eps) for layer in network.layers))
 
 
 class _Meter:
