@@ -298,7 +298,7 @@ LEFT = [
     ("[first] t = Conv(x, endless) r = Relu(t) [second] y = Conv(r, v)", "its weights are not finite"),
     ("[first] t = Conv(x, w) r = Relu(t) [second] y = MatMul(r, square)", "followed by second, which reads other channels"),
     ("[first] t = MatMul(x, square) r = Relu(t) [second] y = Conv(r, v)", "followed by second, which reads other channels"),
-    ("[first] t = MatMul(x, square) r = Min(t, steps) [second] y = MatMul(r, square2)", "Min:r limits its output along another"),
+    ("[first] t = MatMul(x, square) r = Min(t, steps) [second] y = MatMul(r, square2)", "Min:r limits its output along"),
     ("[first] t = MatMul(x, square) r = ReduceMean<axes=[3]>(t) [second] y = Conv(r, v)",
      "ReduceMean:r reads its output, whose channels are not along axis 1"),
     ("[first] t = Conv(x, computed) y = Relu(t) computed = Identity(x)", "weights are computed at run time"),
