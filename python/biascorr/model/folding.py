@@ -105,7 +105,8 @@ class _Folder:
             if fold.is_behind:
                 folded[tensor] = as_folded(norm.name, norm.beta, norm.gamma)
             elif tensor not in self._known:
-                folded[tensor] = as_folded(norm.name, norm.mean, np.sqrt(norm.variance))
+                nearest = self._known.get(layer.input, norm)  # another one that became part of the layer
+                folded[tensor] = as_folded(nearest.name, norm.mean, np.sqrt(norm.variance))
         return Edits(weights, biases, removed={fold.batch_norm for fold in folds}, folded=folded)
 
     def _backward(self, operation: Operation) -> list[Fold]:
