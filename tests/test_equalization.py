@@ -147,7 +147,7 @@ def test_biases_of_every_shape(bias):
         ("r = Identity(t)", {}),
         ("r = LeakyRelu(t)", {}),
         ("r = PRelu(t, s)", {"s": np.float32(0.25)}),
-        ("r = PRelu(t, s)", {"s": np.float32([0, 0.5, 1, 2]).reshape(4, 1, 1)}),
+        ("r = PRelu(t, s)", {"s": np.float32([0, 0.5, -1, 2]).reshape(4, 1, 1)}),
         ("i = Identity(t) q = Relu(i) r = Dropout(q)", {}),
         ("q = Relu(t) r = Relu(q)", {}),
         ("q = Relu(t) r = Pad(q, p)", {"p": np.int64([0, 0, 1, 0, 0, 0, 0, 2])}),
@@ -230,6 +230,22 @@ def test_sizes_that_are_known_at_run_time_only():
     check(model, {"x": samples(1, 3, 6, 5)}, {"x": samples(3, 3, 9, 12)})
 
 
+def test_types_that_are_not_known_before_the_network_runs():
+    """Behind an operator of another domain, of which only onnxruntime knows what it makes."""
+    text = """g (float[N,3,6,5] x) => (float[N,A,B,C] y) {
+        p = Identity(x) [first] t = Conv(p, w) q = Relu(t) r = Min(q, high) [second] y = Conv(r, v)
+    }"""
+    high = np.float32(6)
+    model = model_from_text(text, w=uneven(4, 3, 1, 1), v=uneven(5, 4, 1, 1, seed=5), high=high)
+    factors = (64 / UNEVEN).reshape(4, 1, 1)
+    model = with_constants(model, v=constants_of(model)["v"] * factors)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Gelu", "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    result = equalize(model, samples(3, 3, 6, 5))
+    assert result.chains[0].limits == ["Min:r"]
+    assert result.change.relative < 1e-6
+
+
 def test_names_are_made_up_where_there_are_none():
     model = pair(*CONV, "r = Clip(t, low, high)", low=np.float32(0), high=np.float32(6))
     for node in model.graph.node:
@@ -289,7 +305,7 @@ LEFT = [
     ("[first] t = Conv(x, w) r = MaxPool<kernel_shape=[2,2]>(t) [second] y = Conv(r, v)", "MaxPool:r reads its output"),
     ("[first] t = Conv(x, w) r = Add(t, t) [second] y = Conv(r, v)", "Add:r reads its output, behind which"),
     ("[first] t = Conv(x, w) r = Transpose<perm=[0,1,3,2]>(t) [second] y = Conv(r, v)", "Transpose:r reads its output"),
-    ("[first] t = Conv(x, w) r = PRelu(t, slopes) [second] y = Conv(r, v)", "PRelu:r reads its output, behind which"),
+    ("[first] t = Conv(x, w) u = Neg(x) r = PRelu(t, u) [second] y = Conv(r, v)", "PRelu:r reads its output, behind which"),
     ("[first] t = Conv(x, w) r = Pad(t, pads, one) [second] y = Conv(r, v)", "Pad:r reads its output, behind which"),
     ("[first] t = Conv(x, w) r = Identity(t) q = Clip(r, , one) [second] y = Conv(q, v)", "Clip:q limits its output in"),
     ("[first] t = Conv(x, w) r = Relu(t) [second] y = Conv(r, w)", "its weights are used elsewhere too"),
@@ -315,7 +331,7 @@ LEFT = [
 def test_what_is_left_has_a_reason(text, reason):
     constants = {
         "w": uneven(4, 4, 1, 1), "v": weights(4, 4, 1, 1, seed=1), "square": weights(4, 4), "square2": weights(4, 4, seed=2),
-        "slopes": np.float32([1, -1, 1, 1]).reshape(4, 1, 1), "pads": np.int64([0, 0, 1, 0, 0, 0, 0, 0]), "one": np.float32(1),
+        "pads": np.int64([0, 0, 1, 0, 0, 0, 0, 0]), "one": np.float32(1),
         "hole": np.full((4, 4, 1, 1), np.nan, np.float32), "endless": np.full((4, 4, 1, 1), np.inf, np.float32),
         "steps": np.float32([1, 2, 3, 4]).reshape(4, 1, 1), "yes": np.bool_(True),
     }  # fmt: skip
@@ -471,6 +487,22 @@ def test_statistics_follow():
     for infos in (stale, current, None):
         corrected = BiasCorrection.correct_bias(equalized, PARAMS, QUANT, X_TOY, infos, False)
         assert residual(corrected, model) < 0.01
+
+
+def test_statistics_of_normalizations_that_became_one():
+    norms = batch_norm_constants(3, "one") | batch_norm_constants(3, "two", seed=4)
+    text = f"""g (float[N,3,6,5] x) => (float[N,4,6,5] y) {{
+        {batch_norm("x", "a", "one")} {batch_norm("a", "b", "two")} [layer] y = Conv(b, w)
+    }}"""
+    model = model_from_text(text, w=weights(4, 3, 1, 1), **norms)
+    stale = find_all_convs_bn_with_activation(model)["layer"]
+    equalized = equalize_model(model)
+    current = find_all_convs_bn_with_activation(equalized)["layer"]
+    np.testing.assert_array_equal(current.input_bn.beta, norms["one_mean"])
+    expected, found = (
+        BiasCorrection.analytical_bias_correction_per_layer(equalized, "layer", info, QUANT) for info in (current, stale)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("replace_relu6", [False, True])
