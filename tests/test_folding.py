@@ -218,6 +218,7 @@ def test_given_pairs():
         ([("first", "two")], "layer_pairs: two cannot be folded into first"),
         ([("left", "third")], "layer_pairs: third cannot be folded into left: not among the given pairs"),
         ([("first",)], "layer_pairs[0]: ('first',), expected a layer and a batch normalization, by name"),
+        ([5], "layer_pairs[0]: 5, expected a layer and a batch normalization, by name"),
         ([("first", "one"), "first"], "layer_pairs[1]: 'first', expected a layer and a batch normalization, by name"),
     ],
 )

@@ -167,6 +167,8 @@ def test_only_given_pairs():
     assert HighBiasFold.bias_fold(scaled, [], infos) == scaled
     assert HighBiasFold.bias_fold(scaled, pairs, []) == scaled
     assert HighBiasFold.bias_fold(scaled, pairs, infos) != scaled
+    with pytest.raises(ValueError, match=r"folded_pairs\[0\]: \('first',\), expected a layer and a batch normalization"):
+        HighBiasFold.bias_fold(scaled, [("first",)], infos)
 
 
 def test_through_a_chain():

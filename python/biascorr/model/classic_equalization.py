@@ -135,7 +135,7 @@ def fold_given_batch_norms(model: Any, layer_pairs: Sequence[tuple[str, str]]) -
     ValueError
         As there; a pair cannot be folded, or has other names.
     """
-    pairs = list(_checked_pairs(layer_pairs))
+    pairs = list(_checked_pairs("layer_pairs", layer_pairs))
     network, folds, left = fold_batch_norms(_network(model), pairs)
     done = {(fold.layer, fold.batch_norm) for fold in folds}
     for layer, norm in pairs:
@@ -239,15 +239,15 @@ class HighBiasFold:
         FileNotFoundError, ImportError, TypeError, ValueError
             As :func:`biascorr.equalize`.
         """
-        normalized = {layer for layer, _ in folded_pairs}
+        normalized = {layer for layer, _ in _checked_pairs("folded_pairs", folded_pairs)}
         pairs = [(pair.layer1, pair.layer2) for info in cls_set_info_list for pair in info.cls_pairs]
         return absorb_high_biases(_network(model), [pair for pair in pairs if pair[0] in normalized])[0].model
 
 
-def _checked_pairs(layer_pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    for k, pair in enumerate(layer_pairs):
-        if isinstance(pair, str) or [isinstance(name, str) for name in pair] != [True, True]:
-            raise ValueError(f"layer_pairs[{k}]: {pair!r}, expected a layer and a batch normalization, by name")
+def _checked_pairs(argument: str, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for k, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or [isinstance(name, str) for name in pair] != [True, True]:
+            raise ValueError(f"{argument}[{k}]: {pair!r}, expected a layer and a batch normalization, by name")
         layer, norm = pair
         yield layer, norm
 
