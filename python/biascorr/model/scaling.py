@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from biascorr.channel_scale import channel_ranges, scaled_channels
 from biascorr.model.chains import Chain, Link, chains_of, find_links, is_inner, is_scaled
 from biascorr.model.folding import as_folded
-from biascorr.model.network import BatchNorm, Bound, Edits, Layer, Network
+from biascorr.model.network import ActivationType, BatchNorm, Bound, Edits, Layer, Network
 
 Factors = NDArray[np.float64]
 
@@ -153,8 +153,12 @@ def check_iterations(iterations: int | None) -> None:
 def _worthwhile(network: Network, links: Sequence[Link], left: dict[str, str]) -> list[Link]:
     """The links but those with bounds to scale in chains that gain little by it."""
     worthwhile = []
+    activations = network.surroundings.activations
     for chain in chains_of(links):
-        limits = {link.first.name: _limits_of(network, link) for link in chain.links}
+        limits = {
+            link.first.name: [name for name in _limits_of(network, link) if not _is_per_channel(activations[name])]
+            for link in chain.links
+        }
         scaler = Scaler([chain])
         scaler.sweep()
         gained = sum(scaler.bits) if any(limits.values()) else np.inf
@@ -165,6 +169,11 @@ def _worthwhile(network: Network, links: Sequence[Link], left: dict[str, str]) -
             else:
                 worthwhile.append(link)
     return worthwhile
+
+
+def _is_per_channel(activation: ActivationType) -> bool:
+    """Whether an activation has a bound for each channel already."""
+    return any(isinstance(bound, tuple) for bound in activation.bounds or ())
 
 
 def _limits_of(network: Network, link: Link) -> list[str]:
