@@ -1,11 +1,12 @@
-"""What correction does to a network that a quantizer made: SQNR of the outputs on held-out samples, and seconds.
+"""What correction does to a network that a quantizer made: how near its outputs on held-out samples are, and seconds.
 
-    python benches/quality.py NETWORK.onnx SAMPLES HELD_OUT [--quantizer nncf] [--weights tensor]
+    python benches/quality.py NETWORK.onnx SAMPLES HELD_OUT [--quantizer nncf] [--weights tensor] [--equalize]
 
 SAMPLES calibrate quantizer and correction, HELD_OUT judge: .npy files with samples along the first axis, of a model with one
-input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours) and onnxruntime (`quantize_static`). SQNR is
-10 log10(sum r^2 / sum (q - r)^2) in dB over all outputs and samples, the graphs run as they are, without any optimization. What
-one pass over SAMPLES takes is measured with onnxruntime's defaults.
+input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours), onnxruntime (`quantize_static`), and simulation:
+8-bit weights over their whole range, float activations. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all outputs and
+samples; top-1 is the share of samples with the same greatest output, where there are more than ten. The graphs run as they
+are, without any optimization. What one pass over SAMPLES takes is measured with onnxruntime's defaults.
 """
 
 import argparse
@@ -26,8 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 import biascorr
+from biascorr.model.loading import network_from_model
+from biascorr.model.simulation import simulated
 
 Array = NDArray[Any]
+
+MANY_CLASSES = 10
+"""With no more, top-1 is nearly always the same."""
 
 
 def parse_options() -> argparse.Namespace:
@@ -35,11 +41,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("network", type=Path)
     parser.add_argument("samples", type=Path)
     parser.add_argument("held_out", type=Path)
-    parser.add_argument("--quantizer", choices=["nncf", "onnxruntime"], default="nncf")
+    parser.add_argument("--quantizer", choices=["nncf", "onnxruntime", "simulated"], default="nncf")
     parser.add_argument(
         "--weights", choices=["channel", "tensor"], default="channel", help="a scale per output channel, or one"
     )
     parser.add_argument("--methods", nargs="+", default=["auto"], help="of biascorr.correct")
+    parser.add_argument("--equalize", action="store_true", help="also quantize the network equalized by biascorr")
     return parser.parse_args()
 
 
@@ -100,15 +107,27 @@ def outputs(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> Iterator
         yield np.concatenate([array.ravel() for array in session.run(None, feeds)]).astype(np.float64)
 
 
-def sqnr(expected: list[Array], found: Iterator[Array]) -> float:
-    signal = sum(float(np.square(r).sum()) for r in expected)
-    noise = sum(float(np.square(q - r).sum()) for r, q in zip(expected, found, strict=True))
-    return float(10 * np.log10(signal / noise)) if noise else float("inf")
+def scores(expected: list[Array], found: Iterator[Array], classifies: bool) -> list[str]:
+    """SQNR, and top-1 agreement of what classifies."""
+    signal = noise = 0.0
+    equal = []
+    for r, q in zip(expected, found, strict=True):
+        signal += float(np.square(r).sum())
+        noise += float(np.square(q - r).sum())
+        equal.append(r.argmax() == q.argmax())
+    sqnr = 10 * np.log10(signal / noise) if noise else np.inf
+    return [f"{sqnr:.2f}", *([f"{np.mean(equal):.1%}"] if classifies else [])]
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+def has_classes(model: onnx.ModelProto) -> bool:
+    """Whether a model gives out scores of many classes for each sample, and nothing else."""
+    sizes = [[size.dim_value for size in output.type.tensor_type.shape.dim] for output in model.graph.output]
+    return len(sizes) == 1 and len(sizes[0]) == 2 and sizes[0][1] > MANY_CLASSES
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     start = time.perf_counter()
-    result = function()
+    result = function(*arguments)
     return result, time.perf_counter() - start
 
 
@@ -119,38 +138,78 @@ def one_pass(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> None:
         session.run(None, feeds)
 
 
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, onnx.ModelProto, float]]:
-    """What was done to the network, the model that came of it, and the seconds that took behind plain quantization."""
+class Quantizer:
+    """Quantizes networks as the options say, and corrects them."""
+
+    def __init__(self, options: argparse.Namespace, batches: list[dict[str, Array]]) -> None:
+        self._kind = options.quantizer
+        self._per_channel = options.weights == "channel"
+        self._params = biascorr.QuantParams("tf", per_channel=self._per_channel)
+        self._batches = batches
+
+    def quantized(self, model: onnx.ModelProto, correction: str = "none") -> onnx.ModelProto:
+        """Corrected by NNCF, if by anyone."""
+        if self._kind == "simulated":
+            return simulated(network_from_model(model, "model"), self._params, ()).model
+        copy = onnx.ModelProto.FromString(model.SerializeToString())
+        if self._kind == "nncf":
+            return by_nncf(copy, self._batches, self._per_channel, correction)
+        return by_onnxruntime(copy, self._batches, self._per_channel)
+
+    def corrected(self, model: onnx.ModelProto, quantized: onnx.ModelProto, method: str) -> tuple[str, onnx.ModelProto]:
+        """What corrected it, and what came of it."""
+        if self._kind == "simulated":
+            result = biascorr.correct(model, self._batches, quant_params=self._params, method=method)
+            return result.method, self.quantized(result.model)
+        result = biascorr.correct(model, self._batches, quantized=quantized, method=method)
+        return result.method, result.model
+
+
+Row = tuple[str, onnx.ModelProto, float]
+"""What was done to a network, the model that came of it, and the seconds that took."""
+
+
+def variants(options: argparse.Namespace, batches: list[dict[str, Array]]) -> Iterator[Row]:
+    """The network, and what equalization makes of it: with its batch normalizations folded, which comes first, and with all."""
     network = with_initializers(onnx.load(options.network))
-    name, per_channel = network.graph.input[0].name, options.weights == "channel"
-    batches = [{name: sample[None]} for sample in np.load(options.samples)]
-    copy = onnx.ModelProto.FromString
-    plain = network.SerializeToString()
-    if options.quantizer == "nncf":
-        quantized, base = timed(lambda: by_nncf(copy(plain), batches, per_channel, "none"))
-    else:
-        quantized, base = timed(lambda: by_onnxruntime(copy(plain), batches, per_channel))
-    yield "float, one pass", network, timed(lambda: one_pass(network, batches))[1]
-    yield "quantized, one pass", quantized, timed(lambda: one_pass(quantized, batches))[1]
-    for correction in ("fast", "full") if options.quantizer == "nncf" else ():
-        model, seconds = timed(lambda correction=correction: by_nncf(copy(plain), batches, per_channel, correction))
-        yield f"NNCF's {correction} bias correction", model, seconds - base
-    for method in options.methods:
-        result, seconds = timed(lambda method=method: biascorr.correct(network, batches, quantized=quantized, method=method))
-        yield f"biascorr {method}" + (f": {result.method}" if method == "auto" else ""), result.model, seconds
+    yield "", network, 0.0
+    if options.equalize:
+        (folded, pairs), seconds = timed(biascorr.fold_all_batch_norms, network)
+        if pairs:
+            yield "folded, ", folded, seconds
+        result, seconds = timed(biascorr.equalize, network, batches)
+        yield "equalized, ", result.model, seconds
+
+
+def rows(options: argparse.Namespace, batches: list[dict[str, Array]]) -> Iterator[Row]:
+    quantizer = Quantizer(options, batches)
+    for name, network, seconds in variants(options, batches):
+        yield f"{name}float", network, seconds
+        quantized, base = timed(quantizer.quantized, network)
+        yield f"{name}quantized", quantized, base
+        for correction in ("fast", "full") if options.quantizer == "nncf" else ():
+            model, seconds = timed(quantizer.quantized, network, correction)
+            yield f"{name}NNCF's {correction} bias correction", model, seconds - base
+        for method in options.methods:
+            (chosen, model), seconds = timed(quantizer.corrected, network, quantized, method)
+            yield f"{name}biascorr {method}" + (f": {chosen}" if method == "auto" else ""), model, seconds
+        if not name:
+            yield "one pass, float", network, timed(one_pass, network, batches)[1]
+            yield "one pass, quantized", quantized, timed(one_pass, quantized, batches)[1]
 
 
 def main() -> None:
     options = parse_options()
     logging.disable(logging.WARNING)
     network = onnx.load(options.network)
-    held_out = [{network.graph.input[0].name: sample[None]} for sample in np.load(options.held_out)]
-    expected = list(outputs(network, held_out))
+    name = network.graph.input[0].name
+    samples, held_out = ([{name: each[None]} for each in np.load(path)] for path in (options.samples, options.held_out))
+    expected, classifies = list(outputs(network, held_out)), has_classes(network)
     table = Table(f"{options.network.name}, per {options.weights}", box=box.SIMPLE_HEAD)
-    for heading in ("SQNR, dB", "seconds"):
+    for heading in ("SQNR, dB", *(["top-1"] if classifies else []), "seconds"):
         table.add_column(heading, justify="right")
-    for name, model, seconds in rows(options):
-        table.add_row(name, f"{sqnr(expected, outputs(model, held_out)):.2f}", f"{seconds:.1f}")
+    for row, model, seconds in rows(options, samples):
+        table.add_row(row, *scores(expected, outputs(model, held_out), classifies), f"{seconds:.1f}")
     Console(width=100).print(table)
 
 
