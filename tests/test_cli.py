@@ -16,6 +16,7 @@ import pytest
 
 import biascorr
 from biascorr import QuantParams, cli
+from biascorr.report.table import table_from_left
 from networks import (
     biases,
     gated_network,
@@ -110,6 +111,8 @@ def folder(inputs, tmp_path):
 
 
 GIVEN = ["data", "models"]
+COMMANDS = ["correct", "equalize"]
+both_commands = pytest.mark.parametrize("command", COMMANDS)
 
 
 def names_in(folder):
@@ -232,49 +235,54 @@ def test_report_shows_names_of_layers_as_they_are(folder):
     assert [name for name in names if name not in done.stdout] == []
 
 
-def test_output_that_cannot_encode_a_name_is_no_failure(folder):
+@both_commands
+def test_output_that_cannot_encode_a_name_is_no_failure(command, folder):
     model = two_layers()
     model.graph.node[0].name = "层"
     onnx.save(model, folder / "named.onnx")
-    arguments = ("correct", "named.onnx", "--data", "data/good.npz", "-o", "out.onnx")
+    arguments = (command, "named.onnx", "--data", "data/good.npz", "-o", "out.onnx")
     done = run(*arguments, cwd=folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "second" in done.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-def test_report_that_cannot_be_written_is_one_line(folder):
-    command = [COMMAND, "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx"]
+@both_commands
+def test_report_that_cannot_be_written_is_one_line(command, folder):
+    arguments = [COMMAND, command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+            arguments, check=False, stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
         )
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert done.returncode == 1
 
 
-def test_existing_output_is_kept(folder):
+@both_commands
+def test_existing_output_is_kept(command, folder):
     (folder / "out.onnx").write_bytes(b"precious")
-    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
     assert_one_error(done)
     assert "out.onnx exists" in done.stderr
     assert "--force" in done.stderr
     assert (folder / "out.onnx").read_bytes() == b"precious"
 
 
-def test_existing_output_is_overwritten_when_forced(folder):
+@both_commands
+def test_existing_output_is_overwritten_when_forced(command, folder):
     (folder / "out.onnx").write_bytes(b"precious")
-    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force", cwd=folder)
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert len(onnx.load(folder / "out.onnx").graph.node) == 6
 
 
+@both_commands
 @pytest.mark.parametrize("existing", [False, True])
-def test_full_disk_leaves_no_output_and_no_temporary_file(existing, folder):
+def test_full_disk_leaves_no_output_and_no_temporary_file(existing, command, folder):
     if existing:
         (folder / "out.onnx").write_bytes(b"precious")
-    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force")
+    arguments = (command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force")
     done = run(*arguments, cwd=folder, limit=600, PYTHONDONTWRITEBYTECODE="1")
     assert_one_error(done)
     assert names_in(folder) == GIVEN + ["out.onnx"] * existing
@@ -324,16 +332,23 @@ BAD_INPUTS = [
     ("models/float.onnx", "data/good.npz", ("--strength", "0.5"), "strength: 0.5, expected 1 with method 'auto'"),
     *[
         ("models/float.onnx", "data/good.npz", ("--quantized", "models/quantized.onnx", *option), "not with --quantized")
-        for option in (("--weight-bits", "4"), ("--per-channel",))
+        for option in (("--weight-bits", "4"), ("--per-channel",), ("--equalize",))
     ],
+]
+BAD_INPUTS = [("correct", *each) for each in BAD_INPUTS] + [
+    ("equalize", "models/truncated.onnx", "data/good.npz", (), "not an ONNX model, or a truncated one"),
+    ("equalize", "models/quantized.onnx", "data/good.npz", (), "layer first has quantized weights; equalize the float model"),
+    ("equalize", "models/float.onnx", "data/shape.npz", (), "(1, 2, 6, 6)"),
+    ("equalize", "models/float.onnx", "data/empty", (), "no samples"),
+    ("equalize", "models/float.onnx", "data/good.npz", ("--iterations", "0"), "iterations: 0, expected"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "options", "message"), BAD_INPUTS, ids=[" ".join((*each[:2], *each[2])) for each in BAD_INPUTS]
+    ("command", "model", "data", "options", "message"), BAD_INPUTS, ids=[" ".join((*each[:3], *each[3])) for each in BAD_INPUTS]
 )
-def test_bad_input_is_one_line_and_nothing_is_written(model, data, options, message, folder):
-    done = run("correct", model, "--data", data, "-o", "out.onnx", *options, cwd=folder)
+def test_bad_input_is_one_line_and_nothing_is_written(command, model, data, options, message, folder):
+    done = run(command, model, "--data", data, "-o", "out.onnx", *options, cwd=folder)
     assert_one_error(done)
     assert message in done.stderr.splitlines()[-1]
     assert names_in(folder) == GIVEN
@@ -347,11 +362,12 @@ BAD_OUTPUTS = {
 }
 
 
+@both_commands
 @pytest.mark.parametrize("name", BAD_OUTPUTS)
-def test_output_that_cannot_be_written_is_one_line(name, folder):
+def test_output_that_cannot_be_written_is_one_line(name, command, folder):
     (folder / "file").write_bytes(b"precious")
     (folder / "folder").mkdir()
-    done = run("correct", "models/float.onnx", "--data", "data/good.npz", *BAD_OUTPUTS[name], cwd=folder)
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", *BAD_OUTPUTS[name], cwd=folder)
     assert_one_error(done)
     assert BAD_OUTPUTS[name][1].split("/")[0] in done.stderr
     assert names_in(folder) == ["data", "file", "folder", "models"]
@@ -367,6 +383,8 @@ BAD_USAGE = {
         "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--weight-bits", "x"
     ],
     "an argument too many": ["correct", "models/float.onnx", "other", "--data", "data/good.npz", "-o", "out.onnx"],
+    "equalize without output": ["equalize", "models/float.onnx"],
+    "sweeps that are no number": ["equalize", "models/float.onnx", "-o", "out.onnx", "--iterations", "1.5"],
     "an unknown command": ["improve"],
     "nothing": [],
 }  # fmt: skip
@@ -403,7 +421,7 @@ def test_version(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"biascorr {biascorr.__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["correct", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["correct", "--help"], ["equalize", "--help"]])
 def test_help(arguments, tmp_path):
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0
@@ -434,15 +452,24 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("number", "status", "existing"), [*((*each, False) for each in SIGNALS), (signal.SIGINT, 130, True)])
-def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(number, status, existing, folder, tmp_path_factory):
+@pytest.mark.parametrize(
+    ("number", "status", "existing", "command"),
+    [
+        *((*each, False, "correct") for each in SIGNALS),
+        (signal.SIGINT, 130, True, "correct"),
+        (signal.SIGINT, 130, True, "equalize"),
+    ],
+)
+def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
+    number, status, existing, command, folder, tmp_path_factory
+):
     many = np.lib.format.open_memmap(folder / "many.npy", "w+", np.float32, (300_000, 3, 6, 6))
     del many  # a sparse file of zeros
     if existing:
         (folder / "out.onnx").write_bytes(b"precious")
     before = names_in(folder)
     ours, theirs = pty.openpty()
-    arguments = ["correct", "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
+    arguments = [command, "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
     temporary = tmp_path_factory.mktemp("temporary")
     process = subprocess.Popen(
         [COMMAND, *arguments],
@@ -506,9 +533,9 @@ MOMENTS = {
 }
 
 
-def run_and_signal(number, place, folder, *, answer, **variables):
+def run_and_signal(number, place, folder, *, answer, command="correct", **variables):
     """The command with its output; `answer` is how the process that starts it answers the signal."""
-    arguments = ("correct", "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", "--memory-budget", "1kB")
+    arguments = (command, "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", "--memory-budget", "1kB")
     return subprocess.run(
         [sys.executable, "-c", SIGNALLING, str(int(number)), place, *arguments],
         check=False,
@@ -530,6 +557,23 @@ def test_signal_at_a_bad_moment(moment, number, ended, folder, tmp_path_factory)
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr.splitlines()[-1] == f"error: {ended}, {state}"
     assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
+    assert left_in(temporary) == []
+
+
+EQUALIZING = {
+    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
+    "the report is made": ("biascorr.report.table.table_from_chains", "but out.onnx is written"),
+}
+
+
+@pytest.mark.parametrize("moment", EQUALIZING)
+def test_interrupt_of_equalization_at_a_bad_moment(moment, folder, tmp_path_factory):
+    place, state = EQUALIZING[moment]
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = run_and_signal(signal.SIGINT, place, folder, answer=signal.SIG_DFL, command="equalize", TMPDIR=str(temporary))
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: interrupted, {state}"
     assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
     assert left_in(temporary) == []
 
@@ -557,3 +601,151 @@ def test_analytical_correction_needs_no_data(folder):
     assert done.returncode == 0, done.stderr
     assert "nothing was judged" in done.stdout
     assert (folder / "out.onnx").is_file()
+
+
+def layered_network(*, clipped=False):
+    """first, second and third follow each other, the first with a batch normalization; side_1 and side_2 join them."""
+    text = f"""g (float[N,3,6,6] x) => (float[N,5,6,6] y) {{
+        [first] c = Conv(x, w1, b1)
+        [norm] n = BatchNormalization(c, gamma, beta, mean, variance)
+        [act] r = {"Clip(n, zero, six)" if clipped else "Relu(n)"}
+        [second] s = Conv(r, w2, b2)
+        [third] t = Conv(s, w3, b3)
+        [side_1] u1 = Conv(x, w4, b3)
+        [side_2] u2 = Conv(x, w5, b3)
+        [add_1] v = Add(t, u1)
+        [add_2] y = Add(v, u2)
+    }}"""
+    numbers = {"gamma": np.ones(4), "beta": np.full(4, 5.0), "mean": np.zeros(4), "variance": np.full(4, 1 / 64)}
+    numbers |= {"zero": np.array(0.0), "six": np.array(6.0)} if clipped else {}
+    shapes = {"w1": (4, 3), "w2": (4, 4), "w3": (5, 4), "w4": (5, 3), "w5": (5, 3)}
+    constants = {name: weights(*shape, 1, 1) for name, shape in shapes.items()}
+    constants["w1"][0] *= 8
+    constants["w2"][:, 1] *= 8
+    constants |= {name: array.astype(np.float32) for name, array in numbers.items()}
+    return model_from_text(text, **constants, b1=biases(4), b2=biases(4), b3=biases(5))
+
+
+def rows_below(title, text):
+    """The cells of the table with this title, without its headings."""
+    lines = text[text.index(title) :].splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("└"))
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[:end] if line.startswith("│")]
+
+
+def printed_chain(chain, absorptions=()):
+    """The row of a chain of two layers."""
+    (factors,) = chain.factors
+    absorbed = "".join(f"{each.absorbed.max():.3g}" for each in absorptions)
+    names = " -> ".join(layer.name for layer in chain.chain.layers)
+    return [names, f"{factors.min():.3g}..{factors.max():.3g}", f"{chain.bits:.2f}", str(len(chain.limits) or ""), absorbed]
+
+
+def test_equalized_model_is_written_and_what_was_done_printed(folder):
+    onnx.save(layered_network(), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert names_in(folder) == sorted([*GIVEN, "layered.onnx", "out.onnx"])
+    equalization = biascorr.equalize(folder / "layered.onnx", X)
+    assert onnx.load(folder / "out.onnx") == equalization.model
+    first, second = equalization.chains
+    assert rows_below("layers scaled together", done.stdout) == [
+        printed_chain(first, equalization.absorptions),
+        printed_chain(second),
+    ]
+    assert equalization.absorptions[0].first == "first"
+    assert rows_below("left as it was", done.stdout) == [
+        ["3", "... reads its output, behind which a scaled channel is not the same", "third, side_1, ..."]
+    ]
+    assert rows_below("change of the float outputs", done.stdout) == [
+        [step, f"{change.absolute:.3g}", f"{change.relative:.1e}"] for step, change in equalization.changes.items()
+    ]
+    assert done.stdout.splitlines()[-1] == "out.onnx: 1 batch normalizations folded, 3 of 5 layers scaled"
+    assert "moved" not in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:the float outputs moved")
+def test_float_outputs_that_moved_are_a_warning_in_one_line(folder):
+    onnx.save(layered_network(clipped=True), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--replace-relu6", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "moved" in line)
+    change = biascorr.equalize(folder / "layered.onnx", X, replace_relu6=True).change
+    assert warning == f"warning: the float outputs moved by up to {change}"
+
+
+EQUALIZED = {
+    "bounds per channel": ([], {}),
+    "one sweep": (["--iterations", "1"], {"iterations": 1}),
+    "ReLU in place of ReLU6": (["--replace-relu6"], {"replace_relu6": True}),
+}
+
+
+@pytest.mark.parametrize("name", EQUALIZED)
+def test_equalization_as_asked_for_without_data(name, folder):
+    options, meant = EQUALIZED[name]
+    onnx.save(layered_network(clipped=True), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "-o", "out.onnx", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    equalization = biascorr.equalize(folder / "layered.onnx", **meant)
+    assert onnx.load(folder / "out.onnx") == equalization.model
+    assert rows_below("layers scaled together", done.stdout)[0] == printed_chain(
+        equalization.chains[0], equalization.absorptions
+    )
+    assert equalization.chains[0].limits == ([] if "replace_relu6" in meant else ["act"])
+    assert ("note: 1 ReLU6 became ReLU" in done.stdout.splitlines()) == ("replace_relu6" in meant)
+    assert "change of the float outputs: not measured, no --data" in done.stdout.splitlines()
+
+
+def test_model_with_nothing_to_equalize_is_written_as_it_came(folder):
+    onnx.save(gated_network(), folder / "gated.onnx")
+    np.save(folder / "gated.npy", gated_samples(4))
+    done = run("equalize", "gated.onnx", "--data", "gated.npy", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "not measured" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 1 layers scaled"
+    assert onnx.load(folder / "out.onnx") == gated_network()
+
+
+def test_reasons_that_differ_by_a_name_or_number_share_a_row():
+    left = {
+        "conv 1": "followed by conv[2]: its weights are used elsewhere too",
+        "conv 2": "followed by /a:0: its weights are used elsewhere too",
+        "conv 3": "followed by /a:0, which reads other channels",
+        "conv 4": "act would need a bound for each channel, to gain 0.12 bits",
+        "conv 5": "act would need a bound for each channel, to gain 0.07 bits",
+        "conv 6": "its weights are not finite",
+    }
+    table = table_from_left(left)
+    counts, reasons, names = ([str(cell) for cell in column.cells] for column in table.columns)
+    assert counts == ["2", "1", "2", "1"]
+    assert reasons == [
+        "followed by ...: its weights are used elsewhere too",
+        left["conv 3"],
+        "act would need a bound for each channel, to gain ... bits",
+        left["conv 6"],
+    ]
+    assert names == ["conv 1, conv 2", "conv 3", "conv 4, conv 5", "conv 6"]
+
+
+def test_correction_of_an_equalized_model(folder):
+    onnx.save(layered_network(), folder / "layered.onnx")
+    arguments = ["correct", "layered.onnx", "--data", "data/good.npz", "--weight-bits", "4", "-o", "out.onnx"]
+    done = run(*arguments, "--equalize", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    params = QuantParams(weight_bits=4)
+    correction = biascorr.correct(folder / "layered.onnx", X, quant_params=params, equalize=True)
+    assert onnx.load(folder / "out.onnx") == correction.model
+    assert [row[0] for row in rows_below("layers scaled together", done.stdout)] == ["first -> second", "second -> third"]
+    assert [row[0] for row in rows_below("outputs against", done.stdout)[:2]] == ["uncorrected", "equalized"]
+    assert correction.method not in ("none", "equalized")
+    corrected = sum(layer.method is not None for layer in correction.report)
+    line = f"out.onnx: {corrected} of 5 layers corrected by {correction.method} from 4 samples, equalized"
+    assert done.stdout.splitlines()[-1] == line
+
+
+def test_model_that_equalization_makes_no_better_is_written_as_it_came(gated, folder):
+    done = run(*gated, "--equalize", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 of 1 layers corrected from 12 samples, not equalized"
+    assert onnx.load(folder / "out.onnx") == gated_network()

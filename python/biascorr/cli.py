@@ -10,26 +10,33 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Table
 except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.model import correction
+from biascorr.model import correction, equalization
 from biascorr.model.correction import Correction
+from biascorr.model.equalization import Equalization
 from biascorr.model.quant_params import QuantParams
-from biascorr.report.table import table_from_report, table_from_scores
+from biascorr.model.samples import Progress
+from biascorr.report.table import table_from_chains, table_from_changes, table_from_left, table_from_report, table_from_scores
 from biascorr.signals import Signals, StoppedError, leave
+
+Result = TypeVar("Result", Correction, Equalization)
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 _WEIGHT_BITS = 8
+_WIDEST = 10_000  # characters of a line in a file
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -63,10 +70,22 @@ def biascorr(
     """Takes the bias that quantization leaves in neural networks out again."""
 
 
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
+MemoryBudget = Annotated[
+    int | None,
+    typer.Option(
+        parser=_bytes_from_text,
+        metavar="BYTES",
+        help="Activations held in memory, e.g. 2GB; the rest goes to a temporary folder. By default, half of what is free.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
+
+
 @app.command()
 def correct(
     model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the corrected model goes.")],
+    output: Output,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -89,41 +108,84 @@ def correct(
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
     ] = False,
-    memory_budget: Annotated[
-        int | None,
-        typer.Option(
-            parser=_bytes_from_text,
-            metavar="BYTES",
-            help="Activations held in memory, e.g. 2GB; the rest goes to a temporary folder. By default, half of what is free.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")] = False,
+    equalize: Annotated[
+        bool, typer.Option("--equalize", help="Simulated quantization: of the float model equalized, if that is better.")
+    ] = False,
+    memory_budget: MemoryBudget = None,
+    force: Force = False,
 ) -> None:
     """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
     if data is None and method != "analytical":
         raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
+
+    def work(progress: Progress) -> Correction:
+        if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize):
+            raise ValueError(
+                "--weight-bits, --per-channel and --equalize are of simulated quantization: not with --quantized; "
+                "equalize the float model (biascorr equalize), then quantize it"
+            )
+        return correction.correct(
+            model,
+            data,
+            quantized=quantized,
+            method=method,
+            strength=strength,
+            shrunk=shrunk,
+            equalize=equalize,
+            quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+            memory_budget=memory_budget,
+            progress=progress,
+        )
+
+    _run(work, output, force, _print_correction)
+
+
+@app.command()
+def equalize(
+    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    output: Output,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_NPZ",
+            help="Samples as `biascorr correct` takes them: they limit what is folded of high biases, and tell how far the "
+            "float outputs move.",
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(metavar="N", help="Sweeps over all layers. By default, until nothing changes.")
+    ] = None,
+    replace_relu6: Annotated[
+        bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
+    ] = False,
+    memory_budget: MemoryBudget = None,
+    force: Force = False,
+) -> None:
+    """Scale channels between the layers of a float model, so that quantization loses less of their weights."""
+
+    def work(progress: Progress) -> Equalization:
+        return equalization.equalize(
+            model, data, iterations=iterations, replace_relu6=replace_relu6, memory_budget=memory_budget, progress=progress
+        )
+
+    _run(work, output, force, _print_equalization)
+
+
+def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_result: Callable[[Result, Path], None]) -> None:
+    """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
     warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     _replace_what_cannot_be_encoded()
     try:
         _check_output(output, force)
-        if quantized and (weight_bits != _WEIGHT_BITS or per_channel):
-            raise ValueError("--weight-bits and --per-channel are of simulated quantization: not with --quantized")
-        with _temporary_folder(), Progress(*_COLUMNS, console=Console(stderr=True)) as bar:
+        with _temporary_folder(), Bar(*_COLUMNS, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
-            result = signals.wait_for(
-                lambda: correction.correct(
-                    model,
-                    data,
-                    quantized=quantized,
-                    method=method,
-                    strength=strength,
-                    shrunk=shrunk,
-                    quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
-                    memory_budget=memory_budget,
-                    progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
-                )
-            )
+
+            def progress(step: str, done: int, total: int | None) -> None:
+                bar.update(task, description=step, completed=done, total=total)
+
+            result = signals.wait_for(lambda: work(progress))
         result.save(output, force=force)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
@@ -131,7 +193,7 @@ def correct(
         _fail(error or type(error).__name__)
     signals.leave_from_now_on(f"but {output} is written")
     try:
-        _print_report(result, output)
+        print_result(result, output)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
         if not isinstance(error, BrokenPipeError):  # who reads along may leave
@@ -170,14 +232,40 @@ def _check_output(output: Path, force: bool) -> None:
         raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
 
 
-def _print_report(result: Correction, output: Path) -> None:
-    console = Console()
-    for table in (table_from_report(result.report), table_from_scores(result.scores, result.method)):
-        if not console.is_terminal:
-            console.width = max(console.width, console.measure(table).maximum)
-        console.print(table)
+def _print_correction(result: Correction, output: Path) -> None:
+    if result.equalization is not None:
+        _print_steps(result.equalization)
+    _print_tables(table_from_report(result.report), table_from_scores(result.scores, result.method))
     for note in result.notes:
         print(f"note: {note}")
     corrected = sum(layer.method is not None for layer in result.report)
     how = f"by {result.method} " if corrected else ""
-    print(f"{output}: {corrected} of {len(result.report)} layers corrected {how}from {result.samples} samples", flush=True)
+    equalized = "" if result.equalization is None else ", not equalized" if result.method == "none" else ", equalized"
+    layers = f"{corrected} of {len(result.report)} layers corrected"
+    print(f"{output}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
+
+
+def _print_equalization(result: Equalization, output: Path) -> None:
+    _print_steps(result)
+    scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
+    layers = f"{scaled} of {len(result.network.layers)} layers scaled"
+    print(f"{output}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
+
+
+def _print_steps(result: Equalization) -> None:
+    _print_tables(table_from_chains(result.chains, result.absorptions), table_from_left(result.left))
+    if result.changes:
+        _print_tables(table_from_changes(result.changes))
+    elif result.folds or result.replaced or result.chains:
+        print("change of the float outputs: not measured, no --data")
+    if result.replaced:
+        print(f"note: {len(result.replaced)} ReLU6 became ReLU")
+
+
+def _print_tables(*tables: Table) -> None:
+    console = Console()
+    anywhere = console.options.update(width=_WIDEST)
+    for table in (each for each in tables if each.row_count):
+        if not console.is_terminal:
+            console.width = max(console.width, console.measure(table, options=anywhere).maximum)
+        console.print(table)
