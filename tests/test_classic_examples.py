@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent.parent / "examples" / "classic"
 CHANGED = {
     "empirical": ["conv2_bias", "conv_b", "head_b"],
     "empirical_and_analytical": ["conv2_bias", "conv_b", "head_b"],
+    "after_equalization": ["conv2_bias", "conv_b", "head_b"],
     "one_layer_empirical": ["head_b"],
     "one_layer_analytical": ["conv2_bias"],
 }
