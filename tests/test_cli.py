@@ -707,6 +707,15 @@ def test_model_with_nothing_to_equalize_is_written_as_it_came(folder):
     assert onnx.load(folder / "out.onnx") == gated_network()
 
 
+def test_model_without_layers_may_have_a_relu6_to_replace(folder):
+    text = "g (float[N,3,6,6] x) => (float[N,3,6,6] y) { [act] y = Clip(x, zero, six) }"
+    onnx.save(model_from_text(text, zero=np.float32(0), six=np.float32(6)), folder / "clip.onnx")
+    done = run("equalize", "clip.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--replace-relu6", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in rows_below("change of the float outputs", done.stdout)] == ["ReLU6 to ReLU"]
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 0 layers scaled"
+
+
 def test_reasons_that_differ_by_a_name_or_number_share_a_row():
     left = {
         "conv 1": "followed by conv[2]: its weights are used elsewhere too",

@@ -218,7 +218,7 @@ def _with_relu(network: Network) -> tuple[Network, list[str]]:
 
 def _rounding(network: Network) -> float:
     """Relative change of an output that rounding to the types of the network explains."""
-    return max(_ROUNDING, *(_ROUNDINGS * float(np.finfo(layer.weights.dtype).eps) for layer in network.layers))
+    return max([_ROUNDING, *(_ROUNDINGS * float(np.finfo(layer.weights.dtype).eps) for layer in network.layers)])
 
 
 class _Meter:
