@@ -109,7 +109,7 @@ def correct(
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
     ] = False,
     equalize: Annotated[
-        bool, typer.Option("--equalize", help="Simulated quantization: of the float model equalized, if that is better.")
+        bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
     ] = False,
     memory_budget: MemoryBudget = None,
     force: Force = False,
@@ -239,8 +239,9 @@ def _print_correction(result: Correction, output: Path) -> None:
     for note in result.notes:
         print(f"note: {note}")
     corrected = sum(layer.method is not None for layer in result.report)
-    how = f"by {result.method} " if corrected else ""
-    equalized = "" if result.equalization is None else ", not equalized" if result.method == "none" else ", equalized"
+    is_equalized, method = result.method.startswith("equalized"), result.method.removeprefix("equalized, ")
+    how = f"by {method} " if corrected else ""
+    equalized = "" if result.equalization is None else ", equalized" if is_equalized else ", not equalized"
     layers = f"{corrected} of {len(result.report)} layers corrected"
     print(f"{output}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
 
@@ -256,7 +257,7 @@ def _print_steps(result: Equalization) -> None:
     _print_tables(table_from_chains(result.chains, result.absorptions), table_from_left(result.left))
     if result.changes:
         _print_tables(table_from_changes(result.changes))
-    elif result.folds or result.replaced or result.chains:
+    elif result.is_anything_done:
         print("change of the float outputs: not measured, no --data")
     if result.replaced:
         print(f"note: {len(result.replaced)} ReLU6 became ReLU")

@@ -38,6 +38,9 @@ _AUTO = (
 )
 """What `auto` tries: method, strength, whether shrunk. Which one wins differs by network (docs/models.md)."""
 
+_AS_IT_CAME, _EQUALIZED = "none", "equalized"
+"""What candidates without correction are called."""
+
 _FEW = 8
 """Fewer samples than these tell too little of a network to judge it."""
 
@@ -52,7 +55,8 @@ class Correction:
         The corrected network.
     method : str
         How it was corrected: the method asked for, or the one that `auto` chose, with its strength ("mean", "empirical 0.5",
-        "activation shrunk"); "none" where nothing was better, or there was nothing to correct.
+        "activation shrunk"); "none" where nothing was better, or there was nothing to correct. It starts with "equalized" if
+        the model was: "equalized, mean", or "equalized" alone without correction.
     report : sequence of LayerReport
         One entry per layer, in topological order; those left alone have a reason.
     scores : mapping from str to Score
@@ -64,8 +68,7 @@ class Correction:
     samples, batches : int
         How many were read; a batch counts as one sample where the model fixes its size.
     equalization : Equalization or None
-        What was done to the float model before; None where it was not asked for. Of the equalized model are then all candidates
-        but "none": "equalized" is the one without correction.
+        What equalization does to the float model, whether that was better or not; None where it was not asked for.
     """
 
     network: Network
@@ -141,8 +144,8 @@ def correct(
     quant_params : QuantParams, optional
         How quantization is simulated, where no quantized model is given; None: `QuantParams()`, 8-bit weights.
     equalize : bool
-        Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto"
-        still returns the model as it came where nothing is better.
+        Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto" also
+        tries it as it came, and returns what is best.
     memory_budget : int, optional
         Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. None: half
         of the memory that is free.
@@ -187,45 +190,66 @@ def correct(
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
-    reference = original = network_from_model(model, "model")
-    measured = None if quantized is None else network_from_model(quantized, "quantized")
-    _check_inputs_and_outputs(reference, measured or reference)
+    reference = network_from_model(model, "model")
+    given = None if quantized is None else network_from_model(quantized, "quantized")
+    _check_inputs_and_outputs(reference, given or reference)
     report_progress = progress or (lambda *_: None)
+    activated, judge = method in ("auto", "activation"), None if data is None else reference
+
+    def attempt(name: str, network: Network, is_corrected: bool) -> _Attempt:
+        measured = given or simulated(network, quant_params or QuantParams(), samples.feeds())
+        same = {layer.name: layer for layer in network.layers}
+        pairs, untouched = _split(measured, same if given is None else counterparts(network.layers, given.layers))
+        workshop = Workshop(network, measured, pairs, samples, report_progress, activated=activated, judge=judge)
+        made = _candidates(workshop, method, strength, shrunk) if is_corrected and pairs else []
+        named = made if name == _AS_IT_CAME else [replace(each, name=f"{name}, {each.name}") for each in made]
+        return _Attempt(network, measured, untouched, [workshop.uncorrected(name, measured), *named])
+
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
         if data is not None:
-            samples.read(data, (measured or reference).inputs, report_progress)
-        equalization = equalized(original, samples, progress=report_progress) if equalize else None
-        if equalization is not None:
-            reference = equalization.network.copy()
-        if measured is None:
-            measured = simulated(reference, quant_params or QuantParams(), samples.feeds())
-            matching = {layer.name: layer for layer in reference.layers}
-        else:
-            matching = counterparts(reference.layers, measured.layers)
-        pairs, untouched = _split(measured, matching)
-        activated, judge = method in ("auto", "activation"), original if data is not None else None
-        workshop = Workshop(reference, measured, pairs, samples, report_progress, activated=activated, judge=judge)
-        candidates = _candidates(workshop, method, strength, shrunk) if pairs else []
-        uncorrected = [workshop.uncorrected("none" if equalization is None else "equalized", measured)]
-        if equalization is not None:
-            came = simulated(original, quant_params or QuantParams(), samples.feeds())
-            uncorrected.insert(0, workshop.uncorrected("none", came))
-        best = _best([*uncorrected, *candidates]) if method == "auto" else [*candidates, uncorrected[-1]][0]
-    if quantized is None:
-        reference = original if equalization is not None and best is uncorrected[0] else reference
-        add_shifts(reference, best.shifts)
-    reports = best.reports | {report.name: report for report in (*untouched, *measured.left_alone)}
+            samples.read(data, (given or reference).inputs, report_progress)
+        equalization = equalized(reference, samples, progress=report_progress) if equalize else None
+        is_equalized = equalization is not None and equalization.is_anything_done
+        attempts = [attempt(_AS_IT_CAME, reference, method == "auto" or not is_equalized)]
+        if equalization is not None and is_equalized:
+            attempts.append(attempt(_EQUALIZED, equalization.network.copy(), True))
+    candidates = [candidate for each in attempts for candidate in each.candidates]
+    best = _best(candidates) if method == "auto" else candidates[-1]
+    chosen = next(each for each in attempts if best in each.candidates)
+    if given is None:
+        add_shifts(chosen.reference, best.shifts)
+    reports = best.reports | {report.name: report for report in (*chosen.untouched, *chosen.measured.left_alone)}
     return Correction(
-        best.network if quantized is not None else reference,
+        chosen.reference if given is None else best.network,
         best.name,
-        [reports[name] for name in measured.order if name in reports],
-        {each.name: each.score for each in (*uncorrected, *candidates) if each.score is not NOT_JUDGED},
-        _notes(best, uncorrected[0], samples),
+        [reports[name] for name in chosen.measured.order if name in reports],
+        {each.name: each.score for each in candidates if each.score is not NOT_JUDGED},
+        _notes(best, candidates[0], samples),
         samples.count,
         samples.batches,
         equalization,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """A float network, what quantization made of it, and what corrections made of that.
+
+    Parameters
+    ----------
+    reference, measured : Network
+        Float and quantized.
+    untouched : sequence of LayerReport
+        The layers that need or allow no correction.
+    candidates : sequence of Candidate
+        The uncorrected one first.
+    """
+
+    reference: Network
+    measured: Network
+    untouched: Sequence[LayerReport]
+    candidates: Sequence[Candidate]
 
 
 def _check_options(method: str, strength: float, shrunk: bool, memory_budget: int | None, has_data: bool) -> None:

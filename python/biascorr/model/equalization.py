@@ -88,6 +88,11 @@ class Equalization:
         return self.network.model
 
     @property
+    def is_anything_done(self) -> bool:
+        """Whether the equalized model differs from the one that came."""
+        return any((self.folds, self.replaced, self.chains, self.absorptions))
+
+    @property
     def change(self) -> OutputChange | None:
         """How far the float outputs have moved in all; None without data, and where nothing was done."""
         return list(self.changes.values())[-1] if self.changes else None
