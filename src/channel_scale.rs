@@ -395,11 +395,11 @@ fn checked_count(name: &'static str, factors: Option<&[f64]>, channels: usize) -
     }
 }
 
-/// Checks that there is a positive factor for each channel.
+/// Checks that there is a factor of at least 0 for each channel.
 fn checked_factors(name: &'static str, factors: Option<&[f64]>, channels: usize) -> Result<(), Error> {
     checked_count(name, factors, channels)?;
     let Some(factors) = factors else { return Ok(()) };
-    match factors.iter().position(|&factor| !(factor > 0.0 && factor < f64::INFINITY)) {
+    match factors.iter().position(|factor| !(0.0..f64::INFINITY).contains(factor)) {
         Some(index) => Err(Error::Factor { name, index, found: factors[index].to_string() }),
         None => Ok(()),
     }
@@ -679,7 +679,7 @@ mod tests {
         let tensor = Tensor { elements: Elements::from_slice(&w), shape: &[2, 3], strides: &[3, 1] };
         let found = |factors: &[f64]| channel_ranges(&tensor, "OI", Side::Output, 1, Some(factors)).unwrap_err();
         assert_eq!(found(&[1.0; 2]), Error::FactorCount { name: "factors", found: 2, expected: 3 });
-        for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        for wrong in [-1.0, f64::NAN, f64::INFINITY] {
             assert!(matches!(found(&[1.0, wrong, 1.0]), Error::Factor { name: "factors", index: 1, .. }));
         }
     }

@@ -110,7 +110,7 @@ pub enum Error {
         expected: usize,
     },
     /// Channels are scaled by positive numbers.
-    #[error("{name}[{index}]: {found}, expected a finite number above 0")]
+    #[error("{name}[{index}]: {found}, expected a finite number of at least 0")]
     Factor {
         /// Name of the factors.
         name: &'static str,

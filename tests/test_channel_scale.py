@@ -247,12 +247,20 @@ def test_what_does_not_fit_is_named(arguments, error, message):
             scaled_channels(weights, "OIW", output_factors=arguments["input_factors"])
 
 
-@pytest.mark.parametrize(("factor", "found"), [(0.0, "0"), (-1.5, "-1.5"), (np.nan, "NaN"), (np.inf, "inf")])
-def test_ranges_are_of_positive_factors_and_scaled_weights_of_any(factor, found):
+@pytest.mark.parametrize(("factor", "found"), [(-1.5, "-1.5"), (np.nan, "NaN"), (np.inf, "inf")])
+def test_ranges_are_of_factors_of_at_least_0_and_scaled_weights_of_any(factor, found):
     weights, factors = np.ones((2, 4)), [1.0, 2.0, factor, 1.0]
-    with pytest.raises(ValueError, match=rf"factors\[2\]: {found}, expected a finite number above 0"):
+    with pytest.raises(ValueError, match=rf"factors\[2\]: {found}, expected a finite number of at least 0"):
         channel_ranges(weights, "OI", axis="O", factors=factors)
     np.testing.assert_array_equal(scaled_channels(weights, "OI", input_factors=factors), weights * factors)
+
+
+@pytest.mark.parametrize("layout", ["OI", "IO"])
+def test_a_factor_of_0_hides_a_channel_of_any_finite_weights(layout):
+    weights = np.array([[1e300, -3.0, 2.0], [0.5, 0.0, -4.0]])
+    given = weights if layout == "OI" else weights.T
+    np.testing.assert_array_equal(channel_ranges(given, layout, axis="O", factors=[0.0, 1.0, 0.5]), [3.0, 2.0])
+    np.testing.assert_array_equal(channel_ranges(given, layout, axis="I", factors=[0.0, 0.0]), [0.0, 0.0, 0.0])
 
 
 def test_the_number_of_threads_changes_nothing():

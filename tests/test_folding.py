@@ -239,6 +239,16 @@ def test_every_opset(opset, constant_nodes):
     assert_same_function(model, folded, {"x": samples(2, 3, 6, 5)}, tolerance=1e-6)
 
 
+def test_what_nothing_reads_stays_where_it_is():
+    text = (
+        f"g (float[N,3,4,4] x) => (float[N,5,4,4] y) {{ [layer] y = Conv(x, w) [dead] t = Conv(x, w) {batch_norm('t', 'n')} }}"
+    )
+    model = model_from_text(text, w=weights(5, 3, 1, 1), **batch_norm_constants(5))
+    result = equalize(model)
+    assert result.left["norm"] == "nothing reads what it makes"
+    assert [node.name for node in result.model.graph.node] == ["layer", "dead", "norm"]
+
+
 def test_the_model_is_not_changed():
     model = chain()
     before = model.SerializeToString()

@@ -9,7 +9,17 @@ from biascorr import CrossLayerScaling, equalize
 from biascorr.model.chains import chains_of, find_links
 from biascorr.model.scaling import scale
 from biascorr.onnx.network import OnnxNetwork
-from networks import assert_same_function, biases, layers_of, magnitudes, model_from_text, samples, weights
+from networks import (
+    assert_same_function,
+    biases,
+    constants_of,
+    layers_of,
+    magnitudes,
+    model_from_text,
+    samples,
+    weights,
+    with_constants,
+)
 
 X = samples(3, 4, 6, 5)
 
@@ -154,6 +164,38 @@ def test_channels_without_a_range_stay(zero):
         assert factors[1] == 1
         assert (factors[[0, 2, 3]] != 1).any()
     assert_same_function(model, result.model, {"x": X}, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("kinds", ["cc", "cdc"])
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_channel_that_tells_nothing_is_silenced_and_kept_from_growing(kinds, where):
+    model = network(kinds)
+    names = [f"w{k}" for k in range(len(kinds))]
+    arrays = {name: array.copy() for name, array in constants_of(model).items() if name in names}
+    faint = arrays[names[where]]
+    (faint[1] if where == 0 else faint[:, 1])[...] *= np.float32(1e-18)
+    model = with_constants(model, **arrays)
+    result = equalize(model, X)
+    (chain,) = result.chains
+    np.testing.assert_array_equal(chain.silent, [False, True, False, False])
+    for factors in chain.factors:
+        assert factors[1] == 1
+    first = layers_of(result.model)["layer0"]
+    assert not first.weights[1].any()
+    np.testing.assert_allclose(first.bias.ravel()[1], biases(4, seed=0)[1], rtol=1e-6)
+    assert_same_function(model, result.model, {"x": X}, tolerance=1e-6)
+    assert not equalize(result.model).chains[0].silent.any()
+
+
+def test_a_faint_range_that_the_other_layer_makes_up_for_is_scaled():
+    model = network("cc")
+    arrays = {name: array.copy() for name, array in constants_of(model).items()}
+    arrays["w0"][1] *= np.float32(2.0**-40)
+    arrays["b0"][1] *= np.float32(2.0**-40)
+    arrays["w1"][:, 1] *= np.float32(2.0**40)
+    result = equalize(with_constants(model, **{name: arrays[name] for name in ("w0", "b0", "w1")}))
+    assert not result.chains[0].silent.any()
+    assert result.model == equalize(model).model
 
 
 def test_bits_are_what_ranges_lost():

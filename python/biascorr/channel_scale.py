@@ -33,7 +33,7 @@ def channel_ranges(
     groups : int
         How many groups the axis O counts; I, where the layout starts with it.
     factors : array_like, optional
-        One for each channel of the other side, above 0: the ranges that weights scaled by these would have.
+        One for each channel of the other side, at least 0: the ranges that weights scaled by these would have.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def channel_ranges(
         The weights are not floating point; the factors are not of real numbers; layout or groups is of another type.
     ValueError
         An unknown axis; the layout has unknown letters or another rank than the weights; the groups do not divide the channels;
-        there is another number of factors than of channels, or one is not above 0.
+        there is another number of factors than of channels, or one is below 0 or not finite.
 
     Notes
     -----

@@ -88,6 +88,9 @@ class _Folder:
         found: list[Fold] = []
         busy: set[str] = set()
         for operation in self._operations:
+            if not self._neighbours.readers(operation.outputs[0]):
+                self.left[operation.name] = "nothing reads what it makes"
+                continue
             new = self._backward(operation) or self._forward(operation)
             if new:
                 self.left.pop(operation.name, None)

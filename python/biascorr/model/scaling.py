@@ -8,6 +8,9 @@ r1[c] is the largest absolute weight of output channel c, r2[c] that of input ch
 where the bias divided by it would be no number of its type. Scales of one chain change ranges of the next, so sweeps over all
 chains are repeated until nothing moves.
 
+Training leaves channels with ranges of 1e-20 or so: S would make their constant activation 1e10 times as large, and one scale
+for all activations worthless. Nothing that float32 can tell goes through them, so their r1 becomes 0.
+
 Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1
 and appendix A.
 """
@@ -36,6 +39,9 @@ _SETTLED = 1e-6
 _MOST_SWEEPS = 1000
 """A chain of 20 layers settles in some hundred."""
 
+_SILENT = 2.0**-32
+"""Part of the strongest channel that counts as nothing: numbers in float32 have 24 bits."""
+
 _LEAST_GAIN = 0.25
 """Bits that a chain must gain for a clip in it to get a bound for each channel, which runtimes do not fuse with the layer."""
 
@@ -54,16 +60,20 @@ class ScaledChain:
         By how much the ranges of its layers shrank, all together: a bit is half the range of one of them.
     limits : sequence of str
         The activations whose bounds were scaled, by name.
+    silent : ndarray, (C,), bool
+        The channels through which something goes, but nothing that float32 could tell beside the strongest one. They are not
+        scaled, and their weights in the first layer become 0.
     """
 
     chain: Chain
     factors: Sequence[Factors]
     bits: float
     limits: Sequence[str]
+    silent: NDArray[np.bool_]
 
 
 class _Scaled:
-    """A layer and the factors that its channels are to be multiplied by."""
+    """A layer and the factors that its channels are to be multiplied by; 0 where nothing goes through."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -213,6 +223,9 @@ class Scaler:
         self._layers = {layer.name: _Scaled(layer) for chain in chains for layer in chain.layers}
         self._factors = {link.first.name: np.ones(link.first.channels) for chain in chains for link in chain.links}
         self._before = [self._range_in_bits(chain) for chain in chains]
+        self._silent = [_silent_channels(self._ranges(chain)) for chain in chains]
+        for chain, silent in zip(chains, self._silent):
+            self._layers[chain.layers[0].name].output[silent] = 0.0
 
     @property
     def bits(self) -> list[float]:
@@ -248,8 +261,9 @@ class Scaler:
                 [self._factors[link.first.name] for link in chain.links],
                 bits,
                 [name for link in chain.links for name in _limits_of(network, link)],
+                silent,
             )
-            for chain, bits in zip(self._chains, self.bits)
+            for chain, bits, silent in zip(self._chains, self.bits, self._silent)
         ]
         return network.edited(edits), done
 
@@ -291,6 +305,13 @@ class Scaler:
         for name, norm in known_of(network, link):
             factors = np.repeat(self._factors[link.first.name], len(norm.beta) // link.first.channels)
             yield name, as_folded(norm.name, norm.beta / factors, norm.gamma / factors)
+
+
+def _silent_channels(ranges: Sequence[Factors]) -> NDArray[np.bool_]:
+    """From the ranges of the layers of a chain, (C,) each; their product is what a channel passes on of its input."""
+    with np.errstate(divide="ignore"):
+        passed = np.log2(np.stack(ranges)).sum(axis=0)
+    return np.asarray(np.isfinite(passed) & (passed < passed.max(initial=-np.inf) + np.log2(_SILENT)))
 
 
 def _aligned(layer: Layer, bound: Bound) -> NDArray[np.float64]:
