@@ -5,7 +5,7 @@
 //! scaled[s,i,g,o] = (W[s,i,g,o] * output_factor[g*O+o]) * input_factor[g*I+i]
 //! ```
 //!
-//! `W` in any axis order and stride, f32 or f64; factors f64, positive. Ranges are f64; scaled weights are computed in f64,
+//! `W` in any axis order and stride, f32 or f64; factors f64, for ranges at least 0. Ranges are f64; scaled weights are computed in f64,
 //! rounded once, and contiguous. The greatest of numbers does not depend on their order, so neither result depends on how the
 //! work is cut. Magnitudes are compared by their bits as integers: these are in the order of the numbers, nan above all.
 //! Each weight is read once, in memory order where it is read for ranges, and in C order where it is scaled.

@@ -664,6 +664,15 @@ def test_equalized_model_is_written_and_what_was_done_printed(folder):
     assert "moved" not in done.stderr
 
 
+def test_channels_that_were_silenced_are_counted(folder):
+    faint = weights(4, 3, 1, 1)
+    faint[2] *= np.float32(1e-20)
+    onnx.save(with_constants(layered_network(), w1=faint), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "note: 1 channels pass on nothing, their weights became 0" in done.stdout.splitlines()
+
+
 @pytest.mark.filterwarnings("ignore:the float outputs moved")
 def test_float_outputs_that_moved_are_a_warning_in_one_line(folder):
     onnx.save(layered_network(clipped=True), folder / "layered.onnx")

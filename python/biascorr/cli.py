@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
+import numpy as np
+
 try:
     import typer
     from rich.console import Console
@@ -259,6 +261,8 @@ def _print_steps(result: Equalization) -> None:
         _print_tables(table_from_changes(result.changes))
     elif result.is_anything_done:
         print("change of the float outputs: not measured, no --data")
+    if silent := sum(np.count_nonzero(each.silent) for each in result.chains):
+        print(f"note: {silent} channels pass on nothing, their weights became 0")
     if result.replaced:
         print(f"note: {len(result.replaced)} ReLU6 became ReLU")
 
