@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from biascorr.model.chains import Link, find_links
 from biascorr.model.folding import as_folded, bias_of, response
 from biascorr.model.network import ActivationType, BatchNorm, Edits, Feeds, Network
+from biascorr.model.patterns import acts
 from biascorr.model.scaling import known_of
 
 _SIGMAS = 3.0
@@ -118,8 +119,8 @@ def _high_bias(network: Network, link: Link) -> NDArray[np.float64]:
 def acting(network: Network, link: Link) -> list[str]:
     """The activations between two layers that do anything."""
     kinds = network.surroundings
-    acting = {name for name, each in kinds.activations.items() if each != ActivationType.no_activation}
-    return [name for name in link.between if name in acting or name in kinds.leaky]
+    activations = ((name, kinds.activations.get(name, ActivationType.no_activation)) for name in link.between)
+    return [name for name, activation in activations if acts(activation) or name in kinds.leaky]
 
 
 def _obstacle(network: Network, link: Link) -> str:

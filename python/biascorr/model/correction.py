@@ -195,21 +195,21 @@ def correct(
     _check_inputs_and_outputs(reference, given or reference)
     report_progress = progress or (lambda *_: None)
     activated, judge = method in ("auto", "activation"), None if data is None else reference
-
-    def attempt(name: str, network: Network, is_corrected: bool) -> _Attempt:
-        measured = given or simulated(network, quant_params or QuantParams(), samples.feeds())
-        same = {layer.name: layer for layer in network.layers}
-        pairs, untouched = _split(measured, same if given is None else counterparts(network.layers, given.layers))
-        workshop = Workshop(network, measured, pairs, samples, report_progress, activated=activated, judge=judge)
-        made = _candidates(workshop, method, strength, shrunk) if is_corrected and pairs else []
-        named = made if name == _AS_IT_CAME else [replace(each, name=f"{name}, {each.name}") for each in made]
-        return _Attempt(network, measured, untouched, [workshop.uncorrected(name, measured), *named])
-
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage, held_back=method == "auto")
         if data is not None:
             samples.read(data, (given or reference).inputs, report_progress)
-        equalization = equalized(reference, samples, progress=report_progress) if equalize else None
+
+        def attempt(name: str, network: Network, is_corrected: bool) -> _Attempt:
+            measured = given or simulated(network, quant_params or QuantParams(), samples.feeds())
+            same = {layer.name: layer for layer in network.layers}
+            pairs, untouched = _split(measured, same if given is None else counterparts(network.layers, given.layers))
+            workshop = Workshop(network, measured, pairs, samples, report_progress, activated=activated, judge=judge)
+            made = _candidates(workshop, method, strength, shrunk) if is_corrected and pairs else []
+            named = made if name == _AS_IT_CAME else [replace(each, name=f"{name}, {each.name}") for each in made]
+            return _Attempt(network, measured, untouched, [workshop.uncorrected(name, measured), *named])
+
+        equalization = equalized(reference, samples, report_progress) if equalize else None
         is_equalized = equalization is not None and equalization.is_anything_done
         attempts = [attempt(_AS_IT_CAME, reference, method == "auto" or not is_equalized)]
         if equalization is not None and is_equalized:

@@ -170,34 +170,28 @@ def equalize(
     [array([2. , 0.5])]
     """
     check_iterations(iterations)
-    network = network_from_model(model, "model")
+    network, report = network_from_model(model, "model"), progress or (lambda *_: None)
     with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
         samples = Samples(storage)
         if data is not None:
-            samples.read(data, network.inputs, progress or (lambda *_: None))
-        result = equalized(network, samples, iterations=iterations, replace_relu6=replace_relu6, progress=progress)
+            samples.read(data, network.inputs, report)
+        result = equalized(network, samples, report, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)
     return result
 
 
 def equalized(
-    network: Network,
-    samples: Samples,
-    *,
-    iterations: int | None = None,
-    replace_relu6: bool = False,
-    progress: Progress | None = None,
+    network: Network, samples: Samples, progress: Progress, *, iterations: int | None = None, replace_relu6: bool = False
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
     check_float(network)
-    report = progress or (lambda *_: None)
-    meter = _Meter(network, samples, report)
+    meter = _Meter(network, samples, progress)
     network, folds, left = fold_batch_norms(network)
     meter.measure("batch norm fold", network, bool(folds))
     network, replaced = _with_relu(network) if replace_relu6 else (network, [])
     meter.measure("ReLU6 to ReLU", network, bool(replaced))
-    network, chains, unscaled = scale(network, iterations, lambda done, total: report("scaling", done, total))
+    network, chains, unscaled = scale(network, iterations, lambda done, total: progress("scaling", done, total))
     meter.measure("scaling", network, bool(chains))
     network, absorptions, kept = absorb_high_biases(network, batches=samples.feeds)
     meter.measure("high-bias fold", network, bool(absorptions))

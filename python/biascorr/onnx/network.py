@@ -191,23 +191,9 @@ class OnnxNetwork:
             return f"{rank} spatial axes, expected 1 to 3"
         given = attributes(node)
         transposed = node.op_type == "ConvTranspose"
-        tensor, quantization = self._read(node.input[0])
-        return Layer(
-            name,
-            node.op_type,
-            weights,
-            f"{'IO' if transposed else 'OI'}{_SPACE[rank]}",
-            tensor,
-            quantization,
-            1,
-            biased_output(self._graph, node),
-            -rank - 1,
-            given.get("group", 1),
-            _transposed_window(given, weights.shape[2:]) if transposed else _window(given, weights.shape[2:]),
-            weight_step=self._weight_step(node.input[1], weights),
-            bias=bias_of(self._graph, node, rank),
-            shares_weights=_shares_weights(node, self._graph),
-        )
+        layout = f"{'IO' if transposed else 'OI'}{_SPACE[rank]}"
+        window = (_transposed_window if transposed else _window)(given, weights.shape[2:])
+        return self._found(name, node, weights, layout, 1, -rank - 1, groups=given.get("group", 1), window=window)
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
         given = attributes(node)
@@ -215,23 +201,7 @@ class OnnxNetwork:
             return "its bias has no effect (beta is 0)"
         layout = "OI" if given.get("transB", 0) else "IO"
         axis = 0 if given.get("transA", 0) else 1
-        weights = self._graph.value(node.input[1])
-        tensor, quantization = self._read(node.input[0])
-        return Layer(
-            name,
-            node.op_type,
-            weights,
-            layout,
-            tensor,
-            quantization,
-            axis,
-            biased_output(self._graph, node),
-            -1,
-            gain=given.get("alpha", 1.0),
-            weight_step=self._weight_step(node.input[1], weights),
-            bias=bias_of(self._graph, node, 0),
-            shares_weights=_shares_weights(node, self._graph),
-        )
+        return self._found(name, node, self._graph.value(node.input[1]), layout, axis, -1, gain=given.get("alpha", 1.0))
 
     def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
         """x W contracts the last axis of x, W x the one before."""
@@ -242,8 +212,22 @@ class OnnxNetwork:
         if weights.ndim < 2 or any(size != 1 for size in weights.shape[:-2]):
             return f"weights of shape {weights.shape} are not one matrix"
         weights = weights.reshape(weights.shape[-2:])
-        tensor, quantization = self._read(node.input[1 - index])
         layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
+        return self._found(name, node, weights, layout, axis, axis)
+
+    def _found(
+        self,
+        name: str,
+        node: onnx.NodeProto,
+        weights: NDArray[Any],
+        layout: str,
+        channel_axis: int,
+        output_axis: int,
+        **more: Any,
+    ) -> Layer:
+        """A layer, with what is found the same way for all operators."""
+        index = weight_index(node, self._graph)
+        tensor, quantization = self._read(node.input[1 - index])
         return Layer(
             name,
             node.op_type,
@@ -251,12 +235,13 @@ class OnnxNetwork:
             layout,
             tensor,
             quantization,
-            axis,
+            channel_axis,
             biased_output(self._graph, node),
-            axis,
+            output_axis,
             weight_step=self._weight_step(node.input[index], weights),
-            bias=bias_of(self._graph, node, -1 - axis),
+            bias=bias_of(self._graph, node, -1 - output_axis),
             shares_weights=_shares_weights(node, self._graph),
+            **more,
         )
 
     def _weight_step(self, name: str, weights: NDArray[Any]) -> NDArray[Any] | None:
