@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import biascorr
-from biascorr.model.loading import network_from_model
-from biascorr.model.simulation import simulated
+from biascorr.adapters.loading import network_from_model
+from biascorr.correction.simulation import simulated
 
 Array = NDArray[Any]
 

@@ -18,8 +18,8 @@ from onnx import helper, numpy_helper, parser
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 from biascorr import Correction, Quantization, QuantParams, correct, fake_quantize
-from biascorr.model.network import Layer
-from biascorr.onnx.network import OnnxNetwork
+from biascorr.adapters.onnx.network import OnnxNetwork
+from biascorr.graph.network import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

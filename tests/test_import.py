@@ -10,13 +10,13 @@ import time
 import pytest
 
 import biascorr
-from biascorr.model.classic import BiasCorrection, BiasCorrectionParams
-from biascorr.model.correction import Correction, correct
-from biascorr.model.network import ActivationType, LayerReport
-from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
-from biascorr.model.quant_params import QuantParams
+from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams
+from biascorr.correction.correct import Correction, correct
+from biascorr.correction.quant_params import QuantParams
+from biascorr.graph.batch_norms import ConvBnInfoType, find_all_convs_bn_with_activation
+from biascorr.graph.network import ActivationType, LayerReport
 
-LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.calibration", "biascorr.model", "biascorr.onnx")
+LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.correction", "biascorr.graph", "biascorr.adapters.onnx")
 LONGEST = 15e-3
 """Seconds that the import may take beyond numpy's own."""
 
@@ -32,7 +32,7 @@ def test_the_model_interface_is_imported_at_first_use():
     code = f"import sys, biascorr; {loaded}; biascorr.LayerReport, biascorr.correct; {loaded}"
     before, after = run(code).splitlines()
     assert before == ""
-    assert after.split() == ["biascorr.calibration", "biascorr.model"]
+    assert after.split() == ["biascorr.correction", "biascorr.graph"]
 
 
 def test_names_that_are_imported_later_are_as_good_as_the_others():

@@ -21,8 +21,10 @@ from biascorr.quantization import BiasCorrectionType, PackedInt4, Quantization, 
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
-    from biascorr.model.classic import BiasCorrection, BiasCorrectionParams
-    from biascorr.model.classic_equalization import (
+    from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams
+    from biascorr.correction.correct import Correction, correct
+    from biascorr.correction.quant_params import QuantParams
+    from biascorr.equalization.classic import (
         ClsSetInfo,
         ClsSetLayerPairInfo,
         CrossLayerScaling,
@@ -31,11 +33,9 @@ if TYPE_CHECKING:
         fold_all_batch_norms,
         fold_given_batch_norms,
     )
-    from biascorr.model.correction import Correction, correct
-    from biascorr.model.equalization import Equalization, equalize
-    from biascorr.model.network import ActivationType, LayerReport
-    from biascorr.model.patterns import ConvBnInfoType, find_all_convs_bn_with_activation
-    from biascorr.model.quant_params import QuantParams
+    from biascorr.equalization.equalize import Equalization, equalize
+    from biascorr.graph.batch_norms import ConvBnInfoType, find_all_convs_bn_with_activation
+    from biascorr.graph.network import ActivationType, LayerReport
 
 __all__ = [
     "ActivationType",
@@ -75,24 +75,24 @@ __version__ = _build_info()[0]
 
 if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an attribute of this module
     _MODULE_OF = {
-        "ActivationType": "biascorr.model.network",
-        "BiasCorrection": "biascorr.model.classic",
-        "BiasCorrectionParams": "biascorr.model.classic",
-        "ClsSetInfo": "biascorr.model.classic_equalization",
-        "ClsSetLayerPairInfo": "biascorr.model.classic_equalization",
-        "ConvBnInfoType": "biascorr.model.patterns",
-        "Correction": "biascorr.model.correction",
-        "CrossLayerScaling": "biascorr.model.classic_equalization",
-        "Equalization": "biascorr.model.equalization",
-        "HighBiasFold": "biascorr.model.classic_equalization",
-        "LayerReport": "biascorr.model.network",
-        "QuantParams": "biascorr.model.quant_params",
-        "correct": "biascorr.model.correction",
-        "equalize": "biascorr.model.equalization",
-        "equalize_model": "biascorr.model.classic_equalization",
-        "find_all_convs_bn_with_activation": "biascorr.model.patterns",
-        "fold_all_batch_norms": "biascorr.model.classic_equalization",
-        "fold_given_batch_norms": "biascorr.model.classic_equalization",
+        "ActivationType": "biascorr.graph.network",
+        "BiasCorrection": "biascorr.correction.classic",
+        "BiasCorrectionParams": "biascorr.correction.classic",
+        "ClsSetInfo": "biascorr.equalization.classic",
+        "ClsSetLayerPairInfo": "biascorr.equalization.classic",
+        "ConvBnInfoType": "biascorr.graph.batch_norms",
+        "Correction": "biascorr.correction.correct",
+        "CrossLayerScaling": "biascorr.equalization.classic",
+        "Equalization": "biascorr.equalization.equalize",
+        "HighBiasFold": "biascorr.equalization.classic",
+        "LayerReport": "biascorr.graph.network",
+        "QuantParams": "biascorr.correction.quant_params",
+        "correct": "biascorr.correction.correct",
+        "equalize": "biascorr.equalization.equalize",
+        "equalize_model": "biascorr.equalization.classic",
+        "find_all_convs_bn_with_activation": "biascorr.graph.batch_norms",
+        "fold_all_batch_norms": "biascorr.equalization.classic",
+        "fold_given_batch_norms": "biascorr.equalization.classic",
     }
 
     def __getattr__(name):

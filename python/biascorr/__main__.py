@@ -1,12 +1,12 @@
 """`python -m biascorr`, and the command `biascorr`."""
 
-from biascorr.signals import leave_on_signals
+from biascorr.cli.signals import leave_on_signals
 
 
 def main() -> None:
     """Runs the command line."""
     leave_on_signals("nothing was written")
-    from biascorr.cli import app  # takes long enough for a Ctrl-C
+    from biascorr.cli.app import app  # takes long enough for a Ctrl-C
 
     app()
 

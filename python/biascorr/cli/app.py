@@ -1,0 +1,283 @@
+"""`biascorr`: bias correction from the command line. Needs typer and rich, which the extra `biascorr[onnx]` brings."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import numpy as np
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
+
+from biascorr import __version__
+from biascorr.calibration.samples import Progress
+from biascorr.cli.signals import Signals, StoppedError, leave
+from biascorr.correction import correct as correction
+from biascorr.correction.correct import Correction
+from biascorr.correction.quant_params import QuantParams
+from biascorr.equalization import equalize as equalization
+from biascorr.equalization.equalize import Equalization
+from biascorr.report.terminal import (
+    table_from_chains,
+    table_from_changes,
+    table_from_left,
+    table_from_report,
+    table_from_scores,
+)
+
+Result = TypeVar("Result", Correction, Equalization)
+
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+_WEIGHT_BITS = 8
+_WIDEST = 10_000  # characters of a line in a file
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM."""
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _bytes_from_text(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)?", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r}, expected bytes: 500000000, 500MB or 1.5GB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"biascorr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def biascorr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Takes the bias that quantization leaves in neural networks out again."""
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
+MemoryBudget = Annotated[
+    int | None,
+    typer.Option(
+        parser=_bytes_from_text,
+        metavar="BYTES",
+        help="Activations held in memory, e.g. 2GB; the rest goes to a temporary folder. By default, half of what is free.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
+
+
+@app.command()
+def correct(
+    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    output: Output,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_NPZ",
+            help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each. Analytical needs none.",
+        ),
+    ] = None,
+    quantized: Annotated[
+        Path | None,
+        typer.Option(metavar="Q.onnx", help="The model quantized (QDQ or QOperator). Without it, quantization is simulated."),
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
+    strength: Annotated[
+        float, typer.Option(help="The part of each shift that is corrected, with a method that has one.")
+    ] = 1.0,
+    shrunk: Annotated[
+        bool, typer.Option("--shrunk", help="Correct less where samples disagree, with a method that has a strength.")
+    ] = False,
+    weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = _WEIGHT_BITS,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
+    ] = False,
+    equalize: Annotated[
+        bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
+    ] = False,
+    memory_budget: MemoryBudget = None,
+    force: Force = False,
+) -> None:
+    """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
+    if data is None and method != "analytical":
+        raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
+
+    def work(progress: Progress) -> Correction:
+        if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize):
+            raise ValueError(
+                "--weight-bits, --per-channel and --equalize are of simulated quantization: not with --quantized; "
+                "equalize the float model (biascorr equalize), then quantize it"
+            )
+        return correction.correct(
+            model,
+            data,
+            quantized=quantized,
+            method=method,
+            strength=strength,
+            shrunk=shrunk,
+            equalize=equalize,
+            quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+            memory_budget=memory_budget,
+            progress=progress,
+        )
+
+    _run(work, output, force, _print_correction)
+
+
+@app.command()
+def equalize(
+    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    output: Output,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_NPZ",
+            help="Samples as `biascorr correct` takes them: they limit what is folded of high biases, and tell how far the "
+            "float outputs move.",
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(metavar="N", help="Sweeps over all layers. By default, until nothing changes.")
+    ] = None,
+    replace_relu6: Annotated[
+        bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
+    ] = False,
+    memory_budget: MemoryBudget = None,
+    force: Force = False,
+) -> None:
+    """Scale channels between the layers of a float model, so that quantization loses less of their weights."""
+
+    def work(progress: Progress) -> Equalization:
+        return equalization.equalize(
+            model, data, iterations=iterations, replace_relu6=replace_relu6, memory_budget=memory_budget, progress=progress
+        )
+
+    _run(work, output, force, _print_equalization)
+
+
+def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_result: Callable[[Result, Path], None]) -> None:
+    """Writes what the work gives and prints it; ends with one line if anything is in the way."""
+    signals = Signals()
+    warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    _replace_what_cannot_be_encoded()
+    try:
+        _check_output(output, force)
+        with _temporary_folder(), Bar(*_COLUMNS, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None)
+
+            def progress(step: str, done: int, total: int | None) -> None:
+                bar.update(task, description=step, completed=done, total=total)
+
+            result = signals.wait_for(lambda: work(progress))
+        result.save(output, force=force)
+    except StoppedError as stopped:
+        leave(stopped.number, "nothing was written")
+    except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
+        _fail(error or type(error).__name__)
+    signals.leave_from_now_on(f"but {output} is written")
+    try:
+        print_result(result, output)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
+        if not isinstance(error, BrokenPipeError):  # who reads along may leave
+            _fail(f"{output} is written, but the report cannot be printed: {error}")
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Has all temporary folders made inside one, which can be removed while a thread still writes there.
+
+    It stays where they are made, or that thread would go on elsewhere.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix="biascorr-")
+    except OSError:  # a run within its memory budget needs none
+        yield
+        return
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        shutil.rmtree(Path(folder).rename(f"{folder}-"), ignore_errors=True)  # by its new name, nothing is added to it
+
+
+def _replace_what_cannot_be_encoded() -> None:
+    """Names of layers may have letters that the terminal has not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists; --force overwrites it")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
+
+
+def _print_correction(result: Correction, output: Path) -> None:
+    if result.equalization is not None:
+        _print_steps(result.equalization)
+    _print_tables(table_from_report(result.report), table_from_scores(result.scores, result.method))
+    for note in result.notes:
+        print(f"note: {note}")
+    corrected = sum(layer.method is not None for layer in result.report)
+    is_equalized, method = result.method.startswith("equalized"), result.method.removeprefix("equalized, ")
+    how = f"by {method} " if corrected else ""
+    equalized = "" if result.equalization is None else ", equalized" if is_equalized else ", not equalized"
+    layers = f"{corrected} of {len(result.report)} layers corrected"
+    print(f"{output}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
+
+
+def _print_equalization(result: Equalization, output: Path) -> None:
+    _print_steps(result)
+    scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
+    layers = f"{scaled} of {len(result.network.layers)} layers scaled"
+    print(f"{output}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
+
+
+def _print_steps(result: Equalization) -> None:
+    _print_tables(table_from_chains(result.chains, result.absorptions), table_from_left(result.left))
+    if result.changes:
+        _print_tables(table_from_changes(result.changes))
+    elif result.is_anything_done:
+        print("change of the float outputs: not measured, no --data")
+    if silent := sum(np.count_nonzero(each.silent) for each in result.chains):
+        print(f"note: {silent} channels pass on nothing, their weights became 0")
+    if result.replaced:
+        print(f"note: {len(result.replaced)} ReLU6 became ReLU")
+
+
+def _print_tables(*tables: Table) -> None:
+    console = Console()
+    anywhere = console.options.update(width=_WIDEST)
+    for table in (each for each in tables if each.row_count):
+        if not console.is_terminal:
+            console.width = max(console.width, console.measure(table, options=anywhere).maximum)
+        console.print(table)

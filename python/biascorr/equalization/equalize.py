@@ -1,0 +1,274 @@
+"""`equalize`: a float model in, the same function out, with channels of even ranges between its layers.
+
+    fold batch normalizations -> (ReLU6 to ReLU) -> scale across layers -> fold high biases
+
+Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biascorr.adapters.loading import network_from_model
+from biascorr.calibration.samples import Progress, Samples
+from biascorr.calibration.storage import Storage, default_budget
+from biascorr.equalization.folding import Fold, fold_batch_norms
+from biascorr.equalization.high_bias import Absorption, absorb_high_biases
+from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
+from biascorr.graph.network import ActivationType, Edits, Feeds, Network
+
+_ROUNDING = 1e-4
+"""Relative change of an output that rounding to float32 explains."""
+
+_ROUNDINGS = 8
+"""Of coarser types, so many steps."""
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """How far the outputs of a float network have moved.
+
+    Parameters
+    ----------
+    absolute : float
+        The largest change of any value; nan where a value that was finite is not any more.
+    relative : float
+        The largest change of any output as a part of the largest magnitude in it.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.absolute:.3g} ({self.relative:.1e} of the largest)"
+
+
+@dataclass(frozen=True, eq=False)
+class Equalization:
+    """An equalized float model and what was done to it.
+
+    Parameters
+    ----------
+    network : Network
+        The equalized network.
+    folds : sequence of Fold
+        The batch normalizations that became part of layers.
+    replaced : sequence of str
+        The ReLU6 activations that became ReLU, by name.
+    chains : sequence of ScaledChain
+        The layers whose channels were scaled, and by how much.
+    absorptions : sequence of Absorption
+        The high biases that moved to the layers behind.
+    left : mapping from str to str
+        Layers and batch normalizations that were left as they are, by name, and why.
+    changes : mapping from str to OutputChange
+        After each step, how far the float outputs have moved from those of the model as it came, over all of the data; empty
+        without data.
+    """
+
+    network: Network
+    folds: Sequence[Fold]
+    replaced: Sequence[str]
+    chains: Sequence[ScaledChain]
+    absorptions: Sequence[Absorption]
+    left: Mapping[str, str]
+    changes: Mapping[str, OutputChange]
+
+    @property
+    def model(self) -> Any:
+        """The equalized model, of the framework's own type (onnx.ModelProto)."""
+        return self.network.model
+
+    @property
+    def is_anything_done(self) -> bool:
+        """Whether the equalized model differs from the one that came."""
+        return any((self.folds, self.replaced, self.chains, self.absorptions))
+
+    @property
+    def change(self) -> OutputChange | None:
+        """How far the float outputs have moved in all; None without data, and where nothing was done."""
+        return list(self.changes.values())[-1] if self.changes else None
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes the equalized model, whole or not at all.
+
+        Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
+        """
+        self.network.save(path, force=force)
+
+
+def equalize(
+    model: Any,
+    data: Any = None,
+    *,
+    iterations: int | None = None,
+    replace_relu6: bool = False,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> Equalization:
+    """Scales channels between layers so that each layer's channels have even ranges, which quantization loses less of.
+
+    Batch normalizations are folded into layers; each channel between two layers is scaled so that its weights have the same
+    range in both; high biases move to the layers behind. What is known of the folded batch normalizations stays with the model,
+    for :func:`find_all_convs_bn_with_activation` and analytical bias correction.
+
+    Parameters
+    ----------
+    model : path, bytes or onnx.ModelProto
+        The float model.
+    data : array, mapping, iterable, CalibrationDataReader or path, optional
+        Samples, as :func:`biascorr.correct` takes them: they limit what is folded of high biases, and the float outputs for
+        them before and after are compared.
+    iterations : int, optional
+        Sweeps over all layers; 1 is the classic single one. None: until nothing changes.
+    replace_relu6 : bool
+        Whether ReLU6 becomes ReLU everywhere, which changes the function. Otherwise, a ReLU6 or Clip between two scaled layers
+        gets a bound for each channel where that gains more than it costs, and else ends the chain.
+    memory_budget : int, optional
+        Bytes of samples and outputs held in memory; what comes beyond goes to a temporary folder that is removed at the end.
+        None: half of the memory that is free.
+    progress : callable, optional
+        Called with what is being done, how much of it is done, and how much there is (None if unknown).
+
+    Returns
+    -------
+    Equalization
+        The equalized model and what was done. The model and the files given are not changed.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, TypeError
+        As :func:`biascorr.correct`.
+    ValueError
+        The model is invalid or quantized; iterations is no integer of at least 1; the data does not fit the model.
+
+    Warns
+    -----
+    UserWarning
+        The float outputs moved by more than rounding; ranges did not settle.
+
+    Notes
+    -----
+    Folding and scaling change nothing but rounding. Folding high biases through a ReLU does without data, where a value falls
+    more than three standard deviations below its mean; with data, no more is folded than leaves all of it as it was.
+
+    Examples
+    --------
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]> network (float[N,1] x) => (float[N,1] y)
+    ...     <float[1,2] w1 = {8, 1}, float[2,1] w2 = {2, 4}> { [a] h = MatMul(x, w1)  r = Relu(h)  [b] y = MatMul(r, w2) }''')
+    >>> equalization = equalize(model)
+    >>> equalization.chains[0].factors
+    [array([2. , 0.5])]
+    """
+    check_iterations(iterations)
+    network, report = network_from_model(model, "model"), progress or (lambda *_: None)
+    with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
+        samples = Samples(storage)
+        if data is not None:
+            samples.read(data, network.inputs, report)
+        result = equalized(network, samples, report, iterations=iterations, replace_relu6=replace_relu6)
+    if result.change is not None and not result.change.relative <= _rounding(network):
+        warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)
+    return result
+
+
+def equalized(
+    network: Network, samples: Samples, progress: Progress, *, iterations: int | None = None, replace_relu6: bool = False
+) -> Equalization:
+    """See :func:`equalize`; of a network, which is not changed."""
+    check_float(network)
+    meter = _Meter(network, samples, progress)
+    network, folds, left = fold_batch_norms(network)
+    meter.measure("batch norm fold", network, bool(folds))
+    network, replaced = _with_relu(network) if replace_relu6 else (network, [])
+    meter.measure("ReLU6 to ReLU", network, bool(replaced))
+    network, chains, unscaled = scale(network, iterations, lambda done, total: progress("scaling", done, total))
+    meter.measure("scaling", network, bool(chains))
+    network, absorptions, kept = absorb_high_biases(network, batches=samples.feeds)
+    meter.measure("high-bias fold", network, bool(absorptions))
+    meter.forget()
+    left = {report.name: report.reason for report in network.left_alone} | left | unscaled
+    for name, reason in kept.items():
+        left[name] = "; ".join(filter(None, (left.get(name), f"its high bias stays: {reason}")))
+    return Equalization(network, folds, replaced, chains, absorptions, left, meter.changes)
+
+
+def check_float(network: Network) -> None:
+    """Raises ValueError where a layer has quantized weights."""
+    for layer in network.layers:
+        if layer.weight_step is not None:
+            raise ValueError(f"model: layer {layer.name} has quantized weights; equalize the float model, then quantize it")
+
+
+def _with_relu(network: Network) -> tuple[Network, list[str]]:
+    """A network with ReLU in place of ReLU6, and where that was."""
+    found = [name for name, each in network.surroundings.activations.items() if each == ActivationType.relu6]
+    return network.edited(Edits(limits=dict.fromkeys(found, (0.0, np.inf)))), found
+
+
+def _rounding(network: Network) -> float:
+    """Relative change of an output that rounding to the types of the network explains."""
+    return max([_ROUNDING, *(_ROUNDINGS * float(np.finfo(layer.weights.dtype).eps) for layer in network.layers)])
+
+
+class _Meter:
+    """Measures how far outputs have moved from those of a network as it came."""
+
+    def __init__(self, network: Network, samples: Samples, progress: Progress) -> None:
+        self._samples = samples
+        self._progress = progress
+        self._largest: dict[str, float] = {}
+        self.changes: dict[str, OutputChange] = {}
+        for batch, outputs in self._outputs(network, "float network"):
+            for name, array in outputs.items():
+                samples.storage["float", name, batch] = array
+                self._largest[name] = max(self._largest.get(name, 0.0), _largest(array))
+
+    def measure(self, step: str, network: Network, is_changed: bool) -> None:
+        """Of a network after this step, where it has changed anything."""
+        if not is_changed or not self._samples.batches:
+            return
+        change = OutputChange()
+        for batch, outputs in self._outputs(network, step):
+            for (name, largest), computed in zip(self._largest.items(), outputs.values()):
+                moved = _largest_difference(self._samples.storage["float", name, batch], computed)
+                relative = moved / largest if largest else moved
+                change = OutputChange(*np.maximum((moved, relative), (change.absolute, change.relative)).tolist())
+        self.changes[step] = change
+
+    def forget(self) -> None:
+        """Frees what was held."""
+        for name, batch in itertools.product(self._largest, range(self._samples.batches)):
+            self._samples.storage.pop(("float", name, batch))
+
+    def _outputs(self, network: Network, step: str) -> Iterator[tuple[int, Feeds]]:
+        compute: Callable[[Feeds], Feeds] | None = None
+        for batch, feeds in enumerate(self._samples.feeds()):
+            compute = compute or network.part(feeds, network.outputs)
+            yield batch, compute(feeds)
+            self._progress(step, batch + 1, self._samples.batches)
+
+
+def _largest(array: NDArray[Any]) -> float:
+    values = np.abs(array.astype(np.float64))
+    return float(values.max(initial=0.0, where=np.isfinite(values)))
+
+
+def _largest_difference(expected: NDArray[Any], computed: NDArray[Any]) -> float:
+    """nan and infinities that stayed do not count; nan where a number became one of them, or the shape another."""
+    if expected.shape != computed.shape:
+        return np.nan
+    expected, computed = expected.astype(np.float64), computed.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(computed - expected)
+    stayed = (expected == computed) | (np.isnan(expected) & np.isnan(computed))
+    return float(np.where(stayed, 0.0, differences).max(initial=0.0))

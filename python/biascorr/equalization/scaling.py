@@ -1,0 +1,342 @@
+"""Cross-layer scaling: each channel between two layers gets the same range in both.
+
+    pair      S = sqrt(r1 / r2)                                  W1 /= S, b1 /= S, W2 *= S
+    triple    t = (r1 r2 r3)^(1/3), S12 = r1 / t, S23 = t / r3   the middle one depthwise: W2 *= S12 / S23, b2 /= S23
+    longer    t = (r1 ... rn)^(1/n), each S the one before it times r / t
+
+r1[c] is the largest absolute weight of output channel c, r2[c] that of input channel c; S[c] = 1 where a range is 0, and
+where the bias divided by it would be no number of its type. Scales of one chain change ranges of the next, so sweeps over all
+chains are repeated until nothing moves.
+
+Training leaves channels with ranges of 1e-20 or so: S would make their constant activation 1e10 times as large, and one scale
+for all activations worthless. Nothing that float32 can tell goes through them, so their r1 becomes 0.
+
+Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1
+and appendix A.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biascorr.channel_scale import channel_ranges, scaled_channels
+from biascorr.equalization.chains import Chain, Link, chains_of, find_links, is_inner, is_scaled
+from biascorr.equalization.folding import as_folded
+from biascorr.graph.network import ActivationType, BatchNorm, Bound, Edits, Layer, Network
+
+Factors = NDArray[np.float64]
+
+_SETTLED = 1e-6
+"""Relative change of all factors in one sweep that counts as none."""
+
+_MOST_SWEEPS = 1000
+"""A chain of 20 layers settles in some hundred."""
+
+_SILENT = 2.0**-32
+"""Part of the strongest channel that counts as nothing: numbers in float32 have 24 bits."""
+
+_LEAST_GAIN = 0.25
+"""Bits that a chain must gain for a clip in it to get a bound for each channel, which runtimes do not fuse with the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledChain:
+    """A chain whose channels were scaled.
+
+    Parameters
+    ----------
+    chain : Chain
+        Its layers, as they were before.
+    factors : sequence of ndarray, (C,), float64
+        For each link, what its channels were divided by in front of it and multiplied by behind it.
+    bits : float
+        By how much the ranges of its layers shrank, all together: a bit is half the range of one of them.
+    limits : sequence of str
+        The activations whose bounds were scaled, by name.
+    silent : ndarray, (C,), bool
+        The channels through which something goes, but nothing that float32 could tell beside the strongest one. They are not
+        scaled, and their weights in the first layer become 0.
+    """
+
+    chain: Chain
+    factors: Sequence[Factors]
+    bits: float
+    limits: Sequence[str]
+    silent: NDArray[np.bool_]
+
+
+class _Scaled:
+    """A layer and the factors that its channels are to be multiplied by; 0 where nothing goes through."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.output, self.input = np.ones(layer.channels), np.ones(layer.input_channels)
+        self._known: dict[str, tuple[Factors, Factors]] = {}
+        self._largest_bias = self._largest_biases()
+
+    def _largest_biases(self) -> Factors:
+        """Of each output channel, (C,), in magnitude."""
+        aligned = self.layer.along_channels(np.zeros(self.layer.channels))
+        biases = aligned if self.layer.bias is None else aligned + np.abs(self.layer.bias)
+        return np.asarray(np.moveaxis(biases, self.layer.output_axis, 0).reshape(len(aligned), -1).max(axis=1))
+
+    def overflows(self, factors: Factors) -> NDArray[np.bool_]:
+        """Where biases divided by these, beside what they were before, would be beyond the numbers of their type."""
+        return np.asarray(self._largest_bias * self.output / factors > np.finfo(self.layer.weights.dtype).max)
+
+    def ranges(self, axis: str) -> Factors:
+        """Of its output ("O") or input ("I") channels as scaled so far."""
+        own, other = (self.output, self.input) if axis == "O" else (self.input, self.output)
+        known = self._known.get(axis)
+        if known is None or not np.array_equal(known[0], other):
+            layer = self.layer
+            found = channel_ranges(layer.weights, layer.layout, axis=axis, groups=layer.groups, factors=other)
+            known = self._known[axis] = (other.copy(), found)
+        return np.asarray(own * known[1])
+
+    @property
+    def weights(self) -> NDArray[Any]:
+        layer = self.layer
+        factors = {"output_factors": self.output, "input_factors": self.input}
+        return scaled_channels(layer.weights, layer.layout, groups=layer.groups, **factors)
+
+
+def scale(
+    network: Network,
+    iterations: int | None = None,
+    progress: Callable[[int, int | None], None] = lambda *_: None,
+    wanted: Sequence[Sequence[str]] | None = None,
+) -> tuple[Network, list[ScaledChain], dict[str, str]]:
+    """A network with the channels of these sets of layers, or of all that follow each other, scaled.
+
+    Parameters
+    ----------
+    network : Network
+        Float.
+    iterations : int, optional
+        Sweeps; None: until they change nothing.
+    progress : callable
+        Called with the sweeps done and how many there are (None if unknown).
+    wanted : sequence of sequences of str, optional
+        Layers that follow each other, by name; those inside a set have one input and one output channel per group.
+
+    Returns
+    -------
+    network : Network
+        Gives out the same, to rounding.
+    chains : list of ScaledChain
+        What was done.
+    left : dict from str to str
+        By the names of layers whose output channels are as they were, why.
+
+    Raises
+    ------
+    ValueError
+        Wanted layers cannot be scaled together.
+    """
+    links, left = find_links(network)
+    if wanted is None:
+        chains = list(chains_of(_worthwhile(network, links, left)))
+    else:
+        chains = [_chain_from_names(names, links, left) for names in wanted]
+    scaler = Scaler(chains)
+    if not scaler.settle(iterations, progress) and iterations is None:
+        warnings.warn(f"ranges have not settled after {_MOST_SWEEPS} sweeps", stacklevel=3)
+    return (*scaler.scaled(network), left)
+
+
+def check_iterations(iterations: int | None) -> None:
+    """Raises ValueError where these are no sweeps, nor None."""
+    if iterations is not None and (
+        not isinstance(iterations, (int, np.integer)) or isinstance(iterations, bool) or iterations < 1
+    ):
+        raise ValueError(f"iterations: {iterations!r}, expected an integer of at least 1, or None")
+
+
+def _worthwhile(network: Network, links: Sequence[Link], left: dict[str, str]) -> list[Link]:
+    """The links but those with bounds to scale in chains that gain little by it."""
+    worthwhile = []
+    activations = network.surroundings.activations
+    for chain in chains_of(links):
+        limits = {
+            link.first.name: [name for name in _limits_of(network, link) if not _is_per_channel(activations[name])]
+            for link in chain.links
+        }
+        scaler = Scaler([chain])
+        scaler.sweep()
+        gained = sum(scaler.bits) if any(limits.values()) else np.inf
+        for link in chain.links:
+            if gained < _LEAST_GAIN and limits[link.first.name]:
+                clips = ", ".join(limits[link.first.name])
+                left[link.first.name] = f"{clips} would need a bound for each channel, to gain {gained:.2f} bits"
+            else:
+                worthwhile.append(link)
+    return worthwhile
+
+
+def _is_per_channel(activation: ActivationType) -> bool:
+    """Whether an activation has a bound for each channel already."""
+    return any(isinstance(bound, tuple) for bound in activation.bounds or ())
+
+
+def _limits_of(network: Network, link: Link) -> list[str]:
+    """The activations between two layers whose bounds are to be scaled."""
+    activations = network.surroundings.activations
+    return [name for name in link.between if name in activations and is_scaled(activations[name])]
+
+
+def _chain_from_names(names: Sequence[str], links: Sequence[Link], left: dict[str, str]) -> Chain:
+    following = {link.first.name: link for link in links}
+    chain = []
+    for first, second in itertools.pairwise(names):
+        link = following.get(first)
+        if link is None or link.second.name != second:
+            reason = left.get(first, "no layer of this name" if link is None else f"followed by {link.second.name}")
+            raise ValueError(f"cls_sets: {first} and {second} cannot be scaled together: {first}: {reason}")
+        chain.append(link)
+    inner = [link.second.name for link in chain[:-1] if not is_inner(link)]
+    if not chain or inner:
+        unfit = f"{inner[0]} is no depthwise layer with the channels of the one before it" if inner else ""
+        what = unfit or "expected two layers or more"
+        raise ValueError(f"cls_sets: {', '.join(names)}: {what}")
+    return Chain(chain)
+
+
+class Scaler:
+    """Factors of chains, found sweep by sweep.
+
+    Parameters
+    ----------
+    chains : sequence of Chain
+        No link is in two of them.
+    """
+
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self._chains = chains
+        self._layers = {layer.name: _Scaled(layer) for chain in chains for layer in chain.layers}
+        self._factors = {link.first.name: np.ones(link.first.channels) for chain in chains for link in chain.links}
+        self._before = [self._range_in_bits(chain) for chain in chains]
+        self._silent = [_silent_channels(self._ranges(chain)) for chain in chains]
+        for chain, silent in zip(chains, self._silent):
+            self._layers[chain.layers[0].name].output[silent] = 0.0
+
+    @property
+    def bits(self) -> list[float]:
+        """What each chain has gained; see :class:`ScaledChain`."""
+        return [before - self._range_in_bits(chain) for chain, before in zip(self._chains, self._before)]
+
+    def sweep(self) -> float:
+        """Equalizes each chain once; returns the largest change of a factor, as a logarithm."""
+        return max((self._equalize(chain) for chain in self._chains), default=0.0)
+
+    def settle(self, iterations: int | None, progress: Callable[[int, int | None], None]) -> bool:
+        """So many sweeps, or as many as change anything; returns whether the last one changed next to nothing."""
+        change = np.inf
+        for done in range(1, (iterations or _MOST_SWEEPS) + 1):
+            change = self.sweep()
+            progress(done, iterations)
+            if change < _SETTLED and iterations is None:
+                break
+        return change < _SETTLED
+
+    def scaled(self, network: Network) -> tuple[Network, list[ScaledChain]]:
+        """A network with the factors found, and what became of each chain."""
+        links = [link for chain in self._chains for link in chain.links]
+        edits = Edits(
+            {name: layer.weights for name, layer in self._layers.items()},
+            {link.first.name: self._divided(link, link.first.bias) for link in links if link.first.bias is not None},
+            {name: bounds for link in links for name, bounds in self._limits(network, link)},
+            folded={name: norm for link in links for name, norm in self._statistics(network, link)},
+        )
+        done = [
+            ScaledChain(
+                chain,
+                [self._factors[link.first.name] for link in chain.links],
+                bits,
+                [name for link in chain.links for name in _limits_of(network, link)],
+                silent,
+            )
+            for chain, bits, silent in zip(self._chains, self.bits, self._silent)
+        ]
+        return network.edited(edits), done
+
+    def _equalize(self, chain: Chain) -> float:
+        layers = [self._layers[layer.name] for layer in chain.layers]
+        found = factors_from_ranges(self._ranges(chain))
+        kept = np.any([first.overflows(step) for first, step in zip(layers, found)], axis=0)
+        steps = [np.where(kept, 1.0, step) for step in found]
+        for link, first, second, step in zip(chain.links, layers, layers[1:], steps):
+            self._factors[link.first.name] *= step
+            first.output /= step
+            second.input *= np.repeat(step, len(second.input) // len(step))
+        return max(float(np.abs(np.log(step)).max(initial=0.0)) for step in steps)
+
+    def _ranges(self, chain: Chain) -> list[Factors]:
+        """Of each layer, (C,)."""
+        first, *others = (self._layers[layer.name] for layer in chain.layers)
+        ranges = [first.ranges("O"), *(layer.ranges("I") for layer in others)]
+        return [each.reshape(len(ranges[0]), -1).max(axis=1) for each in ranges]
+
+    def _range_in_bits(self, chain: Chain) -> float:
+        """Of all its layers together; those without any range do not count."""
+        largest = [float(ranges.max(initial=0.0)) for ranges in self._ranges(chain)]
+        return float(sum(np.log2(each) for each in largest if each > 0))
+
+    def _divided(self, link: Link, values: NDArray[Any]) -> NDArray[np.float64]:
+        """What is aligned with the output of the first layer, scaled with it."""
+        return np.asarray(values / link.first.along_channels(self._factors[link.first.name]))
+
+    def _limits(self, network: Network, link: Link) -> Iterator[tuple[str, tuple[NDArray[Any], NDArray[Any]]]]:
+        """The bounds of the activations of a link, scaled."""
+        for name in _limits_of(network, link):
+            if bounds := network.surroundings.activations[name].bounds:
+                low, high = (self._divided(link, _aligned(link.first, bound)) for bound in bounds)
+                yield name, (low, high)
+
+    def _statistics(self, network: Network, link: Link) -> Iterator[tuple[str, BatchNorm]]:
+        """What is known of the tensors of a link, scaled."""
+        for name, norm in known_of(network, link):
+            factors = np.repeat(self._factors[link.first.name], len(norm.beta) // link.first.channels)
+            yield name, as_folded(norm.name, norm.beta / factors, norm.gamma / factors)
+
+
+def _silent_channels(ranges: Sequence[Factors]) -> NDArray[np.bool_]:
+    """From the ranges of the layers of a chain, (C,) each; their product is what a channel passes on of its input."""
+    with np.errstate(divide="ignore"):
+        passed = np.log2(np.stack(ranges)).sum(axis=0)
+    return np.asarray(np.isfinite(passed) & (passed < passed.max(initial=-np.inf) + np.log2(_SILENT)))
+
+
+def _aligned(layer: Layer, bound: Bound) -> NDArray[np.float64]:
+    """Aligned with the output of a layer."""
+    return layer.along_channels(np.asarray(bound)) if isinstance(bound, tuple) else np.asarray(bound)
+
+
+def known_of(network: Network, link: Link) -> Iterator[tuple[str, BatchNorm]]:
+    """The tensors between two layers that something is known of: of each channel, whatever else changed the model since."""
+    made = {operation.name: operation.outputs[0] for operation in network.operations if operation.name in link.between}
+    for name in (link.first.output, *made.values()):
+        norm = network.surroundings.folded.get(name)
+        if norm is not None and len(norm.beta) % link.first.channels == 0:
+            yield name, norm
+
+
+def factors_from_ranges(ranges: Sequence[Factors]) -> list[Factors]:
+    """S of each link of a chain, (C,), from the ranges of its layers, (C,) each; 1 where one of them is 0.
+
+    Examples
+    --------
+    >>> factors_from_ranges([np.array([8.0, 1.0]), np.array([2.0, 0.0])])
+    [array([2., 1.])]
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.stack(ranges))
+    logs = np.where(np.isfinite(logs).all(axis=0), logs, 0.0)
+    return list(np.exp(np.cumsum(logs - logs.mean(axis=0), axis=0)[:-1]))

@@ -1,0 +1,772 @@
+"""The command line as a user runs it: what is written and printed, every mistake as one line, nothing left behind."""
+
+import contextlib
+import os
+import pty
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import biascorr
+from biascorr import QuantParams
+from biascorr.cli import app as cli
+from biascorr.report.terminal import table_from_left
+from networks import (
+    biases,
+    gated_network,
+    gated_samples,
+    model_from_text,
+    quantized,
+    samples,
+    two_layers,
+    weights,
+    with_constants,
+)
+
+COMMAND = Path(sys.executable).with_name("biascorr")
+X = samples(4, 3, 6, 6)
+
+
+def environment(**variables):
+    return os.environ | {"COLUMNS": "200", "TERM": "xterm"} | variables
+
+
+def run(*arguments, cwd, limit=None, **variables):
+    """The command with its output; `limit` is the size in bytes that a file may have."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**variables),
+        preexec_fn=limit_files if limit else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with good and bad models and samples; tests do not change it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    models = folder / "models"
+    data = folder / "data"
+    models.mkdir()
+    data.mkdir()
+    model = two_layers()
+    whole = model.SerializeToString()
+    (models / "float.onnx").write_bytes(whole)
+    onnx.save(quantized(model, [{"x": X}]), models / "quantized.onnx")
+    onnx.save(with_constants(model, w1=weights(4, 3, 5, 5)), models / "other.onnx")
+    (models / "empty.onnx").write_bytes(b"")
+    (models / "text.onnx").write_text("not a model\n" * 50)
+    (models / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
+    external = {"save_as_external_data": True, "size_threshold": 0}
+    onnx.save(two_layers(), models / "missing_data.onnx", location="gone.data", **external)
+    (models / "gone.data").unlink()
+    onnx.save(two_layers(), models / "outside_data.onnx", location="outside.data", **external)
+    (models / "outside.data").rename(folder / "outside.data")
+    (models / "outside.data").symlink_to(folder / "outside.data")
+    del model.graph.node[0].input[1:]
+    onnx.save(model, models / "no_weights.onnx")
+
+    np.savez(data / "good.npz", x=X)
+    np.save(data / "good.npy", X)
+    np.savez(data / "name.npz", z=X)
+    np.savez(data / "shape.npz", x=X[:, :2])
+    np.savez(data / "dtype.npz", x=X.astype(np.float64))
+    np.savez(data / "nan.npz", x=np.full_like(X, np.nan))
+    np.savez(data / "none.npz", x=X[:0])
+    np.savez(data / "objects.npz", x=np.array([X, None], object))
+    (data / "table.csv").write_text("1, 2, 3")
+    raw = (data / "good.npz").read_bytes()
+    (data / "truncated.npz").write_bytes(raw[:-100])
+    np.savez_compressed(data / "damaged.npz", x=X)
+    raw = bytearray((data / "damaged.npz").read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 20] = b"\xff" * 20
+    (data / "damaged.npz").write_bytes(raw)
+    (data / "empty").mkdir()
+    (data / "batches").mkdir()
+    for k in range(4):
+        np.save(data / "batches" / f"{k}.npy", X[k : k + 1])
+    return folder
+
+
+@pytest.fixture
+def folder(inputs, tmp_path):
+    """An empty folder with links to the inputs."""
+    for name in ("models", "data"):
+        (tmp_path / name).symlink_to(inputs / name)
+    return tmp_path
+
+
+GIVEN = ["data", "models"]
+COMMANDS = ["correct", "equalize"]
+both_commands = pytest.mark.parametrize("command", COMMANDS)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_one_error(done, status=1):
+    """One line says what is wrong, the last one."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.startswith("error: ") for line in lines].count(True) == 1
+    assert lines[-1].startswith("error: ")
+    assert len(lines[-1]) > len("error: ")
+
+
+GOOD = {
+    "npz": ("--data", "data/good.npz"),
+    "npy": ("--data", "data/good.npy"),
+    "folder": ("--data", "data/batches"),
+    "options": ("--data", "data/good.npz", "--weight-bits", "4", "--per-channel", "--memory-budget", "1kB"),
+    "method": ("--data", "data/good.npz", "--method", "empirical", "--strength", "0.5"),
+    "quantized": ("--data", "data/good.npz", "--quantized", "models/quantized.onnx"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_corrected_model_is_written_and_the_report_printed(name, folder):
+    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert names_in(folder) == [*GIVEN, "out.onnx"]
+    options = {
+        "options": {"quant_params": QuantParams(weight_bits=4, per_channel=True)},
+        "method": {"method": "empirical", "strength": 0.5},
+        "quantized": {"quantized": folder / "models/quantized.onnx"},
+    }.get(name, {})
+    correction = biascorr.correct(two_layers(), folder / GOOD[name][1], **options)
+    assert onnx.load(folder / "out.onnx") == correction.model
+    for layer in correction.report:
+        row = next(line for line in done.stdout.splitlines() if layer.name in line)
+        for value in (layer.op, layer.method, layer.channels, f"{layer.shift_before:.3g}", f"{layer.shift_after:.3g}"):
+            assert str(value) in row
+    assert f"out.onnx: 3 of 3 layers corrected by {correction.method} from 4 samples" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["npz", "method"])
+def test_scores_and_notes_are_printed(name, folder):
+    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
+    correction = biascorr.correct(two_layers(), X, **({} if name == "npz" else {"method": "empirical", "strength": 0.5}))
+    _, table = done.stdout.split("outputs against the float ones")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    scores = {"uncorrected" if name == "none" else name: score for name, score in correction.scores.items()}
+    taken = {correction.method: "taken"}
+    assert rows == [[name, f"{score.sqnr:.2f}", taken.get(name, "")] for name, score in scores.items()]
+    assert rows[0][0] == "uncorrected"
+    assert [line for line in table.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in correction.notes]
+    assert "too few" in table
+
+
+def test_scores_of_a_classifier_have_a_divergence(folder):
+    text = "g (float[?,7] x) => (float[?,5] y) { t = Gemm(x, w, b) y = Softmax(t) }"
+    onnx.save(model_from_text(text, w=weights(7, 5, axis=1), b=biases(5)), folder / "classifier.onnx")
+    np.save(folder / "rows.npy", samples(8, 7))
+    done = run("correct", "classifier.onnx", "--data", "rows.npy", "-o", "out.onnx", cwd=folder)
+    correction = biascorr.correct(folder / "classifier.onnx", folder / "rows.npy")
+    assert "KL, nats" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if "uncorrected" in line)
+    assert f"{correction.scores['none'].divergence:.3g}" in row
+
+
+@pytest.fixture
+def gated(folder):
+    """The options for a model whose outputs every correction makes worse."""
+    onnx.save(gated_network(), folder / "gated.onnx")
+    np.save(folder / "gated.npy", gated_samples(12))
+    return "correct", "gated.onnx", "--data", "gated.npy", "-o", "out.onnx"
+
+
+def test_model_that_no_correction_makes_better_is_written_as_it_came(gated, folder):
+    done = run(*gated, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (taken,) = (line for line in done.stdout.splitlines() if "taken" in line)
+    assert "uncorrected" in taken
+    (row,) = (line for line in done.stdout.splitlines() if "layer" in line and "Gemm" in line)
+    assert "left alone" in row
+    assert "out.onnx: 0 of 1 layers corrected from 12 samples" in done.stdout
+    assert onnx.load(folder / "out.onnx") == gated_network()
+
+
+def test_method_that_makes_the_outputs_worse_says_so_in_one_note(gated, folder):
+    done = run(*gated, "--method", "empirical", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "made the outputs worse" not in done.stderr
+    assert done.stdout.count("made the outputs worse") == 1
+
+
+def test_report_says_why_a_layer_is_left_alone(folder):
+    onnx.save(with_constants(two_layers(), w2=np.zeros((6, 4, 3, 3), np.float32)), folder / "zeros.onnx")
+    done = run("correct", "zeros.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "second" in line)
+    assert "left alone" in row
+    assert "weights are not quantized" in row
+    assert "2 of 3 layers corrected" in done.stdout
+
+
+def test_report_shows_names_of_layers_as_they_are(folder):
+    names = ["block[0]/conv", "conv[/a]", "[red]conv[/red]", "[bold]", "conv\\[a]", ":smile:", "Schicht für x", "层"]
+    layers = "".join(f" t{k + 1} = Gemm(t{k}, w, b)" for k in range(len(names)))
+    text = f"g (float[?,7] x) => (float[?,7] t{len(names)}) {{ t0 = Relu(x) {layers} }}"
+    model = model_from_text(text, w=weights(7, 7, axis=1), b=biases(7))
+    for node, name in zip(model.graph.node[1:], names):
+        node.name = name
+    onnx.save(model, folder / "named.onnx")
+    np.save(folder / "rows.npy", samples(6, 7))
+    done = run("correct", "named.onnx", "--data", "rows.npy", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in names if name not in done.stdout] == []
+
+
+@both_commands
+def test_output_that_cannot_encode_a_name_is_no_failure(command, folder):
+    model = two_layers()
+    model.graph.node[0].name = "层"
+    onnx.save(model, folder / "named.onnx")
+    arguments = (command, "named.onnx", "--data", "data/good.npz", "-o", "out.onnx")
+    done = run(*arguments, cwd=folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "second" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@both_commands
+def test_report_that_cannot_be_written_is_one_line(command, folder):
+    arguments = [COMMAND, command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            arguments, check=False, stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+        )
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.returncode == 1
+
+
+@both_commands
+def test_existing_output_is_kept(command, folder):
+    (folder / "out.onnx").write_bytes(b"precious")
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert_one_error(done)
+    assert "out.onnx exists" in done.stderr
+    assert "--force" in done.stderr
+    assert (folder / "out.onnx").read_bytes() == b"precious"
+
+
+@both_commands
+def test_existing_output_is_overwritten_when_forced(command, folder):
+    (folder / "out.onnx").write_bytes(b"precious")
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(onnx.load(folder / "out.onnx").graph.node) == 6
+
+
+@both_commands
+@pytest.mark.parametrize("existing", [False, True])
+def test_full_disk_leaves_no_output_and_no_temporary_file(existing, command, folder):
+    if existing:
+        (folder / "out.onnx").write_bytes(b"precious")
+    arguments = (command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force")
+    done = run(*arguments, cwd=folder, limit=600, PYTHONDONTWRITEBYTECODE="1")
+    assert_one_error(done)
+    assert names_in(folder) == GIVEN + ["out.onnx"] * existing
+    assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+BAD_MODELS = {
+    "none.onnx": "no such file",
+    "": "models",
+    "empty.onnx": "not an ONNX model",
+    "text.onnx": "not an ONNX model",
+    "truncated.onnx": "not an ONNX model, or a truncated one",
+    "missing_data.onnx": "gone.data is missing",
+    "outside_data.onnx": "outside.data is outside",
+    "no_weights.onnx": "model",
+}
+BAD_DATA = {
+    "gone.npz": "no such file",
+    "gone": "no such file",
+    "table.csv": "table.csv",
+    "name.npz": "has z, the model's inputs are x",
+    "shape.npz": "(1, 2, 6, 6)",
+    "dtype.npz": "float64",
+    "nan.npz": "nan.npz[0]: input x: contains nan",
+    "none.npz": "no samples",
+    "empty": "no samples",
+    "objects.npz": "objects.npz",
+    "truncated.npz": "truncated.npz",
+    "damaged.npz": "damaged.npz",
+}
+BAD_QUANTIZED = {
+    "none.onnx": "quantized: no such file",
+    "text.onnx": "text.onnx: not an ONNX model",
+    "other.onnx": "layer first has weights of shape",
+}
+BAD_INPUTS = [
+    *[(f"models/{name}", "data/good.npz", (), message) for name, message in BAD_MODELS.items()],
+    *[("models/float.onnx", f"data/{name}", (), message) for name, message in BAD_DATA.items()],
+    *[
+        ("models/float.onnx", "data/good.npz", ("--quantized", f"models/{name}"), message)
+        for name, message in BAD_QUANTIZED.items()
+    ],
+    ("models/float.onnx", "data/good.npz", ("--weight-bits", "1"), "bits"),
+    ("models/float.onnx", "data/good.npz", ("--weight-bits", "33"), "bits"),
+    ("models/float.onnx", "data/good.npz", ("--method", "magic"), "method: 'magic', expected one of auto, "),
+    ("models/float.onnx", "data/good.npz", ("--method", "empirical", "--strength", "1.5"), "strength: 1.5"),
+    ("models/float.onnx", "data/good.npz", ("--strength", "0.5"), "strength: 0.5, expected 1 with method 'auto'"),
+    *[
+        ("models/float.onnx", "data/good.npz", ("--quantized", "models/quantized.onnx", *option), "not with --quantized")
+        for option in (("--weight-bits", "4"), ("--per-channel",), ("--equalize",))
+    ],
+]
+BAD_INPUTS = [("correct", *each) for each in BAD_INPUTS] + [
+    ("equalize", "models/truncated.onnx", "data/good.npz", (), "not an ONNX model, or a truncated one"),
+    ("equalize", "models/quantized.onnx", "data/good.npz", (), "layer first has quantized weights; equalize the float model"),
+    ("equalize", "models/float.onnx", "data/shape.npz", (), "(1, 2, 6, 6)"),
+    ("equalize", "models/float.onnx", "data/empty", (), "no samples"),
+    ("equalize", "models/float.onnx", "data/good.npz", ("--iterations", "0"), "iterations: 0, expected"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "data", "options", "message"), BAD_INPUTS, ids=[" ".join((*each[:3], *each[3])) for each in BAD_INPUTS]
+)
+def test_bad_input_is_one_line_and_nothing_is_written(command, model, data, options, message, folder):
+    done = run(command, model, "--data", data, "-o", "out.onnx", *options, cwd=folder)
+    assert_one_error(done)
+    assert message in done.stderr.splitlines()[-1]
+    assert names_in(folder) == GIVEN
+
+
+BAD_OUTPUTS = {
+    "gone/out.onnx": ["-o", "gone/out.onnx"],
+    "file/out.onnx": ["-o", "file/out.onnx"],
+    "folder": ["-o", "folder"],
+    "folder, forced": ["-o", "folder", "--force"],
+}
+
+
+@both_commands
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+def test_output_that_cannot_be_written_is_one_line(name, command, folder):
+    (folder / "file").write_bytes(b"precious")
+    (folder / "folder").mkdir()
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", *BAD_OUTPUTS[name], cwd=folder)
+    assert_one_error(done)
+    assert BAD_OUTPUTS[name][1].split("/")[0] in done.stderr
+    assert names_in(folder) == ["data", "file", "folder", "models"]
+    assert names_in(folder / "folder") == []
+
+
+BAD_USAGE = {
+    "no model": ["correct", "--data", "data/good.npz", "-o", "out.onnx"],
+    "no data": ["correct", "models/float.onnx", "-o", "out.onnx"],
+    "no output": ["correct", "models/float.onnx", "--data", "data/good.npz"],
+    "an unknown option": ["correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--fast"],
+    "bits that are no number": [
+        "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--weight-bits", "x"
+    ],
+    "an argument too many": ["correct", "models/float.onnx", "other", "--data", "data/good.npz", "-o", "out.onnx"],
+    "equalize without output": ["equalize", "models/float.onnx"],
+    "sweeps that are no number": ["equalize", "models/float.onnx", "-o", "out.onnx", "--iterations", "1.5"],
+    "an unknown command": ["improve"],
+    "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_USAGE, ids=lambda name: name.replace(" ", "_"))
+def test_bad_usage(name, folder):
+    done = run(*BAD_USAGE[name], cwd=folder)
+    assert done.returncode == 2
+    assert "Usage: biascorr" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN
+
+
+@pytest.mark.parametrize("budget", ["x", "", "-1", "1.5.5", "2 G", "2gb", "nan", "1e9", "GB"])
+def test_memory_budget_that_is_no_number_of_bytes(budget, folder):
+    arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", f"--memory-budget={budget}")
+    done = run(*arguments, cwd=folder)
+    assert done.returncode == 2
+    assert "expected bytes" in done.stderr
+    assert names_in(folder) == GIVEN
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("1000", 1000), ("2kB", 2000), ("500MB", 500_000_000), ("1.5GB", 1_500_000_000), ("3 TB", 3 * 10**12)],
+)
+def test_memory_budget_in_bytes(text, expected):
+    assert cli._bytes_from_text(text) == expected
+
+
+def test_version(tmp_path):
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"biascorr {biascorr.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["correct", "--help"], ["equalize", "--help"]])
+def test_help(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage: biascorr" in done.stdout
+    assert done.stderr == ""
+
+
+def read_until(terminal, pattern):
+    """What a process shows on a terminal, until it shows a pattern or ends."""
+    shown = b""
+    with contextlib.suppress(OSError):  # the process has ended
+        while not re.search(pattern, shown) and (part := os.read(terminal, 4096)):
+            shown += part
+    return shown
+
+
+def spilled(folder):
+    """The folders of activations beyond the budget."""
+    return list(folder.glob("biascorr-*/biascorr-*"))
+
+
+def left_in(folder):
+    """What should be gone; onnxruntime keeps a file of its own beside it."""
+    return list(folder.glob("biascorr-*"))
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("number", "status", "existing", "command"),
+    [
+        *((*each, False, "correct") for each in SIGNALS),
+        (signal.SIGINT, 130, True, "correct"),
+        (signal.SIGINT, 130, True, "equalize"),
+    ],
+)
+def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
+    number, status, existing, command, folder, tmp_path_factory
+):
+    many = np.lib.format.open_memmap(folder / "many.npy", "w+", np.float32, (300_000, 3, 6, 6))
+    del many  # a sparse file of zeros
+    if existing:
+        (folder / "out.onnx").write_bytes(b"precious")
+    before = names_in(folder)
+    ours, theirs = pty.openpty()
+    arguments = [command, "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
+    temporary = tmp_path_factory.mktemp("temporary")
+    process = subprocess.Popen(
+        [COMMAND, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=environment(TMPDIR=str(temporary)),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(theirs)
+    try:
+        shown = read_until(ours, rb"[1-9]\d*/")
+        while not spilled(temporary):
+            shown += os.read(ours, 4096)
+        process.send_signal(number)
+        shown += read_until(ours, rb"\0")
+        printed, _ = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert process.returncode == status, shown
+    assert b"Traceback" not in shown
+    assert printed == b""
+    ended = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"terminated"}
+    lines = [b"error: " + ended[number] + b", nothing was written"] if number in ended else []
+    assert re.findall(rb"error: [^\r\n]*", shown) == lines
+    assert names_in(folder) == before
+    assert number is signal.SIGKILL or left_in(temporary) == []
+    assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+SIGNALLING = """
+import os, pkgutil, sys
+from biascorr.__main__ import main
+
+def signal_after(number, place):
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    plain = getattr(owner, name)
+
+    def called(*arguments, **options):
+        setattr(owner, name, plain)
+        result = plain(*arguments, **options)
+        os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, called)
+
+signal_after(int(sys.argv.pop(1)), sys.argv.pop(1))
+main()
+"""
+"""Runs the command; a signal comes right after the first call of a function."""
+
+MOMENTS = {
+    "the command starts": ("typer.Typer", "nothing was written"),
+    "a folder is made": ("tempfile.mkdtemp", "nothing was written"),
+    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
+    "the output is in its place": ("pathlib.Path.hardlink_to", "but out.onnx is written"),
+    "the report is made": ("biascorr.report.terminal.table_from_report", "but out.onnx is written"),
+}
+
+
+def run_and_signal(number, place, folder, *, answer, command="correct", **variables):
+    """The command with its output; `answer` is how the process that starts it answers the signal."""
+    arguments = (command, "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", "--memory-budget", "1kB")
+    return subprocess.run(
+        [sys.executable, "-c", SIGNALLING, str(int(number)), place, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(**variables),
+        preexec_fn=lambda: signal.signal(number, answer),
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_signal_at_a_bad_moment(moment, number, ended, folder, tmp_path_factory):
+    place, state = MOMENTS[moment]
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = run_and_signal(number, place, folder, answer=signal.SIG_DFL, TMPDIR=str(temporary))
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {ended}, {state}"
+    assert "Traceback" not in done.stderr
+    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
+    assert left_in(temporary) == []
+
+
+EQUALIZING = {
+    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
+    "the report is made": ("biascorr.report.terminal.table_from_chains", "but out.onnx is written"),
+}
+
+
+@pytest.mark.parametrize("moment", EQUALIZING)
+def test_interrupt_of_equalization_at_a_bad_moment(moment, folder, tmp_path_factory):
+    place, state = EQUALIZING[moment]
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = run_and_signal(signal.SIGINT, place, folder, answer=signal.SIG_DFL, command="equalize", TMPDIR=str(temporary))
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: interrupted, {state}"
+    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
+    assert left_in(temporary) == []
+
+
+def test_interrupt_that_is_ignored_where_the_command_starts_stays_so(folder):
+    done = run_and_signal(signal.SIGINT, "rich.progress.Progress.start", folder, answer=signal.SIG_IGN)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.onnx").is_file()
+
+
+def test_command_needs_no_writable_home(folder):
+    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder, HOME="/nonexistent")
+    assert done.returncode == 0, done.stderr
+
+
+def test_analytical_correction_needs_no_data(folder):
+    text = """g (float[N,3,6,6] x) => (float[N,4,6,6] y) {
+        n = BatchNormalization(x, gamma, beta, mean, variance)
+        [layer] y = Conv<pads=[1,1,1,1]>(n, w)
+    }"""
+    norm = {"gamma": np.ones(3), "beta": np.ones(3), "mean": np.zeros(3), "variance": np.ones(3)}
+    constants = {name: array.astype(np.float32) for name, array in norm.items()}
+    onnx.save(model_from_text(text, w=weights(4, 3, 3, 3), **constants), folder / "norm.onnx")
+    done = run("correct", "norm.onnx", "--method", "analytical", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was judged" in done.stdout
+    assert (folder / "out.onnx").is_file()
+
+
+def layered_network(*, clipped=False):
+    """first, second and third follow each other, the first with a batch normalization; side_1 and side_2 join them."""
+    text = f"""g (float[N,3,6,6] x) => (float[N,5,6,6] y) {{
+        [first] c = Conv(x, w1, b1)
+        [norm] n = BatchNormalization(c, gamma, beta, mean, variance)
+        [act] r = {"Clip(n, zero, six)" if clipped else "Relu(n)"}
+        [second] s = Conv(r, w2, b2)
+        [third] t = Conv(s, w3, b3)
+        [side_1] u1 = Conv(x, w4, b3)
+        [side_2] u2 = Conv(x, w5, b3)
+        [add_1] v = Add(t, u1)
+        [add_2] y = Add(v, u2)
+    }}"""
+    numbers = {"gamma": np.ones(4), "beta": np.full(4, 5.0), "mean": np.zeros(4), "variance": np.full(4, 1 / 64)}
+    numbers |= {"zero": np.array(0.0), "six": np.array(6.0)} if clipped else {}
+    shapes = {"w1": (4, 3), "w2": (4, 4), "w3": (5, 4), "w4": (5, 3), "w5": (5, 3)}
+    constants = {name: weights(*shape, 1, 1) for name, shape in shapes.items()}
+    constants["w1"][0] *= 8
+    constants["w2"][:, 1] *= 8
+    constants |= {name: array.astype(np.float32) for name, array in numbers.items()}
+    return model_from_text(text, **constants, b1=biases(4), b2=biases(4), b3=biases(5))
+
+
+def rows_below(title, text):
+    """The cells of the table with this title, without its headings."""
+    lines = text[text.index(title) :].splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("└"))
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[:end] if line.startswith("│")]
+
+
+def printed_chain(chain, absorptions=()):
+    """The row of a chain of two layers."""
+    (factors,) = chain.factors
+    absorbed = "".join(f"{each.absorbed.max():.3g}" for each in absorptions)
+    names = " -> ".join(layer.name for layer in chain.chain.layers)
+    return [names, f"{factors.min():.3g}..{factors.max():.3g}", f"{chain.bits:.2f}", str(len(chain.limits) or ""), absorbed]
+
+
+def test_equalized_model_is_written_and_what_was_done_printed(folder):
+    onnx.save(layered_network(), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert names_in(folder) == sorted([*GIVEN, "layered.onnx", "out.onnx"])
+    equalization = biascorr.equalize(folder / "layered.onnx", X)
+    assert onnx.load(folder / "out.onnx") == equalization.model
+    first, second = equalization.chains
+    assert rows_below("layers scaled together", done.stdout) == [
+        printed_chain(first, equalization.absorptions),
+        printed_chain(second),
+    ]
+    assert equalization.absorptions[0].first == "first"
+    assert rows_below("left as it was", done.stdout) == [
+        ["3", "... reads its output, behind which a scaled channel is not the same", "third, side_1, ..."]
+    ]
+    assert rows_below("change of the float outputs", done.stdout) == [
+        [step, f"{change.absolute:.3g}", f"{change.relative:.1e}"] for step, change in equalization.changes.items()
+    ]
+    assert done.stdout.splitlines()[-1] == "out.onnx: 1 batch normalizations folded, 3 of 5 layers scaled"
+    assert "moved" not in done.stderr
+
+
+def test_channels_that_were_silenced_are_counted(folder):
+    faint = weights(4, 3, 1, 1)
+    faint[2] *= np.float32(1e-20)
+    onnx.save(with_constants(layered_network(), w1=faint), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "note: 1 channels pass on nothing, their weights became 0" in done.stdout.splitlines()
+
+
+@pytest.mark.filterwarnings("ignore:the float outputs moved")
+def test_float_outputs_that_moved_are_a_warning_in_one_line(folder):
+    onnx.save(layered_network(clipped=True), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--replace-relu6", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "moved" in line)
+    change = biascorr.equalize(folder / "layered.onnx", X, replace_relu6=True).change
+    assert warning == f"warning: the float outputs moved by up to {change}"
+
+
+EQUALIZED = {
+    "bounds per channel": ([], {}),
+    "one sweep": (["--iterations", "1"], {"iterations": 1}),
+    "ReLU in place of ReLU6": (["--replace-relu6"], {"replace_relu6": True}),
+}
+
+
+@pytest.mark.parametrize("name", EQUALIZED)
+def test_equalization_as_asked_for_without_data(name, folder):
+    options, meant = EQUALIZED[name]
+    onnx.save(layered_network(clipped=True), folder / "layered.onnx")
+    done = run("equalize", "layered.onnx", "-o", "out.onnx", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    equalization = biascorr.equalize(folder / "layered.onnx", **meant)
+    assert onnx.load(folder / "out.onnx") == equalization.model
+    assert rows_below("layers scaled together", done.stdout)[0] == printed_chain(
+        equalization.chains[0], equalization.absorptions
+    )
+    assert equalization.chains[0].limits == ([] if "replace_relu6" in meant else ["act"])
+    assert ("note: 1 ReLU6 became ReLU" in done.stdout.splitlines()) == ("replace_relu6" in meant)
+    assert "change of the float outputs: not measured, no --data" in done.stdout.splitlines()
+
+
+def test_model_with_nothing_to_equalize_is_written_as_it_came(folder):
+    onnx.save(gated_network(), folder / "gated.onnx")
+    np.save(folder / "gated.npy", gated_samples(4))
+    done = run("equalize", "gated.onnx", "--data", "gated.npy", "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "not measured" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 1 layers scaled"
+    assert onnx.load(folder / "out.onnx") == gated_network()
+
+
+def test_model_without_layers_may_have_a_relu6_to_replace(folder):
+    text = "g (float[N,3,6,6] x) => (float[N,3,6,6] y) { [act] y = Clip(x, zero, six) }"
+    onnx.save(model_from_text(text, zero=np.float32(0), six=np.float32(6)), folder / "clip.onnx")
+    done = run("equalize", "clip.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--replace-relu6", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in rows_below("change of the float outputs", done.stdout)] == ["ReLU6 to ReLU"]
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 0 layers scaled"
+
+
+def test_reasons_that_differ_by_a_name_or_number_share_a_row():
+    left = {
+        "conv 1": "followed by conv[2]: its weights are used elsewhere too",
+        "conv 2": "followed by /a:0: its weights are used elsewhere too",
+        "conv 3": "followed by /a:0, which reads other channels",
+        "conv 4": "act would need a bound for each channel, to gain 0.12 bits",
+        "conv 5": "act would need a bound for each channel, to gain 0.07 bits",
+        "conv 6": "its weights are not finite",
+    }
+    table = table_from_left(left)
+    counts, reasons, names = ([str(cell) for cell in column.cells] for column in table.columns)
+    assert counts == ["2", "1", "2", "1"]
+    assert reasons == [
+        "followed by ...: its weights are used elsewhere too",
+        left["conv 3"],
+        "act would need a bound for each channel, to gain ... bits",
+        left["conv 6"],
+    ]
+    assert names == ["conv 1, conv 2", "conv 3", "conv 4, conv 5", "conv 6"]
+
+
+def test_correction_of_an_equalized_model(folder):
+    onnx.save(layered_network(), folder / "layered.onnx")
+    arguments = ["correct", "layered.onnx", "--data", "data/good.npz", "--weight-bits", "4", "-o", "out.onnx"]
+    done = run(*arguments, "--equalize", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    params = QuantParams(weight_bits=4)
+    correction = biascorr.correct(folder / "layered.onnx", X, quant_params=params, equalize=True)
+    assert onnx.load(folder / "out.onnx") == correction.model
+    assert [row[0] for row in rows_below("layers scaled together", done.stdout)] == ["first -> second", "second -> third"]
+    tried = [row[0] for row in rows_below("outputs against", done.stdout)]
+    assert tried == ["uncorrected" if name == "none" else name for name in correction.scores]
+    method = correction.method.removeprefix("equalized, ")
+    assert method not in ("none", "equalized", correction.method)
+    corrected = sum(layer.method is not None for layer in correction.report)
+    line = f"out.onnx: {corrected} of 5 layers corrected by {method} from 4 samples, equalized"
+    assert done.stdout.splitlines()[-1] == line
+
+
+def test_model_that_equalization_makes_no_better_is_written_as_it_came(gated, folder):
+    done = run(*gated, "--equalize", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 of 1 layers corrected from 12 samples, not equalized"
+    assert onnx.load(folder / "out.onnx") == gated_network()
