@@ -12,7 +12,6 @@
 //! | i32, u32 | i64 | 2^20 | i128 | i128 |
 //! | i64, u64 | i128 | 2^20 | i128 | i128 |
 //! | int4, uint4, one in a byte | i16, u16 | 4096 | i64 | i128 |
-//! | two int4 or uint4 in a byte | both in one i32 | 4096 | two i64 | two i64 |
 //! | f16, bf16, f32 | f64 | 4096 | double-double | double-double |
 //! | f64 | double-double | 4096 | double-double | double-double |
 //!
@@ -126,20 +125,6 @@ macro_rules! integer_total {
 }
 integer_total!(i64 => i128, i128 => i128);
 
-/// Sums of the low and the high halves of bytes.
-impl Total for [i64; 2] {
-    type Sum = [i64; 2];
-    #[inline(always)]
-    fn merge(&mut self, other: Self) {
-        self[0] += other[0];
-        self[1] += other[1];
-    }
-    #[inline(always)]
-    fn sum(self) -> [i64; 2] {
-        self
-    }
-}
-
 macro_rules! integer_lane {
     ($($lane:ty => $folded:ty => $total:ty),*) => {$(
         impl Lane for $lane {
@@ -192,29 +177,6 @@ impl Lane for f64 {
             }
         }
         sums[0].total()
-    }
-}
-
-/// Two sums in one: `high << 16` plus `low`, both in the range of i16 or u16.
-#[derive(Clone, Copy, Default)]
-pub struct Halves<const SIGNED: bool>(i32);
-
-impl<const SIGNED: bool> Lane for Halves<SIGNED> {
-    type Total = [i64; 2];
-    #[inline(always)]
-    fn total(self) -> [i64; 2] {
-        let low = if SIGNED { i32::from(self.0 as i16) } else { i32::from(self.0 as u16) };
-        let high = self.0.wrapping_sub(low);
-        let high = if SIGNED { high >> 16 } else { (high as u32 >> 16) as i32 };
-        [low.into(), high.into()]
-    }
-    #[inline(always)]
-    fn fold(lanes: &[Self]) -> [i64; 2] {
-        let totals = lanes.iter().map(|lane| lane.total());
-        totals.fold([0; 2], |mut sum, total| {
-            sum.merge(total);
-            sum
-        })
     }
 }
 
@@ -384,23 +346,6 @@ fn f32_from_f16_bits(bits: u16) -> f32 {
     let finite = (f32::from_bits(magnitude) * REBIAS).to_bits();
     let special = magnitude | EXPONENT;
     f32::from_bits(sign | if magnitude >= 0x0f80_0000 { special } else { finite })
-}
-
-/// Two 4-bit integers, the first in the low half of the byte.
-#[derive(Clone, Copy, Debug)]
-#[repr(transparent)]
-pub struct Packed<const SIGNED: bool>(pub u8);
-
-impl<const SIGNED: bool> Element for Packed<SIGNED> {
-    type Lane = Halves<SIGNED>;
-    /// 4096 times -8 is the least of i16, 4096 times 15 within u16.
-    const BLOCK_ROWS: usize = 4096;
-    #[inline(always)]
-    fn add_to(self, lane: &mut Halves<SIGNED>) {
-        let byte = i32::from(self.0);
-        let (low, high) = if SIGNED { (byte << 28 >> 28, byte << 24 >> 28) } else { (byte & 15, byte >> 4) };
-        lane.0 = lane.0.wrapping_add((high << 16).wrapping_add(low));
-    }
 }
 
 /// Accumulators that a contiguous run is spread over, so that few channels still fill wide registers. Fixed: it decides the
@@ -609,26 +554,5 @@ mod tests {
             lanes
         };
         assert_eq!(lanes(Tier::Baseline), lanes(crate::simd::tier()));
-    }
-
-    #[test]
-    fn halves_hold_the_extremes() {
-        let of = |bytes: [u8; 2], signed: bool| {
-            let rows = |byte: u8| vec![byte; 4096];
-            let slab: Vec<u8> = rows(bytes[0]).into_iter().chain(rows(bytes[1])).collect();
-            if signed {
-                sum_of_run(&slab.iter().map(|&b| Packed::<true>(b)).collect::<Vec<_>>())
-            } else {
-                sum_of_run(&slab.iter().map(|&b| Packed::<false>(b)).collect::<Vec<_>>())
-            }
-        };
-        assert_eq!(of([0x88, 0x78], true), [-8 * 8192, -4096]);
-        assert_eq!(of([0xff, 0x0f], false), [15 * 8192, 15 * 4096]);
-        let mut block = Block::<Packed<true>>::new(1, 1);
-        block.add_slab(&[Packed(0x88); 10000]);
-        assert_eq!(block.finish(1), [[-80000, -80000]]);
-        let mut block = Block::<Packed<false>>::new(1, 1);
-        block.add_slab(&[Packed(0xff); 10000]);
-        assert_eq!(block.finish(1), [[150000, 150000]]);
     }
 }

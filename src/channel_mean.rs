@@ -10,7 +10,7 @@
 //! of taps: positions of an axis that are seen by the same taps form a class, the sum of each class is taken, and a tap's sum
 //! is the sum of its classes.
 
-use crate::accumulate::{Block, Element, LANES, Packed, SumOf, Total, sum_of_run};
+use crate::accumulate::{Block, Element, LANES, SumOf, Total, sum_of_run};
 use crate::error::Error;
 use crate::layout::{Axis, Elements, Nest};
 use crate::parallel;
@@ -68,42 +68,6 @@ pub fn channel_sums<T: Element>(samples: &[Sample<T>], totals: &mut [SumOf<T>]) 
         if waiting.len() >= MAX_TILES || index + 1 == samples.len() {
             fold_tiles(std::mem::take(&mut waiting), totals)?;
         }
-    }
-    Ok(())
-}
-
-/// Adds the sums per channel of 4-bit integers in C order, two to a byte, the first in the low half, to `totals`.
-///
-/// `shape` is that of the integers; where their number is odd, the last half byte is padding.
-pub fn packed_channel_sums<const SIGNED: bool>(
-    bytes: Elements<Packed<SIGNED>>, shape: &[usize], channel_axis: usize, totals: &mut [i128],
-) -> Result<(), Error> {
-    let channels = shape[channel_axis];
-    let inner: usize = shape[channel_axis + 1..].iter().product();
-    let len: usize = shape.iter().product();
-    let sums_of = |shape: &[usize], strides: &[isize]| {
-        let mut sums = vec![[0; 2]; shape[1]];
-        channel_sums(&[Sample { elements: bytes, shape, strides, channel_axis: 1 }], &mut sums).map(|()| sums)
-    };
-    if inner.is_multiple_of(2) {
-        let run = inner / 2;
-        let sums = sums_of(&[len / inner / channels, channels, run], &[(channels * run) as isize, run as isize, 1])?;
-        totals.iter_mut().zip(sums).for_each(|(total, halves)| *total += i128::from(halves[0] + halves[1]));
-        return Ok(());
-    }
-    // Rows after which channels start anew at a whole byte.
-    let period = channels * inner;
-    let width = if period.is_multiple_of(2) { period / 2 } else { period };
-    let rows = len / 2 / width;
-    let mut add = |element: usize, sum: i64| totals[element / inner % channels] += i128::from(sum);
-    if rows > 0 {
-        for (byte, halves) in sums_of(&[rows, width], &[width as isize, 1])?.into_iter().enumerate() {
-            (0..2).for_each(|half| add(2 * byte + half, halves[half]));
-        }
-    }
-    for element in 2 * rows * width..len {
-        let halves = sum_of_run(bytes.run(element as isize / 2, 1));
-        add(element, halves[element % 2]);
     }
     Ok(())
 }

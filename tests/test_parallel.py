@@ -17,7 +17,7 @@ DIGEST = """
 import hashlib
 import ml_dtypes
 import numpy as np
-from biascorr import MeanBiasCorrector, PackedInt4, Quantization, fake_quantize, prepare_input_mean, set_num_threads
+from biascorr import MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean, set_num_threads
 from biascorr.channel_scale import channel_ranges, scaled_channels
 from biascorr.statistics import TapMean, Window
 
@@ -25,7 +25,6 @@ rng = np.random.default_rng(0)
 real = rng.standard_normal((2, 300, 70, 33))
 weights = rng.standard_normal((3, 3, 300, 200))
 window = Window((3, 3), (2, 1), (1, 2), ((1, 1), (2, 2)))
-bytes = rng.integers(0, 256, 999_999, np.uint8)
 for threads in (1, 2, 3, 4):
     set_num_threads(threads)
     digest = hashlib.sha256()
@@ -42,9 +41,6 @@ for threads in (1, 2, 3, 4):
                 taps = TapMean(window, channel_axis=channel_axis)
                 taps.update(sample)
                 digest.update(taps.mean())
-    for signed in (True, False):
-        for shape in ((333_333, 6), (666_666, 3)):
-            digest.update(prepare_input_mean([PackedInt4(bytes, shape, signed)], None))
     for dtype in ("float32", "float64"):
         w = weights.astype(dtype)
         wq = fake_quantize(w, Quantization(scale=20.0))
@@ -187,7 +183,7 @@ def test_no_kernel_takes_memory_that_grows_with_what_it_reads():
     code = """
 import ml_dtypes
 import numpy as np
-from biascorr import MeanBiasCorrector, PackedInt4, Quantization, prepare_input_mean
+from biascorr import MeanBiasCorrector, Quantization, prepare_input_mean
 from biascorr.channel_scale import channel_ranges
 from biascorr.statistics import TapMean, Window
 bytes = np.ones(128 << 20, np.uint8)
@@ -197,7 +193,6 @@ wide = weights[:2048].astype(np.float64)
 per_block = np.full((16, 4096), 2.0)
 kernels = {
     "int4": lambda size: prepare_input_mean([bytes[: size << 20].view(ml_dtypes.int4).reshape(-1, 64)], None),
-    "packed": lambda size: prepare_input_mean([PackedInt4(bytes[: size << 20], (size << 15, 64))], None),
     "taps": lambda size: taps.update(bytes[: size << 20].reshape(-1, 64, 32, 32)),
     "IO": lambda size: MeanBiasCorrector(np.ones(32 * size)).calculate(weights[: 32 * size], quantized[: 32 * size]),
     "OI": lambda size: MeanBiasCorrector(np.ones(4096), layout="OI").calculate(weights[: 32 * size], quantized[: 32 * size]),

@@ -17,7 +17,7 @@ from biascorr.correctors import (
     MeanBiasCorrector,
     NullBiasCorrector,
 )
-from biascorr.quantization import BiasCorrectionType, PackedInt4, Quantization, fake_quantize
+from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantize
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ __all__ = [
     "LayerReport",
     "MeanBiasCorrector",
     "NullBiasCorrector",
-    "PackedInt4",
     "QuantParams",
     "Quantization",
     "correct",

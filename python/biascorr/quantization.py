@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import enum
-import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,54 +207,6 @@ class Quantization:
     def _key(self) -> tuple[Any, ...]:
         scale, zero_point = np.asarray(self.scale), np.asarray(self.zero_point)
         return scale.shape, scale.tobytes(), zero_point.shape, zero_point.tobytes(), self.bits
-
-
-@dataclass(frozen=True, eq=False)
-class PackedInt4:
-    """4-bit integers, two to a byte: in C order, the first in the low half, as ONNX stores INT4 and UINT4 tensors.
-
-    Parameters
-    ----------
-    data : ndarray, uint8
-        ceil(product of shape / 2) bytes, contiguous. Not copied.
-    shape : tuple of int
-        Of the integers.
-    signed : bool
-        -8 .. 7 in two's complement; otherwise 0 .. 15.
-
-    Raises
-    ------
-    TypeError
-        data is not an array of uint8.
-    ValueError
-        data is not contiguous, or has another number of bytes.
-
-    Examples
-    --------
-    >>> packed = PackedInt4(np.array([0x7F, 0x08], np.uint8), (3,))
-    >>> packed.unpacked()
-    array([-1,  7, -8], dtype=int8)
-    """
-
-    data: NDArray[np.uint8]
-    shape: tuple[int, ...]
-    signed: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.data, np.ndarray) or self.data.dtype != np.uint8:
-            raise TypeError(f"data: {getattr(self.data, 'dtype', type(self.data).__name__)}, expected an array of uint8")
-        shape = tuple(operator.index(size) for size in self.shape)
-        if min(shape, default=0) < 0:
-            raise ValueError(f"shape: {shape}, expected no negative length")
-        size = -(-math.prod(shape) // 2)
-        if self.data.size != size or not self.data.flags.c_contiguous:
-            raise ValueError(f"data: {self.data.size} bytes, expected {size}, contiguous, for shape {shape}")
-        object.__setattr__(self, "data", self.data.reshape(-1))
-        object.__setattr__(self, "shape", shape)
-
-    def unpacked(self) -> NDArray[Any]:
-        """The integers as int8, or uint8 where unsigned."""
-        return reference.unpacked(self.data, self.shape, self.signed)
 
 
 def fake_quantize(

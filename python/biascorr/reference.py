@@ -51,12 +51,6 @@ def native(array: Any, name: str) -> NDArray[Any]:
     raise TypeError(f"{name}: dtype {dtype}, expected integers, booleans or real numbers")
 
 
-def unpacked(data: NDArray[np.uint8], shape: tuple[int, ...], signed: bool) -> NDArray[Any]:
-    """Integers of two to a byte, the first in the low half, as int8, or uint8 where unsigned."""
-    halves = np.stack([data & 15, data >> 4], axis=-1).ravel()[: int(np.prod(shape))].reshape(shape)
-    return ((halves ^ 8).astype(np.int8) - np.int8(8)) if signed else halves
-
-
 def channel_sums(sample: ArrayLike, channel_axis: int = -1) -> NDArray[Any]:
     """Sum over every axis but one: Python integers of integer samples, float64 of others.
 

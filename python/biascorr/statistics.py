@@ -152,7 +152,7 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     ----------
     calibration_input : iterable of ndarray, each (N, *S, C)
         Samples, channels last, of any rank >= 1; shapes may differ in all but C. Any integer, boolean or floating dtype,
-        those of ml_dtypes included, or :class:`PackedInt4`. An iterator is consumed once, one sample in memory at a time; an
+        those of ml_dtypes included. An iterator is consumed once, one sample in memory at a time; an
         array is one sample.
     quantization : Quantization or None
         What the samples are quantized with: any object with `scale` (steps per unit) and `zero_point`, both scalar or (C,).

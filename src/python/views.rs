@@ -10,13 +10,13 @@ use numpy::{
     Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArray,
     PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::IntoPyDict;
 
 use super::detach::detached;
-use crate::accumulate::{Compensated, Int4, Packed, SumOf, UInt4};
-use crate::channel_mean::{AxisWindow, Sample, channel_sums, packed_channel_sums, tap_sums};
+use crate::accumulate::{Compensated, Int4, SumOf, UInt4};
+use crate::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use crate::layout::Elements;
 use crate::weights::Tensor;
 
@@ -109,8 +109,6 @@ macro_rules! any_view {
         /// A view of any dtype that [`crate::channel_mean`] sums.
         pub enum AnyView<'py> {
             $($name(View<'py, $stored, $element>),)*
-            PackedI4(PackedView<'py, true>),
-            PackedU4(PackedView<'py, false>),
         }
 
         impl<'py> AnyView<'py> {
@@ -129,16 +127,12 @@ macro_rules! any_view {
             pub fn shape(&self) -> &[usize] {
                 match self {
                     $(AnyView::$name(view) => view.shape(),)*
-                    AnyView::PackedI4(view) => &view.shape,
-                    AnyView::PackedU4(view) => &view.shape,
                 }
             }
 
             fn bytes(&self) -> usize {
                 match self {
                     $(AnyView::$name(view) => view.array.len() * size_of::<$stored>(),)*
-                    AnyView::PackedI4(view) => view.bytes.array.len(),
-                    AnyView::PackedU4(view) => view.bytes.array.len(),
                 }
             }
 
@@ -158,15 +152,6 @@ macro_rules! any_view {
                             let totals = SumOf::<$element>::of(sums);
                             detached(py, bytes, || channel_sums(&samples, totals))?;
                         })*
-                        AnyView::PackedI4(_) | AnyView::PackedU4(_) => {
-                            for view in alike {
-                                match view {
-                                    AnyView::PackedI4(view) => view.add_channel_sums(py, axis, i128::of(sums))?,
-                                    AnyView::PackedU4(view) => view.add_channel_sums(py, axis, i128::of(sums))?,
-                                    _ => {}
-                                }
-                            }
-                        }
                     }
                 }
                 Ok(())
@@ -181,9 +166,6 @@ macro_rules! any_view {
                         let sample = view.sample(axis);
                         *SumOf::<$element>::of(sums) = detached(py, self.bytes(), || tap_sums(&sample, windows))?;
                     })*
-                    AnyView::PackedI4(_) | AnyView::PackedU4(_) => {
-                        return Err(PyTypeError::new_err("sample: a PackedInt4, expected an array"));
-                    }
                 }
                 Ok(())
             }
@@ -208,43 +190,9 @@ any_view! {
     F64(f64, f64): b'd';
 }
 
-/// A `biascorr.PackedInt4`.
-pub struct PackedView<'py, const SIGNED: bool> {
-    bytes: View<'py, u8, Packed<SIGNED>>,
-    shape: Vec<usize>,
-}
-
-impl<'py, const SIGNED: bool> PackedView<'py, SIGNED> {
-    fn new(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let bytes = View::new(object.getattr("data")?.cast()?)?;
-        let shape: Vec<usize> = object.getattr("shape")?.extract()?;
-        if bytes.shape() != [shape.iter().product::<usize>().div_ceil(2)] || bytes.strides != [1] {
-            return Err(PyValueError::new_err(format!("data: {:?} bytes for shape {shape:?}", bytes.shape())));
-        }
-        Ok(PackedView { bytes, shape })
-    }
-
-    fn add_channel_sums(&self, py: Python<'py>, axis: isize, totals: &mut [i128]) -> PyResult<()> {
-        let (bytes, shape) = (self.bytes.elements(), self.shape.as_slice());
-        let axis = channel_axis_of(shape, axis);
-        detached(py, self.bytes.array.len(), || packed_channel_sums(bytes, shape, axis, totals))
-    }
-}
-
-/// The object as a view where it holds 4-bit integers: packed, or in a dtype of ml_dtypes.
+/// The object as a view where it holds 4-bit integers in a dtype of ml_dtypes.
 fn of_four_bits<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<AnyView<'py>>> {
-    let Ok(array) = object.cast_exact::<PyUntypedArray>() else {
-        if !object.get_type().getattr("__name__")?.eq("PackedInt4")? {
-            return Ok(None);
-        }
-        let signed: bool = object.getattr("signed")?.extract()?;
-        let view = if signed {
-            AnyView::PackedI4(PackedView::new(object)?)
-        } else {
-            AnyView::PackedU4(PackedView::new(object)?)
-        };
-        return Ok(Some(view));
-    };
+    let Ok(array) = object.cast_exact::<PyUntypedArray>() else { return Ok(None) };
     if KNOWN.contains(&array.dtype().char()) {
         return Ok(None);
     }
