@@ -22,7 +22,6 @@ from biascorr import get_num_threads
 from contractions import contractions, fused_contractions, small_contractions
 from means import channel_means, small_means, tap_means
 from measure import Row, Rows, Times, duration, measured
-from scales import ranges, scaled, small_scales
 
 LARGE_BYTES, BURSTS = 512 << 20, 3
 QUICK_BYTES, QUICK_BURSTS = 64 << 20, 2
@@ -36,9 +35,7 @@ def sections(large: int) -> dict[str, Rows]:
         "means per kernel tap": tap_means(large),
         "weight error times mean": contractions(),
         "weight error times mean, quantized on the way": fused_contractions(),
-        "ranges of channels": ranges(),
-        "scaled channels": scaled(),
-        "one call": chain(small_means(), small_contractions(), small_scales()),
+        "one call": chain(small_means(), small_contractions()),
     }
 
 

@@ -8,7 +8,6 @@ use std::hint::black_box;
 
 use biascorr::accumulate::{Element, SumOf};
 use biascorr::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
-use biascorr::channel_scale::{Side, channel_ranges, scaled_channels};
 use biascorr::error::Error;
 use biascorr::fake_quantize::{Grids, dequantize, fake_quantize, quantize};
 use biascorr::layout::Elements;
@@ -72,14 +71,6 @@ fn cases() -> BTreeMap<String, Run> {
             let run = move |elements| run_weight_error(layout, shape, elements, fused);
             cases.insert(format!("{name}/f32/{layout}"), Box::new(run));
         }
-        for (side, name) in [(Side::Output, "output"), (Side::Input, "input")] {
-            for (factors, suffix) in [(false, ""), (true, "/factors")] {
-                let run = move |elements| run_channel_ranges(layout, shape, elements, side, factors);
-                cases.insert(format!("channel_ranges/f32/{layout}/{name}{suffix}"), Box::new(run));
-            }
-        }
-        let run = move |elements| run_scaled_channels(layout, shape, elements);
-        cases.insert(format!("scaled_channels/f32/{layout}"), Box::new(run));
     }
     for (name, grids) in GRIDS {
         let run = move |elements| run_map(quantize::<f32, i8>, grids, elements);
@@ -134,32 +125,6 @@ fn run_weight_error(layout: &str, shape: &[usize], elements: usize, fused: bool)
     let computed = FakeQuantized::Computed(&grids, GridAxes::Strides(&strides));
     let fake_quantized = if fused { computed } else { FakeQuantized::Given(tensor) };
     measured(&mut || weight_error(&tensor, &fake_quantized, &mean, 1, layout).map(|shift| drop(black_box(shift))))?;
-    Ok(values.len())
-}
-
-fn run_channel_ranges(
-    layout: &str, shape: &[usize], elements: usize, side: Side, factors: bool,
-) -> Result<usize, Error> {
-    let shape = grown(shape, shape.iter().position(|&len| len == 1).unwrap_or(0), elements);
-    let values: Vec<f32> = pattern(shape.iter().product());
-    let strides = strides_of(&shape);
-    let tensor = Tensor { elements: Elements::from_slice(&values), shape: &shape, strides: &strides };
-    let others = shape[layout.find(if side == Side::Output { 'I' } else { 'O' }).unwrap_or(0)];
-    let factors = factors.then(|| vec![0.37; others]);
-    let ranges = || channel_ranges(&tensor, layout, side, 1, factors.as_deref());
-    measured(&mut || ranges().map(|ranges| drop(black_box(ranges))))?;
-    Ok(values.len())
-}
-
-fn run_scaled_channels(layout: &str, shape: &[usize], elements: usize) -> Result<usize, Error> {
-    let shape = grown(shape, shape.iter().position(|&len| len == 1).unwrap_or(0), elements);
-    let values: Vec<f32> = pattern(shape.iter().product());
-    let strides = strides_of(&shape);
-    let tensor = Tensor { elements: Elements::from_slice(&values), shape: &shape, strides: &strides };
-    let factors = ['O', 'I'].map(|letter| vec![0.37; shape[layout.find(letter).unwrap_or(0)]]);
-    let mut scaled = vec![0f32; values.len()];
-    let [outputs, inputs] = factors.each_ref().map(|factors| Some(factors.as_slice()));
-    measured(&mut || scaled_channels(&tensor, layout, 1, [outputs, inputs], &mut scaled))?;
     Ok(values.len())
 }
 

@@ -99,26 +99,6 @@ pub enum Error {
         /// Length of the channel axis.
         expected: usize,
     },
-    /// Channels are scaled by a factor each.
-    #[error("{name}: {found} values, expected {expected}, one for each channel")]
-    FactorCount {
-        /// Name of the factors.
-        name: &'static str,
-        /// How many there are.
-        found: usize,
-        /// Number of channels.
-        expected: usize,
-    },
-    /// Channels are scaled by positive numbers.
-    #[error("{name}[{index}]: {found}, expected a finite number of at least 0")]
-    Factor {
-        /// Name of the factors.
-        name: &'static str,
-        /// Position of the first wrong one.
-        index: usize,
-        /// Its value.
-        found: String,
-    },
     /// An integer cannot hold nan.
     #[error("array: contains nan, which has no quantized value")]
     Nan,

@@ -6,13 +6,12 @@
 //! shift of output channel  shift[g,o] = sum over s,i of D[s,i,g,o] * E[x][g,i]
 //! ```
 //!
-//! The data flows top to bottom through five steps, one module each:
+//! The data flows top to bottom through four steps, one module each:
 //!
 //! 1. [`channel_mean`]: samples -> sums per channel and per kernel tap
 //! 2. [`quantization_range`]: weights -> the range that their quantizer spans
 //! 3. [`fake_quantize`]: weights -> quantized, dequantized
 //! 4. [`weight_error`]: weights, fake-quantized weights, means -> shift
-//! 5. [`channel_scale`]: weights -> range of each channel; weights, factors -> scaled weights
 //!
 //! They stand on [`accumulate`] (what each dtype is summed in), [`layout`] (any strided array as runs), [`weights`] (which axes
 //! count channels), [`parallel`] (the thread pool), [`simd`] (CPU tiers) and [`error`]. Only the `python` module knows Python;
@@ -20,7 +19,6 @@
 
 pub mod accumulate;
 pub mod channel_mean;
-pub mod channel_scale;
 pub mod error;
 pub mod fake_quantize;
 pub mod layout;

@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_named(arguments, error, message):
             scaled_channels(weights, "OIW", output_factors=arguments["input_factors"])
 
 
-@pytest.mark.parametrize(("factor", "found"), [(-1.5, "-1.5"), (np.nan, "NaN"), (np.inf, "inf")])
+@pytest.mark.parametrize(("factor", "found"), [(-1.5, "-1.5"), (np.nan, "nan"), (np.inf, "inf")])
 def test_ranges_are_of_factors_of_at_least_0_and_scaled_weights_of_any(factor, found):
     weights, factors = np.ones((2, 4)), [1.0, 2.0, factor, 1.0]
     with pytest.raises(ValueError, match=rf"factors\[2\]: {found}, expected a finite number of at least 0"):

@@ -6,15 +6,14 @@ from numpy.typing import NDArray
 
 __all__ = [
     "build_info",
+    "channel_counts",
     "channel_mean",
-    "channel_ranges",
     "channel_sums",
     "dequantize",
     "fake_quantize_array",
     "get_num_threads",
     "quantization_range",
     "quantize",
-    "scaled_channels",
     "set_num_threads",
     "tap_sums",
     "weight_error",
@@ -37,12 +36,7 @@ def weight_error(
 def weight_error_from_grids(
     weights: NDArray[Any], grids: _WeightGrids, mean: NDArray[float64], groups: int, layout: str
 ) -> NDArray[Any]: ...
-def channel_ranges(
-    weights: Any, layout: str, of_outputs: bool, groups: int, factors: NDArray[float64] | None
-) -> NDArray[float64]: ...
-def scaled_channels(
-    weights: Any, layout: str, groups: int, output_factors: NDArray[float64] | None, input_factors: NDArray[float64] | None
-) -> NDArray[Any]: ...
+def channel_counts(shape: Sequence[int], layout: str, groups: int) -> tuple[int, int]: ...
 def quantization_range(weights: NDArray[Any], bits: int, asymmetric: bool, search: bool) -> NDArray[float64]: ...
 def quantize(array: NDArray[Any], grids: _Grids) -> NDArray[Any]: ...
 def dequantize(array: NDArray[Any], grids: _Grids) -> NDArray[Any]: ...

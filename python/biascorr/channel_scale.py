@@ -3,18 +3,27 @@
     range[c] = max over all other axes of |W| * factor             the factor of the channel on the other side
     scaled   = (W * output_factor[o]) * input_factor[i]
 
-Cross-layer equalization and the folding of batch normalizations are made of these. Source: Nagel et al., "Data-Free
+Cross-layer equalization and the folding of batch normalizations are made of these. Weights are read once, block by block in the
+order that they lie in memory; all arithmetic is float64, rounded once. Source: Nagel et al., "Data-Free
 Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
+
+_BLOCK = 1 << 17
+"""Weights worked on at a time: in float64 they are 1 MB, which stays in the cache."""
+_SHORT = 64
+"""Up to so many weights in a row, a loop of numpy takes longer to start than to run."""
 
 
 def channel_ranges(
@@ -62,9 +71,25 @@ def channel_ranges(
     """
     if axis not in ("O", "I"):
         raise ValueError(f"axis: {axis!r}, expected 'O' or 'I'")
-    return _kernels.channel_ranges(
-        _checked_weights(weights), layout, axis == "O", _checked_groups(groups), _factors(factors, "factors")
-    )
+    weights, groups, factors = _checked_weights(weights), _checked_groups(groups), _factors(factors, "factors")
+    count = dict(zip("OI", _kernels.channel_counts(weights.shape, layout, groups)))
+    other = "I" if axis == "O" else "O"
+    _check_count(factors, "factors", count[other])
+    _check_magnitudes(factors)
+    ranges = np.zeros(count[axis])
+    weights, letters = _split(weights, layout, groups)
+    order = sorted(range(weights.ndim), key=lambda k: -abs(weights.strides[k]))
+    kept = [letters[k] in ("G", axis) for k in order]
+    raised = _along(ranges, weights.shape, letters, axis).transpose(order)
+    scale = None if factors is None else _broadcast(factors, weights, letters, other).transpose(order)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(weights.transpose(order).shape):
+            part = np.abs(_reals(weights.transpose(order)[block]))
+            if scale is not None:
+                part = np.multiply(part, scale[block], dtype=np.float64)
+            own = raised[tuple(each if keep else slice(None) for each, keep in zip(block, kept))]
+            np.maximum(own, _greatest(part, kept), out=own)
+    return ranges
 
 
 def scaled_channels(
@@ -101,17 +126,91 @@ def scaled_channels(
     array([[ 1., -1.],
            [ 4.,  1.]])
     """
-    weights = _checked_weights(weights)
-    factors = _factors(output_factors, "output_factors"), _factors(input_factors, "input_factors")
-    scaled = _kernels.scaled_channels(weights, layout, _checked_groups(groups), *factors)
-    if scaled.dtype == weights.dtype:
-        return scaled
-    with np.errstate(over="ignore"):  # as in the kernel
-        return scaled.astype(weights.dtype.newbyteorder("="), copy=False)
+    weights, groups = _checked_weights(weights), _checked_groups(groups)
+    factors = {"O": _factors(output_factors, "output_factors"), "I": _factors(input_factors, "input_factors")}
+    counts = _kernels.channel_counts(weights.shape, layout, groups)
+    for name, each, count in zip(("output_factors", "input_factors"), factors.values(), counts):
+        _check_count(each, name, count)
+    scaled = np.empty(weights.shape, weights.dtype.newbyteorder("="))
+    out, letters = _split(scaled, layout, groups)
+    weights, _ = _split(weights, layout, groups)
+    scales = [_broadcast(each, weights, letters, axis) for axis, each in factors.items() if each is not None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(weights.shape):
+            part = weights[block]
+            for scale in scales:
+                part = np.multiply(_reals(part), scale[block], dtype=np.float64)
+            out[block] = part
+    return scaled
+
+
+def _split(weights: NDArray[Any], layout: str, groups: int) -> tuple[NDArray[Any], str]:
+    """A view with axes of groups (G), outputs (O) and inputs (I) of a group, and of space, and their letters."""
+    letters = layout.translate(str.maketrans("CM", "GO"))
+    if "G" not in letters:
+        axis = 0 if letters[0] == "I" else letters.index("O")
+        size = weights.shape[axis]
+        weights = weights.reshape(*weights.shape[:axis], groups, size // groups, *weights.shape[axis + 1 :])
+        letters = f"{letters[:axis]}G{letters[axis:]}"
+    return (weights, letters) if "I" in letters else (weights[..., None], f"{letters}I")
+
+
+def _along(values: NDArray[np.float64], shape: Sequence[int], letters: str, axis: str) -> NDArray[np.float64]:
+    """Values of the channels g*O+o, or g*I+i, as a view that broadcasts against the split weights."""
+    size = dict(zip(letters, shape))
+    by_group = values.reshape(size["G"], size[axis])
+    if letters.index("G") > letters.index(axis):
+        by_group = by_group.T
+    return by_group.reshape([size[letter] if letter in ("G", axis) else 1 for letter in letters])
+
+
+def _broadcast(factors: NDArray[np.float64], weights: NDArray[Any], letters: str, axis: str) -> NDArray[np.float64]:
+    """The factor of each weight; repeated along a few inner taps, which numpy's loops would be too short for."""
+    along = _along(factors, weights.shape, letters, axis)
+    last = max(letters.index("G"), letters.index(axis))
+    taps = weights.shape[last + 1 :]
+    if 1 < math.prod(taps) < _SHORT:
+        along = np.broadcast_to(along, (*along.shape[: last + 1], *taps)).copy()
+    return np.broadcast_to(along, weights.shape)
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Indices of an array block by block, in the order of its axes."""
+    inner = list(itertools.accumulate(reversed(shape[1:]), lambda size, length: size * max(length, 1), initial=1))[::-1]
+    lengths = [max(1, _BLOCK // size) for size in inner]
+    starts = [range(0, size, length) for size, length in zip(shape, lengths)]
+    for at in itertools.product(*starts):
+        yield tuple(slice(start, start + length) for start, length in zip(at, lengths))
+
+
+def _greatest(part: NDArray[Any], kept: Sequence[bool]) -> NDArray[Any]:
+    """The greatest along the axes that are not kept: the outer ones first, whose rows numpy compares as a whole."""
+    reduced = [k for k, keep in enumerate(kept) if not keep]
+    last = max(k for k, keep in enumerate(kept) if keep)
+    for axes in (tuple(k for k in reduced if k < last), tuple(k for k in reduced if k > last)):
+        if axes:
+            part = part.max(axis=axes, keepdims=True)
+    return part
+
+
+def _reals(weights: NDArray[Any]) -> NDArray[Any]:
+    """As float32 where they are narrower."""
+    return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
+
+
+def _check_count(factors: NDArray[np.float64] | None, name: str, channels: int) -> None:
+    if factors is not None and len(factors) != channels:
+        raise ValueError(f"{name}: {len(factors)} values, expected {channels}, one for each channel")
+
+
+def _check_magnitudes(factors: NDArray[np.float64] | None) -> None:
+    wrong = [] if factors is None else np.flatnonzero(~((factors >= 0) & np.isfinite(factors)))
+    if len(wrong) and factors is not None:
+        raise ValueError(f"factors[{wrong[0]}]: {factors[wrong[0]]}, expected a finite number of at least 0")
 
 
 def _checked_weights(weights: ArrayLike) -> NDArray[Any]:
-    if isinstance(weights, np.ndarray) and weights.dtype.char in "fd":
+    if type(weights) is np.ndarray and weights.dtype.char in "fd":
         return weights
     weights = reference.native(weights, "weights")
     if weights.dtype.name not in ("float16", "bfloat16", "float32", "float64"):

@@ -30,8 +30,6 @@ impl From<Error> for PyErr {
             | Error::Groups { .. }
             | Error::MeanShape { .. }
             | Error::PerChannel { .. }
-            | Error::FactorCount { .. }
-            | Error::Factor { .. }
             | Error::Nan
             | Error::NotFinite
             | Error::ChannelAxis { .. }

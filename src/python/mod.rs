@@ -13,15 +13,14 @@ use pyo3::types::{PyFloat, PyInt, PyList, PySequence};
 
 use crate::accumulate::Compensated;
 use crate::channel_mean::AxisWindow;
-use crate::channel_scale::{self, Magnitude, Side};
 use crate::error::Error;
 use crate::fake_quantize::{self, Grids, Quantized, Real};
 use crate::quantization_range::{self as ranges, Quantizer, Range};
 use crate::weight_error::{FakeQuantized, GridAxes, Mean, weight_error as shift_of};
-use crate::weights::Tensor;
+use crate::weights::{Channels, Tensor};
 use crate::{parallel, simd};
 use detach::detached;
-use views::{AnyView, Reals, Sums, View, Weights, channel_axis_of};
+use views::{AnyView, Sums, View, Weights, channel_axis_of};
 
 /// Integer sums (or None), f64 sums and their errors as (2, C) (or None).
 type PySums<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
@@ -245,60 +244,11 @@ fn weight_error_from_grids<'py>(
     Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, true))
 }
 
-type PyFactors<'py> = Option<PyReadonlyArray1<'py, f64>>;
-
-fn factors_of<'a>(factors: &'a PyFactors<'_>) -> PyResult<Option<&'a [f64]>> {
-    Ok(factors.as_ref().map(PyReadonlyArray1::as_slice).transpose()?)
-}
-
-fn channel_ranges_of<'py, T: Magnitude + Element>(
-    py: Python<'py>, weights: &View<'py, T>, layout: &str, side: Side, groups: usize, factors: Option<&[f64]>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let tensor = weights.tensor();
-    let bytes = size_of::<T>() * tensor.len();
-    let ranges = detached(py, bytes, || channel_scale::channel_ranges(&tensor, layout, side, groups, factors))?;
-    Ok(as_array(py, ranges, true))
-}
-
-/// The greatest magnitude of each output (or input) channel's weights, times the factors of the channels on the other side.
+/// Output and input channels of weights of a shape, over all groups.
 #[pyfunction]
-#[pyo3(signature = (weights, layout, of_outputs, groups, factors))]
-fn channel_ranges<'py>(
-    py: Python<'py>, weights: &Bound<'py, PyAny>, layout: &str, of_outputs: bool, groups: usize,
-    factors: PyFactors<'py>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let factors = factors_of(&factors)?;
-    let side = if of_outputs { Side::Output } else { Side::Input };
-    match Reals::new(weights)? {
-        Reals::F32(weights) => channel_ranges_of(py, &weights, layout, side, groups, factors),
-        Reals::F64(weights) => channel_ranges_of(py, &weights, layout, side, groups, factors),
-    }
-}
-
-fn scaled_channels_of<'py, T: Real + Element>(
-    py: Python<'py>, weights: &View<'py, T>, layout: &str, groups: usize, factors: [Option<&[f64]>; 2],
-) -> PyResult<Bound<'py, PyAny>> {
-    let tensor = weights.tensor();
-    let out = PyArrayDyn::<T>::zeros(py, tensor.shape, false);
-    let mut scaled = out.try_readwrite()?;
-    let scaled = scaled.as_slice_mut()?;
-    let bytes = 2 * size_of::<T>() * tensor.len();
-    detached(py, bytes, || channel_scale::scaled_channels(&tensor, layout, groups, factors, scaled))?;
-    Ok(out.into_any())
-}
-
-/// Weights times the factors of their output channels, then times those of their input channels, in C order.
-#[pyfunction]
-#[pyo3(signature = (weights, layout, groups, output_factors, input_factors))]
-fn scaled_channels<'py>(
-    py: Python<'py>, weights: &Bound<'py, PyAny>, layout: &str, groups: usize, output_factors: PyFactors<'py>,
-    input_factors: PyFactors<'py>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let factors = [factors_of(&output_factors)?, factors_of(&input_factors)?];
-    match Reals::new(weights)? {
-        Reals::F32(weights) => scaled_channels_of(py, &weights, layout, groups, factors),
-        Reals::F64(weights) => scaled_channels_of(py, &weights, layout, groups, factors),
-    }
+fn channel_counts(shape: Vec<usize>, layout: &str, groups: usize) -> PyResult<(usize, usize)> {
+    let channels = Channels::new(&shape, groups, layout)?;
+    Ok((channels.outputs, channels.inputs))
 }
 
 fn ranges_of<'py, T: Real + Element>(
@@ -438,8 +388,7 @@ fn build_info() -> (&'static str, &'static str, &'static str) {
 mod _kernels {
     #[pymodule_export]
     use super::{
-        build_info, channel_mean, channel_ranges, channel_sums, dequantize, fake_quantize_array, get_num_threads,
-        quantization_range, quantize, scaled_channels, set_num_threads, tap_sums, weight_error,
-        weight_error_from_grids, work_alone,
+        build_info, channel_counts, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads,
+        quantization_range, quantize, set_num_threads, tap_sums, weight_error, weight_error_from_grids, work_alone,
     };
 }

@@ -208,22 +208,6 @@ fn bits_of<'py, T: NumpyElement, E: Copy>(array: &Bound<'py, PyUntypedArray>, bi
     View::new(array.call_method1("view", (bits,))?.cast()?)
 }
 
-/// Weights in the type they are computed in.
-pub enum Reals<'py> {
-    F32(View<'py, f32>),
-    F64(View<'py, f64>),
-}
-
-impl<'py> Reals<'py> {
-    pub fn new(weights: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let array = untyped(weights, || "weights".to_owned())?;
-        if let Ok(array) = array.cast::<PyArrayDyn<f32>>() {
-            return Ok(Reals::F32(View::new(array)?));
-        }
-        Ok(Reals::F64(View::new(as_float64(&array)?.cast()?)?))
-    }
-}
-
 fn as_float64<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyAny>> {
     array.call_method("astype", ("float64",), Some(&[("copy", false)].into_py_dict(array.py())?))
 }
