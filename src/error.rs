@@ -113,6 +113,30 @@ pub enum Error {
         /// The number asked for.
         found: isize,
     },
+    /// There is no room for what would be computed.
+    #[error("no memory for {bytes} bytes")]
+    Memory {
+        /// How many are needed, about.
+        bytes: usize,
+    },
+    /// An instruction set that no CPU of this architecture has.
+    #[error("BIASCORR_MAX_ISA: {found:?}, expected one of {known}")]
+    Isa {
+        /// What the environment says.
+        found: String,
+        /// What it may say.
+        known: String,
+    },
+    /// A position in the weights has no grid.
+    #[error("grids: {found} along the strides {strides:?}, too few for weights of shape {shape:?}")]
+    GridStrides {
+        /// Number of grids.
+        found: usize,
+        /// Grids per step of each axis.
+        strides: Vec<isize>,
+        /// Shape of the weights.
+        shape: Vec<usize>,
+    },
     /// The operating system refused to start the pool.
     #[error("cannot start {threads} threads: {reason}")]
     ThreadPool {

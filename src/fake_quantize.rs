@@ -10,10 +10,11 @@
 
 use crate::error::Error;
 use crate::parallel;
+use crate::sealed::Sealed;
 use crate::simd::{Tier, tiered};
 
 /// A real number type that kernels take: f32 or f64.
-pub trait Real: Copy + Default + Send + Sync + 'static {
+pub trait Real: Sealed + Copy + Default + Send + Sync + 'static {
     /// Exact.
     fn widen(self) -> f64;
     /// Rounded to nearest.
@@ -43,7 +44,7 @@ impl Real for f64 {
 }
 
 /// An integer type that quantized values are held in.
-pub trait Quantized: Copy + Default + Send + Sync + 'static {
+pub trait Quantized: Sealed + Copy + Default + Send + Sync + 'static {
     /// Exact for the 32 bits and fewer that a quantizer has.
     fn widen(self) -> f64;
     /// Of an integer within range.
