@@ -1,11 +1,17 @@
 //! The thread pool: built at first use, one per process, with work cut the same way however many threads there are.
 //!
 //! A kernel cuts its work by size alone and folds the parts in order, so the number of threads never shows in a result.
-//! A forked child has none of its parent's threads; it builds a pool of its own at first use.
+//!
+//! A forked child has none of its parent's threads, and any lock that one of these held stays locked for ever. So it touches no
+//! lock of its parent's: what a process knows hangs on its id, a child makes its own, and all it reads of its parent's is an atomic
+//! number. What the threads of any pool share (the collector of crossbeam) is made by [`prepare`], at a moment of the caller's
+//! choice: the Python module calls it while no other thread can fork.
 
 use std::cell::Cell;
 use std::process;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -23,18 +29,66 @@ thread_local! {
     static ALONE: Cell<bool> = const { Cell::new(false) };
 }
 
-struct State {
-    process: u32,
-    /// What was set, else the default once it was asked for: finding it out takes longer than some work does.
-    threads: Option<usize>,
-    pool: Option<Arc<ThreadPool>>,
+/// What a process knows. Never freed: one for each fork along a line of processes that compute.
+struct Process {
+    id: u32,
+    /// What was set, else the default once it was asked for: finding it out takes longer than some work does. 0: neither.
+    threads: AtomicUsize,
+    pool: Mutex<Option<Arc<ThreadPool>>>,
 }
 
-static STATE: Mutex<State> = Mutex::new(State { process: 0, threads: None, pool: None });
+/// That of this process, or of the one that it was forked from.
+static PROCESS: AtomicPtr<Process> = AtomicPtr::new(ptr::null_mut());
+
+impl Process {
+    /// Waits for nothing: threads that come at the same time each make one, and all but one are dropped again.
+    fn current() -> &'static Process {
+        loop {
+            let known = PROCESS.load(Ordering::Acquire);
+            #[expect(unsafe_code, reason = "a lock-free cell that is filled anew after a fork, which no safe one is")]
+            // SAFETY: what was stored is a leaked box, or null, and is never freed or borrowed mutably.
+            let found = unsafe { known.as_ref() };
+            if let Some(process) = found.filter(|process| process.id == process::id()) {
+                return process;
+            }
+            let threads = found.map_or(0, |parent| parent.threads.load(Ordering::Relaxed));
+            let own = Process { id: process::id(), threads: AtomicUsize::new(threads), pool: Mutex::new(None) };
+            let own = Box::into_raw(Box::new(own));
+            if PROCESS.compare_exchange(known, own, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                #[expect(unsafe_code, reason = "as above")]
+                // SAFETY: it comes from `into_raw` just now, and nobody else has seen it.
+                drop(unsafe { Box::from_raw(own) });
+            }
+        }
+    }
+
+    fn num_threads(&self) -> usize {
+        match self.threads.load(Ordering::Relaxed) {
+            0 => {
+                let threads = default_threads();
+                let known = self.threads.compare_exchange(0, threads, Ordering::Relaxed, Ordering::Relaxed);
+                known.map_or_else(|set| set, |_| threads)
+            }
+            known => known,
+        }
+    }
+
+    fn pool(&self) -> Result<Arc<ThreadPool>, Error> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = &*pool {
+            return Ok(Arc::clone(pool));
+        }
+        let threads = self.num_threads();
+        let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("biascorr-{i}"));
+        let built = builder.build().map_err(|error| Error::ThreadPool { threads, reason: error.to_string() })?;
+        built.broadcast(|_| ()); // each thread has looked for work once: what they share is made
+        Ok(Arc::clone(pool.insert(Arc::new(built))))
+    }
+}
 
 /// Threads that large work is spread over: what was set, else `RAYON_NUM_THREADS`, else the CPUs of this process.
 pub fn num_threads() -> usize {
-    *own_state().threads.get_or_insert_with(default_threads)
+    Process::current().num_threads()
 }
 
 fn default_threads() -> usize {
@@ -45,33 +99,12 @@ fn default_threads() -> usize {
 /// Sets the number of threads of this process.
 pub fn set_num_threads(threads: isize) -> Result<(), Error> {
     let found = usize::try_from(threads).ok().filter(|threads| (1..=MAX_THREADS).contains(threads));
-    let mut state = own_state();
-    state.threads = Some(found.ok_or(Error::Threads { found: threads, limit: MAX_THREADS })?);
-    state.pool = None;
+    let threads = found.ok_or(Error::Threads { found: threads, limit: MAX_THREADS })?;
+    let process = Process::current();
+    let mut pool = process.pool.lock().unwrap_or_else(PoisonError::into_inner);
+    process.threads.store(threads, Ordering::Relaxed);
+    *pool = None;
     Ok(())
-}
-
-/// The state, without the pool of a parent process: its workers do not exist here, joining them would wait for ever.
-fn own_state() -> MutexGuard<'static, State> {
-    let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
-    if state.process != process::id() {
-        std::mem::forget(state.pool.take());
-        state.process = process::id();
-    }
-    state
-}
-
-fn pool() -> Result<Arc<ThreadPool>, Error> {
-    let mut state = own_state();
-    if let Some(pool) = &state.pool {
-        return Ok(Arc::clone(pool));
-    }
-    let threads = *state.threads.get_or_insert_with(default_threads);
-    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("biascorr-{i}"));
-    let pool = builder.build().map_err(|error| Error::ThreadPool { threads, reason: error.to_string() })?;
-    let pool = Arc::new(pool);
-    state.pool = Some(Arc::clone(&pool));
-    Ok(pool)
 }
 
 /// From now on this thread does its work itself: it is one of several that share the CPUs among them.
@@ -79,12 +112,21 @@ pub fn work_alone() {
     ALONE.set(true);
 }
 
+fn is_worth_threads(bytes: usize) -> bool {
+    bytes >= SERIAL_BYTES && !ALONE.get() && num_threads() > 1
+}
+
+/// Builds the pool that [`map`] needs for so much work, if it does.
+pub fn prepare(bytes: usize) -> Result<(), Error> {
+    if is_worth_threads(bytes) { Process::current().pool().map(drop) } else { Ok(()) }
+}
+
 /// `f` of each item, in order; over the pool when `bytes` of work are worth it.
 pub fn map<I: Send, R: Send>(items: Vec<I>, bytes: usize, f: impl Fn(I) -> R + Send + Sync) -> Result<Vec<R>, Error> {
-    if bytes < SERIAL_BYTES || items.len() < 2 || ALONE.get() || num_threads() == 1 {
+    if items.len() < 2 || !is_worth_threads(bytes) {
         return Ok(items.into_iter().map(f).collect());
     }
-    Ok(pool()?.install(|| items.into_par_iter().map(f).collect()))
+    Ok(Process::current().pool()?.install(|| items.into_par_iter().map(f).collect()))
 }
 
 #[cfg(test)]
@@ -100,5 +142,14 @@ mod tests {
     #[test]
     fn no_threads_is_an_error() {
         assert_eq!(set_num_threads(0), Err(Error::Threads { found: 0, limit: MAX_THREADS }));
+    }
+
+    #[test]
+    fn threads_that_come_at_once_share_what_the_process_knows() {
+        let found = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| ptr::from_ref(Process::current()) as usize)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(found.iter().all(|&process| process == found[0]));
     }
 }

@@ -1,6 +1,7 @@
 """Threads, CPU tiers and processes: the same bits everywhere, and nothing that hangs."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -12,6 +13,9 @@ import pytest
 
 import biascorr
 from arrays import random_array
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+TIERS = ("baseline", "avx2", "avx512") if X86 else ("baseline", "neon")
 
 DIGEST = """
 import hashlib
@@ -74,7 +78,7 @@ def run(code, **environment):
 
 
 def test_every_tier_and_thread_count_gives_the_same_bits():
-    outputs = {tier: run(DIGEST, BIASCORR_MAX_ISA=tier) for tier in ("baseline", "avx2", "avx512")}
+    outputs = {tier: run(DIGEST, BIASCORR_MAX_ISA=tier) for tier in TIERS}
     digests = {line.split()[1] for output in outputs.values() for line in output.splitlines()}
     assert len(digests) == 1, outputs
 
@@ -115,6 +119,103 @@ print(os.waitpid(child, 0)[1])
 assert prepare_input_mean([sample], None)[0] == 1
 """
     assert run(code) == "0\n"
+
+
+FORKS = """
+import os, random, signal, threading, time, warnings
+import numpy as np
+import biascorr
+warnings.simplefilter("ignore")  # forking with threads is the point
+random.seed(0)
+sample = np.ones((1024, 1024), np.int8)  # worth threads
+
+def computes():
+    return biascorr.get_num_threads() > 0 and biascorr.prepare_input_mean([sample], None)[0] == 1
+
+def forked(task):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # what waits for ever is killed
+        os._exit(0 if task() else 1)
+    return os.waitpid(child, 0)[1]
+"""
+
+
+def test_a_child_forked_during_the_first_call_computes():
+    code = """
+def first_call_and_fork():
+    first = threading.Thread(target=computes)
+    first.start()
+    end = time.perf_counter() + random.uniform(0, 1e-3)
+    while time.perf_counter() < end:
+        pass
+    status = forked(computes)
+    first.join()
+    return status == 0
+
+for _ in range(200):
+    random.seed(random.random())
+    status = forked(first_call_and_fork)
+    if status:
+        break
+print(status)
+"""
+    assert run(FORKS + code) == "0\n"
+
+
+@pytest.mark.parametrize("work", ["computes()", "biascorr.set_num_threads(2 + random.randrange(2)), computes()"])
+def test_a_child_forked_while_another_thread_computes_does_too(work):
+    code = f"""
+running = True
+
+def keep_working():
+    while running:
+        {work}
+
+thread = threading.Thread(target=keep_working)
+thread.start()
+for _ in range(500):
+    status = forked(computes)
+    if status:
+        break
+running = False
+thread.join()
+print(status)
+"""
+    assert run(FORKS + code) == "0\n"
+
+
+def test_grandchildren_compute_and_keep_the_number_of_threads():
+    code = """
+biascorr.set_num_threads(3)
+assert computes()
+
+def child():
+    grandchild = forked(lambda: biascorr.get_num_threads() == 5 and computes())
+    return grandchild == 0 and biascorr.get_num_threads() == 5 and computes()
+
+def set_then_fork():
+    kept = biascorr.get_num_threads() == 3
+    biascorr.set_num_threads(5)
+    return kept and child()
+
+print(forked(set_then_fork), biascorr.get_num_threads(), computes())
+"""
+    assert run(FORKS + code) == "0 3 True\n"
+
+
+def test_a_tier_that_there_is_not_is_an_error_at_once():
+    for name in ("sse9", "", "AVX2", "neon" if X86 else "avx2"):
+        code = "import biascorr"
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "BIASCORR_MAX_ISA": name},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 1
+        assert f'ValueError: BIASCORR_MAX_ISA: "{name}", expected one of "baseline", ' in result.stderr
 
 
 def test_python_threads_share_the_pool():
