@@ -13,7 +13,7 @@
 use crate::accumulate::{Block, Element, LANES, SumOf, Total, sum_of_run};
 use crate::error::Error;
 use crate::layout::{Axis, Elements, Nest};
-use crate::parallel;
+use crate::{memory, parallel};
 
 /// A sample is cut into tiles of about this size (half of a common L2 cache) ...
 const TILE_BYTES: usize = 512 << 10;
@@ -294,12 +294,19 @@ const SMALL_PLANE: usize = 4096;
 /// Parts of a batch that is summed position by position: each has a lane per position to fold.
 const BATCH_PARTS: usize = 4;
 
+/// Bytes for each position along an axis: its class, and a lane and its total for each row of classes outside of it.
+const OF_POSITION: usize = 64;
+
+/// Bytes for each class and channel: its sum, twice while they are transposed, a lane and a total.
+const OF_SUM: usize = 64;
+
 /// Sums per tap and channel of one sample (N, C, *S) or (N, *S, C), as (*K, C) in C order.
 ///
 /// `windows` has one entry per spatial axis: every axis but the first and the channel axis.
 pub fn tap_sums<T: Element>(sample: &Sample<T>, windows: &[AxisWindow]) -> Result<Vec<SumOf<T>>, Error> {
     let axis = |k: usize| Axis { len: sample.shape[k], strides: [sample.strides[k]] };
     let spatial: Vec<usize> = (1..sample.shape.len()).filter(|&k| k != sample.channel_axis).collect();
+    memory::check(spatial.iter().map(|&k| sample.shape[k]).max().unwrap_or(0), OF_POSITION)?;
     let classes: Vec<Classes> = spatial.iter().zip(windows).map(|(&k, w)| Classes::new(axis(k).len, w)).collect();
     let channels = axis(sample.channel_axis);
     let taps: usize = windows.iter().map(|window| window.taps).product();
@@ -309,8 +316,9 @@ pub fn tap_sums<T: Element>(sample: &Sample<T>, windows: &[AxisWindow]) -> Resul
     }
     let space = spatial.into_iter().map(axis).collect();
     let plane = Plane { elements: sample.elements, offset: 0, batch: axis(0), channels, space, classes: &classes };
-    let bytes = sample.shape.iter().product::<usize>() * size_of::<T>();
+    let bytes = memory::product(sample.shape.iter().copied()).saturating_mul(size_of::<T>());
     let pieces = plane.pieces((bytes / TILE_BYTES).clamp(1, MAX_TILES));
+    memory::check(memory::product([pieces.len(), count_of(&classes), channels.len]), OF_SUM)?;
     for (start, sums) in parallel::map(pieces, bytes, |(start, piece)| (start, piece.class_sums()))? {
         scatter(&sums, &classes, windows, &mut totals, start, channels.len);
     }

@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use crate::error::Error;
 use crate::fake_quantize::{Grids, Real};
 use crate::layout::{Axis, Elements, Nest};
+use crate::memory;
 use crate::parallel;
 use crate::simd::{Tier, tiered};
 use crate::weights::{Channels, Loop, Role, Tensor};
@@ -45,6 +46,30 @@ pub enum GridAxes<'a> {
     Strides(&'a [isize]),
     /// The same for an axis whose steps are blocks of so many elements.
     Blocks(&'a [isize], usize, usize),
+}
+
+impl GridAxes<'_> {
+    /// Fails where some position in weights of this shape has none of so many grids.
+    fn check(&self, found: usize, shape: &[usize]) -> Result<(), Error> {
+        let (strides, blocks) = match *self {
+            GridAxes::OutputChannels => return Ok(()),
+            GridAxes::Strides(strides) => (strides, None),
+            GridAxes::Blocks(strides, axis, size) => (strides, Some((axis, size))),
+        };
+        let steps = |axis: usize, len: usize| match blocks {
+            Some((blocked, size)) if axis == blocked => len / size,
+            _ => len,
+        };
+        let divides = blocks.is_none_or(|(axis, size)| size > 0 && shape.get(axis).is_some_and(|len| len % size == 0));
+        let fits = divides && strides.len() == shape.len() && strides.iter().all(|&stride| stride >= 0) && {
+            let reach = |(axis, (&len, &stride)): (usize, (&usize, &isize))| {
+                steps(axis, len).saturating_sub(1).saturating_mul(stride.unsigned_abs())
+            };
+            shape.iter().zip(strides).enumerate().map(reach).fold(0, usize::saturating_add) < found
+        };
+        let error = || Error::GridStrides { found, strides: strides.to_vec(), shape: shape.to_vec() };
+        if fits { Ok(()) } else { Err(error()) }
+    }
 }
 
 impl<T> FakeQuantized<'_, T> {
@@ -133,6 +158,9 @@ const BUFFER: usize = 16384;
 
 /// A contraction is cut into no more parts than these, which bounds the memory of their partial shifts.
 const MAX_PARTS: usize = 16;
+
+/// Bytes for a part: its loops, twice while it is cut, and where its shifts are.
+const OF_PART: usize = 1024;
 
 /// Weights of one part, about: 512 KB of f32.
 const PART: usize = 128 << 10;
@@ -296,6 +324,9 @@ pub fn weight_error<T: Real>(
         let (found, expected) = (tensor.shape.to_vec(), weights.shape.to_vec());
         return Err(Error::WeightShape { found, expected });
     }
+    if let FakeQuantized::Computed(grids, axes) = fake_quantized {
+        axes.check(grids.len(), weights.shape)?;
+    }
     let Plan { nest, shift_len } = plan(weights, fake_quantized, mean, groups, layout)?;
     if let FakeQuantized::Computed(grids, GridAxes::OutputChannels) = fake_quantized
         && grids.len() != shift_len
@@ -303,13 +334,18 @@ pub fn weight_error<T: Real>(
         return Err(Error::PerChannel { name: "scale, zero_point", found: grids.len(), expected: shift_len });
     }
     if nest.is_empty() {
+        memory::check(shift_len, 3 * size_of::<f64>())?;
         return Ok(vec![0.0; shift_len]);
     }
     let source = Source::new(&nest, fake_quantized);
-    let (nest, expanded) = contraction(&nest, mean.values);
+    let (nest, expanded) = contraction(&nest, mean.values)?;
     let operands = Operands { w: weights.elements, source, mean: &expanded };
-    let bytes = 2 * nest.len() * size_of::<T>();
-    let mut parts = parallel::map(parts(nest), bytes, |part| operands.contract(part))?;
+    let bytes = memory::product([2, nest.len(), size_of::<T>()]);
+    memory::check(nest.len() / RUN_BLOCK, OF_PART)?;
+    let parts = parts(nest);
+    let partial = parts.iter().map(|part| reached(part).1).fold(2 * shift_len, usize::saturating_add);
+    memory::check(partial, size_of::<f64>())?;
+    let mut parts = parallel::map(parts, bytes, |part| operands.contract(part))?;
     if let [(0, whole)] = parts.as_mut_slice()
         && whole.len() == shift_len
     {
@@ -396,7 +432,7 @@ impl<'a, T: Real> Source<'a, T> {
 }
 
 /// The loops over weights, mean, shift and position, with the mean repeated where that lets runs merge.
-fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> (Nest<4>, Cow<'a, [f64]>) {
+fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> Result<(Nest<4>, Cow<'a, [f64]>), Error> {
     let axes = with_positions(nest).map(|(axis, step)| {
         let [w, mean, shift, _] = axis.strides;
         Axis { len: axis.len, strides: [w, mean, shift, step] }
@@ -405,10 +441,11 @@ fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> (Nest<4>, Cow<'a, [f64]>)
     let mut nest = Nest { axes: axes.collect(), origin: [w, m, s, 0] }.merged();
     let depends = repeated(&nest.axes);
     if !depends.contains(&true) {
-        return (nest, mean.into());
+        return Ok((nest, mean.into()));
     }
     let axes = nest.axes.iter().zip(&depends).filter(|(_, depends)| **depends).map(|(axis, _)| *axis).collect();
     let source = Nest { axes, origin: nest.origin };
+    memory::check(source.len(), size_of::<f64>())?;
     let mut expanded = Vec::with_capacity(source.len());
     let depth = source.axes.len() - 1;
     let inner = source.axes[depth];
@@ -421,7 +458,7 @@ fn contraction<'a>(nest: &Nest<4>, mean: &'a [f64]) -> (Nest<4>, Cow<'a, [f64]>)
         stride *= axis.len as isize;
     }
     nest.origin[1] = 0;
-    (nest.merged(), expanded.into())
+    Ok((nest.merged(), expanded.into()))
 }
 
 /// The axes that the mean is repeated along: those that it depends on, the reduced ones, and the innermost where it is a few
@@ -455,6 +492,13 @@ fn parts(nest: Nest<4>) -> Vec<Nest<4>> {
     if blocks == 1 { pieces } else { pieces.into_iter().flat_map(|piece| piece.split(inner, blocks)).collect() }
 }
 
+/// The first channel of the shift that a nest adds to, and how many there are up to the last.
+fn reached(nest: &Nest<4>) -> (isize, usize) {
+    let reach = |axis: &Axis<4>| (axis.len - 1) as isize * axis.strides[2];
+    let start = nest.origin[2] + nest.axes.iter().map(|axis| reach(axis).min(0)).sum::<isize>();
+    (start, nest.axes.iter().map(|axis| reach(axis).unsigned_abs()).sum::<usize>() + 1)
+}
+
 struct Operands<'a, T> {
     w: Elements<'a, T>,
     source: Source<'a, T>,
@@ -464,9 +508,8 @@ struct Operands<'a, T> {
 impl<T: Real> Operands<'_, T> {
     /// The shifts that the nest reaches, and the channel of the first of them.
     fn contract(&self, mut nest: Nest<4>) -> (usize, Vec<f64>) {
-        let reach = |axis: &Axis<4>| (axis.len - 1) as isize * axis.strides[2];
-        let start = nest.origin[2] + nest.axes.iter().map(|axis| reach(axis).min(0)).sum::<isize>();
-        let mut shift = vec![0.0; nest.axes.iter().map(|axis| reach(axis).unsigned_abs()).sum::<usize>() + 1];
+        let (start, len) = reached(&nest);
+        let mut shift = vec![0.0; len];
         nest.origin[2] -= start;
         let inner = nest.axes.len() - 1;
         let len = nest.axes[inner].len;

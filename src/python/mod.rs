@@ -3,24 +3,21 @@
 mod detach;
 mod views;
 
-use numpy::{
-    Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn,
-    PyUntypedArrayMethods,
-};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{Element as NumpyElement, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArray};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyFloat, PyInt, PyList, PySequence};
+use pyo3::types::{PyFloat, PyInt, PyList, PySequence, PyTuple};
 
-use crate::accumulate::Compensated;
+use crate::accumulate::{Compensated, Element};
 use crate::channel_mean::AxisWindow;
 use crate::error::Error;
 use crate::fake_quantize::{self, Grids, Quantized, Real};
 use crate::quantization_range::{self as ranges, Quantizer, Range};
 use crate::weight_error::{FakeQuantized, GridAxes, Mean, weight_error as shift_of};
 use crate::weights::{Channels, Tensor};
-use crate::{parallel, simd};
+use crate::{memory, parallel, simd};
 use detach::detached;
-use views::{AnyView, Sums, View, Weights, channel_axis_of};
+use views::{AnyView, Reals, Sums, View, array_of, as_float64, channel_axis_of, is_f32, native, wrong_dtype, zeros};
 
 /// Integer sums (or None), f64 sums and their errors as (2, C) (or None).
 type PySums<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
@@ -35,7 +32,7 @@ fn into_python<'py>(py: Python<'py>, sums: Sums) -> PyResult<PySums<'py>> {
 fn integers_into_python<'py>(py: Python<'py>, totals: &[i128]) -> PyResult<Bound<'py, PyAny>> {
     let narrow: Result<Vec<i64>, _> = totals.iter().map(|&total| i64::try_from(total)).collect();
     match narrow {
-        Ok(narrow) => Ok(narrow.into_pyarray(py).into_any()),
+        Ok(narrow) => Ok(array_of(py, narrow.into_iter())),
         Err(_) => py.import("numpy")?.call_method1("array", (PyList::new(py, totals)?, "object")),
     }
 }
@@ -62,10 +59,16 @@ fn summed(
     let mut sums = channels.map(Sums::new);
     let (mut positions, mut wide) = (0, false);
     let len = samples.len()?;
-    for start in (0..len).step_by(BORROWED) {
-        let mut views = Vec::with_capacity(BORROWED.min(len - start));
-        for k in start..len.min(start + BORROWED) {
-            let view = AnyView::new(&samples.get_item(k)?, first + k)?;
+    // What another kind of sequence gives may be one buffer, filled anew each time.
+    let plain = samples.is_exact_instance_of::<PyList>() || samples.is_exact_instance_of::<PyTuple>();
+    let together = if plain { BORROWED } else { 1 };
+    for start in (0..len).step_by(together) {
+        let numbers = start..len.min(start + together);
+        let array = |k: usize| native(&samples.get_item(k)?, &|| format!("samples[{}]", first + k));
+        let arrays = numbers.clone().map(array).collect::<PyResult<Vec<_>>>()?;
+        let mut views = Vec::with_capacity(arrays.len());
+        for (k, array) in numbers.zip(&arrays) {
+            let view = AnyView::new(array, first + k)?;
             let expected = sums.as_ref().map(|sums| sums.channels);
             let found = checked_channels(view.shape(), channel_axis, first + k, expected)?;
             sums.get_or_insert_with(|| Sums::new(found));
@@ -136,11 +139,6 @@ fn channel_mean<'py>(
     if wide { Ok(array_of(py, means)) } else { Ok(array_of(py, means.map(|mean| mean as f32))) }
 }
 
-/// An array that owns its memory, which numpy makes faster than one around a `Vec`.
-fn array_of<T: Element>(py: Python<'_>, values: impl Iterator<Item = T>) -> Bound<'_, PyAny> {
-    PyArray1::from_slice(py, &values.collect::<Vec<T>>()).into_any()
-}
-
 fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option<usize>) -> Result<usize, Error> {
     if shape.is_empty() {
         return Err(Error::ZeroDimensional { index });
@@ -167,7 +165,7 @@ fn checked_channels(shape: &[usize], axis: isize, index: usize, expected: Option
 fn tap_sums<'py>(
     py: Python<'py>, sample: &Bound<'py, PyAny>, channel_axis: isize, windows: Vec<(usize, usize, usize, isize, usize)>,
 ) -> PyResult<(PySums<'py>, bool)> {
-    let view = AnyView::new(sample, 0)?;
+    let view = AnyView::new(&native(sample, &|| "sample".to_owned())?, 0)?;
     let channels = checked_channels(view.shape(), channel_axis, 0, None)?;
     if channel_axis_of(view.shape(), channel_axis) == 0 {
         return Err(Error::ChannelAxis { index: 0, rank: view.shape().len(), axis: channel_axis }.into());
@@ -181,7 +179,7 @@ fn tap_sums<'py>(
     if windows.iter().any(|w| w.taps == 0 || w.stride == 0 || w.dilation == 0) {
         return Err(PyValueError::new_err("windows: taps, strides and dilations are at least 1"));
     }
-    let mut sums = Sums::new(channels * windows.iter().map(|window| window.taps).product::<usize>());
+    let mut sums = Sums::new(memory::product(windows.iter().map(|window| window.taps)).saturating_mul(channels));
     view.add_tap_sums(py, channel_axis, &windows, &mut sums)?;
     Ok((into_python(py, sums)?, matches!(view, AnyView::F64(_))))
 }
@@ -190,21 +188,36 @@ fn tap_sums<'py>(
 #[pyfunction]
 #[pyo3(signature = (weights, fake_quantized_weights, mean, groups, layout, wide))]
 fn weight_error<'py>(
-    py: Python<'py>, weights: &Bound<'py, PyAny>, fake_quantized_weights: &Bound<'py, PyAny>,
-    mean: PyReadonlyArrayDyn<'py, f64>, groups: usize, layout: &str, wide: bool,
+    py: Python<'py>, weights: &Bound<'py, PyAny>, fake_quantized_weights: &Bound<'py, PyAny>, mean: &Bound<'py, PyAny>,
+    groups: usize, layout: &str, wide: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let mean = Mean { values: mean.as_slice()?, shape: mean.shape().to_vec() };
-    let shift = match Weights::new(weights, fake_quantized_weights)? {
-        Weights::F32([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
-        Weights::F64([w, q]) => shift_from(py, &w.tensor(), &FakeQuantized::Given(q.tensor()), &mean, groups, layout)?,
+    let w = native(weights, &|| "weights".to_owned())?;
+    let q = native(fake_quantized_weights, &|| "fake_quantized_weights".to_owned())?;
+    let shift = if is_f32(&w) && is_f32(&q) {
+        shift_of_pair::<f32>(&w, &q, mean, groups, layout)?
+    } else {
+        shift_of_pair::<f64>(&as_float64(&w)?, &as_float64(&q)?, mean, groups, layout)?
     };
     Ok(as_array(py, shift, wide))
 }
 
-fn shift_from<T: Real>(
-    py: Python<'_>, weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Mean, groups: usize, layout: &str,
+fn shift_of_pair<'py, T: Real + Element>(
+    w: &Bound<'py, PyUntypedArray>, q: &Bound<'py, PyUntypedArray>, mean: &Bound<'py, PyAny>, groups: usize,
+    layout: &str,
 ) -> PyResult<Vec<f64>> {
-    detached(py, 2 * size_of::<T>() * weights.len(), || shift_of(weights, fake_quantized, mean, groups, layout))
+    let w_view = View::<T>::new(w, &|| "weights".to_owned())?;
+    let q_view = View::<T>::new(q, &|| "fake_quantized_weights".to_owned())?;
+    let given = FakeQuantized::Given(q_view.tensor());
+    shift_from(&w_view.tensor(), &given, mean, groups, layout)
+}
+
+fn shift_from<T: Real>(
+    weights: &Tensor<T>, fake_quantized: &FakeQuantized<T>, mean: &Bound<'_, PyAny>, groups: usize, layout: &str,
+) -> PyResult<Vec<f64>> {
+    let view = View::<f64>::of(mean, "mean")?;
+    let mean = Mean { values: view.slice("mean")?, shape: view.shape().to_vec() };
+    let bytes = memory::product([2, size_of::<T>(), weights.len()]);
+    detached(view.py(), bytes, || shift_of(weights, fake_quantized, &mean, groups, layout))
 }
 
 fn as_array(py: Python<'_>, values: Vec<f64>, wide: bool) -> Bound<'_, PyAny> {
@@ -216,32 +229,32 @@ fn as_array(py: Python<'_>, values: Vec<f64>, wide: bool) -> Bound<'_, PyAny> {
 
 /// The grids that weights are quantized on: scales, zero points, bits, and how many grids an element of each axis is from the
 /// next, with the axis whose steps are blocks and their length; None where there is one for each output channel.
-type PyWeightGrids<'py> =
-    (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>, u32, Option<Vec<isize>>, Option<(usize, usize)>);
+type PyWeightGrids<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, u32, Option<Vec<isize>>, Option<(usize, usize)>);
 
 /// The shift of each output channel of float32 or float64 weights that are moved to a grid.
 #[pyfunction]
 #[pyo3(signature = (weights, grids, mean, groups, layout))]
 fn weight_error_from_grids<'py>(
-    weights: &Bound<'py, PyAny>, grids: PyWeightGrids<'py>, mean: PyReadonlyArrayDyn<'py, f64>, groups: usize,
+    py: Python<'py>, weights: &Bound<'py, PyAny>, grids: PyWeightGrids<'py>, mean: &Bound<'py, PyAny>, groups: usize,
     layout: &str,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let py = weights.py();
-    let mean = Mean { values: mean.as_slice()?, shape: mean.shape().to_vec() };
     let (scale, zero_point, bits, strides, blocks) = &grids;
-    let count = scale.len().max(zero_point.len());
-    let typed = Grids::new(scale.as_slice()?, zero_point.as_slice()?, *bits, count, 1)?;
+    let typed = Grids::of_python(scale, zero_point, *bits, None, 1)?;
     let axes = match (strides, blocks) {
         (None, _) => GridAxes::OutputChannels,
         (Some(strides), None) => GridAxes::Strides(strides),
         (Some(strides), Some((axis, size))) => GridAxes::Blocks(strides, *axis, *size),
     };
-    if let Ok(weights) = weights.cast::<PyArrayDyn<f32>>() {
-        let (view, computed) = (View::<f32>::new(weights)?, FakeQuantized::Computed(&typed, axes));
-        return Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, false));
-    }
-    let (view, computed) = (View::<f64>::new(weights.cast()?)?, FakeQuantized::Computed(&typed, axes));
-    Ok(as_array(py, shift_from(py, &view.tensor(), &computed, &mean, groups, layout)?, true))
+    Ok(match Reals::new(weights, "weights")? {
+        Reals::F32(weights) => {
+            let computed = FakeQuantized::Computed(&typed, axes);
+            as_array(py, shift_from(&weights.tensor(), &computed, mean, groups, layout)?, false)
+        }
+        Reals::F64(weights) => {
+            let computed = FakeQuantized::Computed(&typed, axes);
+            as_array(py, shift_from(&weights.tensor(), &computed, mean, groups, layout)?, true)
+        }
+    })
 }
 
 /// Output and input channels of weights of a shape, over all groups.
@@ -252,111 +265,123 @@ fn channel_counts(shape: Vec<usize>, layout: &str, groups: usize) -> PyResult<(u
 }
 
 fn ranges_of<'py, T: Real + Element>(
-    weights: &PyReadonlyArrayDyn<'py, T>, quantizer: Quantizer,
+    py: Python<'py>, weights: &View<'py, T>, quantizer: Quantizer,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let xs = weights.as_slice()?;
-    let mut found: Vec<Range> = vec![[0.0; 2]; weights.shape().first().copied().unwrap_or(1)];
+    /// Bytes for each channel: a row, its range three times, and whether that could be found.
+    const OF_CHANNEL: usize = 128;
+    let xs = weights.slice("weights")?;
+    let channels = weights.shape().first().copied().unwrap_or(1);
+    memory::check(channels, OF_CHANNEL)?;
+    let mut found: Vec<Range> = vec![[0.0; 2]; channels];
     let work = ranges::work(size_of_val(xs), found.len(), quantizer);
-    detached(weights.py(), work, || ranges::quantization_range(xs, quantizer, &mut found))?;
-    Ok(PyArray1::from_slice(weights.py(), found.as_flattened()).reshape([found.len(), 2])?.into_any())
+    detached(py, work, || ranges::quantization_range(xs, quantizer, &mut found))?;
+    Ok(PyArray1::from_vec(py, found.into_flattened()).reshape([channels, 2])?.into_any())
 }
 
 /// The least and the greatest value of a grid for each row of contiguous float32 or float64 weights, (C, 2).
 #[pyfunction]
 #[pyo3(signature = (weights, bits, asymmetric, search))]
 fn quantization_range<'py>(
-    weights: &Bound<'py, PyAny>, bits: u32, asymmetric: bool, search: bool,
+    py: Python<'py>, weights: &Bound<'py, PyAny>, bits: u32, asymmetric: bool, search: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let quantizer = Quantizer { bits, asymmetric, search };
-    if let Ok(weights) = weights.extract::<PyReadonlyArrayDyn<'py, f32>>() {
-        return ranges_of(&weights, quantizer);
+    match Reals::new(weights, "weights")? {
+        Reals::F32(weights) => ranges_of(py, &weights, quantizer),
+        Reals::F64(weights) => ranges_of(py, &weights, quantizer),
     }
-    ranges_of(&weights.extract::<PyReadonlyArrayDyn<'py, f64>>()?, quantizer)
 }
 
 /// The grids that quantize along an axis of an array: scales, zero points, bits, channels, elements per channel step.
-type PyGrids<'py> = (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>, u32, usize, usize);
+type PyGrids<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, u32, usize, usize);
 
-fn grids_of((scale, zero_point, bits, channels, inner): &PyGrids<'_>) -> PyResult<Grids> {
-    Ok(Grids::new(scale.as_slice()?, zero_point.as_slice()?, *bits, *channels, *inner)?)
+impl Grids {
+    /// `channels` None: as many as there are scales or zero points.
+    fn of_python(
+        scale: &Bound<'_, PyAny>, zero_point: &Bound<'_, PyAny>, bits: u32, channels: Option<usize>, inner: usize,
+    ) -> PyResult<Grids> {
+        let (scale, zero_point) = (View::<f64>::of(scale, "scale")?, View::<f64>::of(zero_point, "zero_point")?);
+        let channels = channels.unwrap_or(scale.len().max(zero_point.len()));
+        Ok(Grids::new(scale.slice("scale")?, zero_point.slice("zero_point")?, bits, channels, inner)?)
+    }
 }
 
-fn quantize_as<'py, T: Real + Element, Q: Quantized + Element>(
-    array: &PyReadonlyArrayDyn<'py, T>, grids: &Grids,
+fn grids_of((scale, zero_point, bits, channels, inner): &PyGrids<'_>) -> PyResult<Grids> {
+    Grids::of_python(scale, zero_point, *bits, Some(*channels), *inner)
+}
+
+/// What a kernel writes to an array of the same shape, element by element.
+fn mapped<'py, X: Element, Y: NumpyElement + Send>(
+    py: Python<'py>, array: &View<'py, X>, kernel: impl Send + FnOnce(&[X], &mut [Y]) -> Result<(), Error>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let out = PyArrayDyn::<Q>::zeros(array.py(), array.shape(), false);
-    let (xs, mut qs) = (array.as_slice()?, out.try_readwrite()?);
-    let qs = qs.as_slice_mut()?;
-    detached(array.py(), size_of_val(xs), || fake_quantize::quantize(xs, grids, qs))?;
+    let xs = array.slice("array")?;
+    let out = zeros::<Y>(py, array.shape())?;
+    {
+        let mut borrow = out.try_readwrite()?;
+        let ys = borrow.as_slice_mut()?;
+        detached(py, size_of_val(xs), || kernel(xs, ys))?;
+    }
     Ok(out.into_any())
 }
 
 fn quantize_real<'py, T: Real + Element>(
-    array: &PyReadonlyArrayDyn<'py, T>, grids: &PyGrids<'py>,
+    py: Python<'py>, array: &View<'py, T>, grids: &Grids, bits: u32,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let typed = grids_of(grids)?;
-    match grids.2 {
-        ..=8 => quantize_as::<T, i8>(array, &typed),
-        9..=16 => quantize_as::<T, i16>(array, &typed),
-        _ => quantize_as::<T, i32>(array, &typed),
+    fn to<'py, T: Real + Element, Q: Quantized + NumpyElement>(
+        py: Python<'py>, array: &View<'py, T>, grids: &Grids,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        mapped(py, array, |xs, qs: &mut [Q]| fake_quantize::quantize(xs, grids, qs))
+    }
+    match bits {
+        ..=8 => to::<T, i8>(py, array, grids),
+        9..=16 => to::<T, i16>(py, array, grids),
+        _ => to::<T, i32>(py, array, grids),
     }
 }
 
 /// Quantized values of a contiguous float32 or float64 array, in the smallest signed integers that hold them.
 #[pyfunction]
 #[pyo3(signature = (array, grids))]
-fn quantize<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
-    if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, f32>>() {
-        return quantize_real(&array, &grids);
+fn quantize<'py>(py: Python<'py>, array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+    let typed = grids_of(&grids)?;
+    match Reals::new(array, "array")? {
+        Reals::F32(array) => quantize_real(py, &array, &typed, grids.2),
+        Reals::F64(array) => quantize_real(py, &array, &typed, grids.2),
     }
-    quantize_real(&array.extract::<PyReadonlyArrayDyn<'py, f64>>()?, &grids)
 }
 
-fn dequantize_as<'py, Q: Quantized + Element, T: Real + Element>(
-    array: &PyReadonlyArrayDyn<'py, Q>, grids: &PyGrids<'py>,
+fn dequantize_as<'py, Q: Quantized + Element, T: Real + NumpyElement>(
+    py: Python<'py>, array: &View<'py, Q>, grids: &Grids,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let grids = grids_of(grids)?;
-    let out = PyArrayDyn::<T>::zeros(array.py(), array.shape(), false);
-    let (qs, mut xs) = (array.as_slice()?, out.try_readwrite()?);
-    let xs = xs.as_slice_mut()?;
-    detached(array.py(), size_of_val(qs), || fake_quantize::dequantize(qs, &grids, xs))?;
-    Ok(out.into_any())
+    mapped(py, array, |qs, xs: &mut [T]| fake_quantize::dequantize(qs, grids, xs))
 }
 
 /// Real values of a contiguous integer array: float32 for 8 and 16 bits, float64 for 32.
 #[pyfunction]
 #[pyo3(signature = (array, grids))]
-fn dequantize<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+fn dequantize<'py>(py: Python<'py>, array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
+    let grids = grids_of(&grids)?;
     macro_rules! try_each {
         ($($integer:ty => $real:ty),*) => {$(
-            if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, $integer>>() {
-                return dequantize_as::<$integer, $real>(&array, &grids);
+            if array.cast::<PyArrayDyn<$integer>>().is_ok() {
+                return dequantize_as::<$integer, $real>(py, &View::of(array, "array")?, &grids);
             }
         )*};
     }
     try_each!(i8 => f32, u8 => f32, i16 => f32, u16 => f32, i32 => f64, u32 => f64);
-    Err(PyTypeError::new_err("array: expected integers of 8, 16 or 32 bits"))
-}
-
-fn fake_quantize_as<'py, T: Real + Element>(
-    array: &PyReadonlyArrayDyn<'py, T>, grids: &PyGrids<'py>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let grids = grids_of(grids)?;
-    let out = PyArrayDyn::<T>::zeros(array.py(), array.shape(), false);
-    let (xs, mut ys) = (array.as_slice()?, out.try_readwrite()?);
-    let ys = ys.as_slice_mut()?;
-    detached(array.py(), size_of_val(xs), || fake_quantize::fake_quantize(xs, &grids, ys))?;
-    Ok(out.into_any())
+    Err(wrong_dtype(array, "array", "integers of 8, 16 or 32 bits"))
 }
 
 /// A contiguous float32 or float64 array on its grid.
 #[pyfunction]
 #[pyo3(signature = (array, grids))]
-fn fake_quantize_array<'py>(array: &Bound<'py, PyAny>, grids: PyGrids<'py>) -> PyResult<Bound<'py, PyAny>> {
-    if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'py, f32>>() {
-        return fake_quantize_as(&array, &grids);
+fn fake_quantize_array<'py>(
+    py: Python<'py>, array: &Bound<'py, PyAny>, grids: PyGrids<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let grids = grids_of(&grids)?;
+    match Reals::new(array, "array")? {
+        Reals::F32(array) => mapped(py, &array, |xs, ys: &mut [f32]| fake_quantize::fake_quantize(xs, &grids, ys)),
+        Reals::F64(array) => mapped(py, &array, |xs, ys: &mut [f64]| fake_quantize::fake_quantize(xs, &grids, ys)),
     }
-    fake_quantize_as(&array.extract::<PyReadonlyArrayDyn<'py, f64>>()?, &grids)
 }
 
 /// Sets the number of threads of this process.
@@ -377,15 +402,23 @@ fn work_alone() {
     parallel::work_alone();
 }
 
-/// Version, CPU tier in use, build profile.
+/// Version, CPU tier in use, build profile. Fails where the environment asks for a tier that there is not.
 #[pyfunction]
-fn build_info() -> (&'static str, &'static str, &'static str) {
+fn build_info() -> PyResult<(&'static str, &'static str, &'static str)> {
+    simd::check_limit()?;
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
-    (env!("CARGO_PKG_VERSION"), simd::tier().name(), profile)
+    Ok((env!("CARGO_PKG_VERSION"), simd::tier().name(), profile))
 }
 
 #[pymodule(gil_used = false)]
 mod _kernels {
+    use super::{Bound, PyModule, PyResult, views};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        views::meet_numpy(module.py())
+    }
+
     #[pymodule_export]
     use super::{
         build_info, channel_counts, channel_mean, channel_sums, dequantize, fake_quantize_array, get_num_threads,

@@ -1,52 +1,98 @@
 //! numpy arrays as checked views.
 //!
-//! An array whose dtype a kernel knows, aligned and in native byte order, is borrowed as it is, whatever its strides. Anything
-//! else goes once through `biascorr.reference.native`, which copies it into such an array or raises TypeError.
+//! First all objects become arrays that a kernel can read, which may run code of their own; then all of these are borrowed, which
+//! runs none. An array whose dtype a kernel knows, aligned and in native byte order, is borrowed as it is, whatever its strides.
+//! Anything else goes once through `biascorr.reference.native`, which copies it into such an array or raises TypeError.
 
 use std::mem::discriminant;
 
 use half::{bf16, f16};
+use numpy::ndarray::ArrayView1;
 use numpy::{
-    Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArray,
-    PyUntypedArrayMethods,
+    Element as NumpyElement, PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1,
+    PyUntypedArray, PyUntypedArrayMethods, dtype,
 };
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::IntoPyDict;
+use pyo3::types::{IntoPyDict, PyWeakrefReference};
 
 use super::detach::detached;
-use crate::accumulate::{Compensated, Int4, SumOf, UInt4};
+use crate::accumulate::{Compensated, Element, Int4, SumOf, UInt4};
 use crate::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use crate::layout::Elements;
+use crate::memory;
 use crate::weights::Tensor;
 
-/// A borrowed array: the borrow, and what numpy does not have in elements.
-pub struct View<'py, T: NumpyElement, E = T> {
-    array: PyReadonlyArrayDyn<'py, T>,
+/// A borrowed array: where its elements are, and what keeps them there.
+///
+/// Whoever shares the array may give it another shape or dtype at any time; the borrow is of a view that nobody else knows, so that
+/// it is given back as it was taken.
+pub struct View<'py, E> {
+    py: Python<'py>,
+    base: *const E,
+    shape: Vec<usize>,
     strides: Vec<isize>,
-    element: std::marker::PhantomData<E>,
+    /// Read-only, of every byte from the first element to the last; None where there are no elements.
+    _borrow: Option<PyReadonlyArray1<'py, u8>>,
+    /// numpy resizes no array that something refers to weakly, not even with `refcheck=False`.
+    _pins: Vec<Bound<'py, PyWeakrefReference>>,
 }
 
-impl<'py, T: NumpyElement, E: Copy> View<'py, T, E> {
-    /// `E` is `T`, or has its bits (a bfloat16 seen as u16).
-    pub fn new(array: &Bound<'py, PyArrayDyn<T>>) -> PyResult<Self> {
-        const { assert!(size_of::<T>() == size_of::<E>() && align_of::<T>() == align_of::<E>()) };
-        let strides = array.strides().iter().map(|bytes| bytes / size_of::<T>() as isize).collect();
-        let array = array.try_readonly().map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(View { array, strides, element: std::marker::PhantomData })
+impl<'py, E: Element> View<'py, E> {
+    /// `array` is of a dtype that has the bits of `E`.
+    pub fn new(array: &Bound<'py, PyUntypedArray>, name: &dyn Fn() -> String) -> PyResult<Self> {
+        if array.dtype().itemsize() != size_of::<E>() || !fits(array) {
+            return Err(PyValueError::new_err(format!("{}: misaligned or byte-swapped", name())));
+        }
+        let (shape, bytes) = (array.shape().to_vec(), array.strides());
+        let strides = bytes.iter().map(|bytes| bytes / size_of::<E>() as isize).collect();
+        #[expect(unsafe_code, reason = "numpy owns the memory")]
+        // SAFETY: only the address is read, which arrays of all dtypes have in one place.
+        let base = unsafe { array.cast_unchecked::<PyArrayDyn<u8>>() }.data().cast::<E>().cast_const();
+        let (mut borrow, mut pins) = (None, Vec::new());
+        if !shape.contains(&0) {
+            let reach = |(&len, &stride): (&usize, &isize)| (len as isize - 1).wrapping_mul(stride);
+            let (before, after) =
+                shape.iter().zip(bytes).map(reach).fold((0isize, 0isize), |(before, after), reach| {
+                    (before.saturating_add(reach.min(0)), after.saturating_add(reach.max(0)))
+                });
+            let len = after.saturating_sub(before).saturating_add(size_of::<E>() as isize) as usize;
+            pins = pinned(array)?;
+            #[expect(unsafe_code, reason = "as above")]
+            // SAFETY: numpy says that elements are that far from the first one; the view keeps the array alive, and is only
+            // ever asked for its address.
+            let view = unsafe {
+                let bytes = ArrayView1::from_shape_ptr(len, base.cast::<u8>().wrapping_offset(before));
+                PyArray1::borrow_from_array(&bytes, array.clone().into_any())
+            };
+            borrow = Some(view.try_readonly().map_err(|_| {
+                PyValueError::new_err(format!("{}: borrowed for writing by another extension module", name()))
+            })?);
+        }
+        Ok(View { py: array.py(), base, shape, strides, _borrow: borrow, _pins: pins })
     }
 
     fn elements(&self) -> Elements<'_, E> {
         #[expect(unsafe_code, reason = "numpy owns the memory")]
-        // SAFETY: `untyped` has checked dtype, byte order and alignment; the read-only borrow in `self` keeps the memory
-        // alive and, among users of rust-numpy, unchanged; all bit patterns of E are values.
+        // SAFETY: `new` has checked size, byte order, alignment and strides, as they were when it took the pointer; the array is
+        // alive and its memory pinned as long as `self` is, and unchanged as far as users of rust-numpy go; all bit patterns
+        // of an `Element` are values.
         unsafe {
-            Elements::from_raw(self.array.data().cast::<E>(), self.array.shape(), &self.strides)
+            Elements::from_raw(self.base, &self.shape, &self.strides)
         }
     }
 
+    pub fn py(&self) -> Python<'py> {
+        self.py
+    }
+
     pub fn shape(&self) -> &[usize] {
-        self.array.shape()
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
     }
 
     /// The array as a sample with channels along `channel_axis`, counted from the end where negative.
@@ -58,6 +104,56 @@ impl<'py, T: NumpyElement, E: Copy> View<'py, T, E> {
     pub fn tensor(&self) -> Tensor<'_, E> {
         Tensor { elements: self.elements(), shape: self.shape(), strides: &self.strides }
     }
+
+    /// All elements in C order, where they lie so.
+    pub fn slice(&self, name: &str) -> PyResult<&[E]> {
+        let mut expected = 1;
+        for (&len, &stride) in self.shape.iter().zip(&self.strides).rev() {
+            if len != 1 && stride != expected && self.len() != 0 {
+                return Err(PyValueError::new_err(format!("{name}: not contiguous, expected C order")));
+            }
+            expected *= len as isize;
+        }
+        Ok(self.elements().run(0, self.len()))
+    }
+}
+
+impl<'py, E: Element + NumpyElement> View<'py, E> {
+    /// Of an object that has to be an array of this dtype.
+    pub fn of(object: &Bound<'py, PyAny>, name: &'static str) -> PyResult<Self> {
+        match object.cast::<PyUntypedArray>() {
+            Ok(array) if array.dtype().is_equiv_to(&dtype::<E>(object.py())) => View::new(array, &|| name.to_owned()),
+            _ => Err(wrong_dtype(object, name, &dtype::<E>(object.py()).to_string())),
+        }
+    }
+}
+
+/// Names what an argument is instead of an array of one of some dtypes.
+pub fn wrong_dtype(object: &Bound<'_, PyAny>, name: &str, expected: &str) -> PyErr {
+    let found = match object.cast::<PyUntypedArray>() {
+        Ok(array) => format!("dtype {}", array.dtype()),
+        Err(_) => object.get_type().to_string(),
+    };
+    PyTypeError::new_err(format!("{name}: {found}, expected an array of {expected}"))
+}
+
+/// What keeps numpy from resizing the array that owns the elements of this one.
+fn pinned<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Vec<Bound<'py, PyWeakrefReference>>> {
+    let mut pins = vec![PyWeakrefReference::new(array)?];
+    let mut base = array.getattr("base")?;
+    while base.is_instance_of::<PyUntypedArray>() {
+        pins.push(PyWeakrefReference::new(&base)?);
+        base = base.getattr("base")?;
+    }
+    Ok(pins)
+}
+
+/// Whether all elements are aligned, in native byte order, and a whole number of elements apart.
+fn fits(array: &Bound<'_, PyUntypedArray>) -> bool {
+    let dtype = array.dtype();
+    let size = dtype.itemsize().max(1) as isize;
+    let even = array.shape().iter().zip(array.strides()).all(|(&len, stride)| len <= 1 || stride % size == 0);
+    even && array.is_aligned() && dtype.is_native_byteorder() != Some(false)
 }
 
 pub fn channel_axis_of(shape: &[usize], axis: isize) -> usize {
@@ -85,6 +181,10 @@ impl Sums {
     }
 }
 
+/// Bytes for each channel that sums take, here and in the kernel, in a tile and in its lanes, and as an array: about eight times
+/// two words.
+const OF_CHANNEL: usize = 128;
+
 /// The one of both sums that a total adds to.
 trait InSums: Sized {
     fn of(sums: &mut Sums) -> &mut Vec<Self>;
@@ -105,22 +205,19 @@ impl InSums for Compensated {
 }
 
 macro_rules! any_view {
-    ($($name:ident($stored:ty, $element:ty): $($char:literal)|+;)*) => {
+    ($($name:ident($element:ty): $kind:pat,)*) => {
         /// A view of any dtype that [`crate::channel_mean`] sums.
         pub enum AnyView<'py> {
-            $($name(View<'py, $stored, $element>),)*
+            $($name(View<'py, $element>),)*
         }
 
         impl<'py> AnyView<'py> {
-            /// `index` is the number that errors give the sample.
-            pub fn new(object: &Bound<'py, PyAny>, index: usize) -> PyResult<Self> {
-                if let Some(view) = of_four_bits(object)? {
-                    return Ok(view);
-                }
-                let array = untyped(object, || format!("samples[{index}]"))?;
-                match array.dtype().char() {
-                    $($($char)|+ => Ok(AnyView::$name(View::new(array.cast()?)?)),)*
-                    _ => Ok(AnyView::BF16(bits_of(&array, "uint16")?)),
+            /// Of an array that [`native`] gave; `index` is the number that errors give the sample.
+            pub fn new(array: &Bound<'py, PyUntypedArray>, index: usize) -> PyResult<Self> {
+                let name = || format!("samples[{index}]");
+                match kind(&array.dtype())? {
+                    $($kind => Ok(AnyView::$name(View::new(array, &name)?)),)*
+                    _ => Err(wrong_dtype(array, &name(), "integers, booleans or real numbers")),
                 }
             }
 
@@ -132,7 +229,7 @@ macro_rules! any_view {
 
             fn bytes(&self) -> usize {
                 match self {
-                    $(AnyView::$name(view) => view.array.len() * size_of::<$stored>(),)*
+                    $(AnyView::$name(view) => view.len() * size_of::<$element>(),)*
                 }
             }
 
@@ -140,8 +237,9 @@ macro_rules! any_view {
             pub fn add_channel_sums<'a>(
                 py: Python<'py>, views: &'a [Self], axis: isize, sums: &mut Sums,
             ) -> PyResult<()> {
+                memory::check(sums.channels, OF_CHANNEL)?;
                 for alike in views.chunk_by(|a, b| discriminant(a) == discriminant(b)) {
-                    let bytes = alike.iter().map(Self::bytes).sum();
+                    let bytes = alike.iter().map(Self::bytes).fold(0, usize::saturating_add);
                     match &alike[0] {
                         $(AnyView::$name(_) => {
                             let typed = |view: &'a Self| match view {
@@ -161,6 +259,7 @@ macro_rules! any_view {
             pub fn add_tap_sums(
                 &self, py: Python<'py>, axis: isize, windows: &[AxisWindow], sums: &mut Sums,
             ) -> PyResult<()> {
+                memory::check(sums.channels, OF_CHANNEL)?;
                 match self {
                     $(AnyView::$name(view) => {
                         let sample = view.sample(axis);
@@ -172,78 +271,118 @@ macro_rules! any_view {
         }
     };
 }
-// The dtypes of ml_dtypes are known by other means than a character that numpy would use.
 any_view! {
-    I8(i8, i8): b'b';
-    U8(u8, u8): b'B';
-    I16(i16, i16): b'h';
-    U16(u16, u16): b'H';
-    I32(i32, i32): b'i';
-    U32(u32, u32): b'I';
-    I64(i64, i64): b'l' | b'q';
-    U64(u64, u64): b'L' | b'Q';
-    F16(f16, f16): b'e';
-    BF16(u16, bf16): b'\0';
-    I4(u8, Int4): b'\x01';
-    U4(u8, UInt4): b'\x02';
-    F32(f32, f32): b'f';
-    F64(f64, f64): b'd';
+    I8(i8): Kind::Numpy(b'i', 1),
+    U8(u8): Kind::Numpy(b'u', 1),
+    I16(i16): Kind::Numpy(b'i', 2),
+    U16(u16): Kind::Numpy(b'u', 2),
+    I32(i32): Kind::Numpy(b'i', 4),
+    U32(u32): Kind::Numpy(b'u', 4),
+    I64(i64): Kind::Numpy(b'i', 8),
+    U64(u64): Kind::Numpy(b'u', 8),
+    F16(f16): Kind::Numpy(b'f', 2),
+    F32(f32): Kind::Numpy(b'f', 4),
+    F64(f64): Kind::Numpy(b'f', 8),
+    BF16(bf16): Kind::Bfloat16,
+    I4(Int4): Kind::Int4,
+    U4(UInt4): Kind::UInt4,
 }
 
-/// The object as a view where it holds 4-bit integers in a dtype of ml_dtypes.
-fn of_four_bits<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<AnyView<'py>>> {
-    let Ok(array) = object.cast_exact::<PyUntypedArray>() else { return Ok(None) };
-    if KNOWN.contains(&array.dtype().char()) {
-        return Ok(None);
+/// What tells dtypes apart.
+enum Kind {
+    /// numpy's own: its kind, and the size of an element.
+    Numpy(u8, usize),
+    /// Those of ml_dtypes have numbers and characters that nobody else may rely on; their names are theirs.
+    Bfloat16,
+    Int4,
+    UInt4,
+    Other,
+}
+
+/// What numpy numbers its own dtypes below.
+const NUMPY_TYPES: i32 = 24;
+
+fn kind(dtype: &Bound<'_, PyArrayDescr>) -> PyResult<Kind> {
+    if (0..NUMPY_TYPES).contains(&dtype.num()) {
+        return Ok(Kind::Numpy(dtype.kind(), dtype.itemsize()));
     }
-    match array.dtype().getattr("name")?.extract::<&str>()? {
-        "int4" => Ok(Some(AnyView::I4(bits_of(array, "uint8")?))),
-        "uint4" => Ok(Some(AnyView::U4(bits_of(array, "uint8")?))),
-        _ => Ok(None),
-    }
+    let name = dtype.getattr("name")?;
+    Ok(match (name.extract::<&str>()?, dtype.itemsize()) {
+        ("bfloat16", 2) => Kind::Bfloat16,
+        ("int4", 1) => Kind::Int4,
+        ("uint4", 1) => Kind::UInt4,
+        _ => Kind::Other,
+    })
 }
 
-/// The dtypes of ml_dtypes have no type here; their bits do.
-fn bits_of<'py, T: NumpyElement, E: Copy>(array: &Bound<'py, PyUntypedArray>, bits: &str) -> PyResult<View<'py, T, E>> {
-    View::new(array.call_method1("view", (bits,))?.cast()?)
-}
-
-fn as_float64<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyAny>> {
-    array.call_method("astype", ("float64",), Some(&[("copy", false)].into_py_dict(array.py())?))
-}
-
-/// Both weight tensors in the one type they are subtracted in.
-pub enum Weights<'py> {
-    F32([View<'py, f32>; 2]),
-    F64([View<'py, f64>; 2]),
-}
-
-impl<'py> Weights<'py> {
-    pub fn new(weights: &Bound<'py, PyAny>, fake_quantized: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let pair = [
-            untyped(weights, || "weights".to_owned())?,
-            untyped(fake_quantized, || "fake_quantized_weights".to_owned())?,
-        ];
-        if let [Ok(w), Ok(q)] = pair.each_ref().map(|array| array.cast::<PyArrayDyn<f32>>()) {
-            return Ok(Weights::F32([View::new(w)?, View::new(q)?]));
-        }
-        let [w, q] = pair.map(|array| as_float64(&array));
-        Ok(Weights::F64([View::new(w?.cast()?)?, View::new(q?.cast()?)?]))
-    }
-}
-
-/// What numpy calls the dtypes that have a type here.
-const KNOWN: &[u8] = b"bBhHiIlqLQefd";
-
-/// The object as an array that is aligned, in native byte order, and of a dtype in the table above.
-fn untyped<'py>(object: &Bound<'py, PyAny>, name: impl Fn() -> String) -> PyResult<Bound<'py, PyUntypedArray>> {
+/// The object as an array that [`AnyView::new`] takes; TypeError where its dtype is none of those.
+pub fn native<'py>(object: &Bound<'py, PyAny>, name: &dyn Fn() -> String) -> PyResult<Bound<'py, PyUntypedArray>> {
     if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
-        let dtype = array.dtype();
-        let known = KNOWN.contains(&dtype.char());
-        if known && array.is_aligned() && dtype.is_native_byteorder() != Some(false) {
+        let known = match kind(&array.dtype())? {
+            Kind::Numpy(b'i' | b'u', 1..=8) | Kind::Numpy(b'f', 2 | 4 | 8) => true,
+            Kind::Numpy(..) | Kind::Other => false,
+            Kind::Bfloat16 | Kind::Int4 | Kind::UInt4 => true,
+        };
+        if known && fits(array) {
             return Ok(array.clone());
         }
     }
-    let native = object.py().import("biascorr.reference")?.call_method1("native", (object, name()))?;
-    Ok(native.cast_into::<PyUntypedArray>()?)
+    let reference = object.py().import("biascorr.reference")?;
+    let array = reference.call_method1("native", (object, name()))?;
+    let array = array.cast_into::<PyUntypedArray>()?;
+    if fits(&array) { Ok(array) } else { Ok(array.call_method0("copy")?.cast_into::<PyUntypedArray>()?) }
+}
+
+pub fn is_f32(array: &Bound<'_, PyUntypedArray>) -> bool {
+    matches!(kind(&array.dtype()), Ok(Kind::Numpy(b'f', 4)))
+}
+
+pub fn as_float64<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let py = array.py();
+    let copy = [("copy", false)].into_py_dict(py)?;
+    let wide = array.call_method("astype", ("float64",), Some(&copy))?;
+    Ok(wide.cast_into::<PyUntypedArray>()?)
+}
+
+/// A float32 or float64 array, as it is.
+pub enum Reals<'py> {
+    F32(View<'py, f32>),
+    F64(View<'py, f64>),
+}
+
+impl<'py> Reals<'py> {
+    pub fn new(object: &Bound<'py, PyAny>, name: &'static str) -> PyResult<Self> {
+        let array = object.cast::<PyUntypedArray>().map_err(|_| wrong_dtype(object, name, "float32 or float64"))?;
+        match kind(&array.dtype())? {
+            Kind::Numpy(b'f', 4) => Ok(Reals::F32(View::new(array, &|| name.to_owned())?)),
+            Kind::Numpy(b'f', 8) => Ok(Reals::F64(View::new(array, &|| name.to_owned())?)),
+            _ => Err(wrong_dtype(object, name, "float32 or float64")),
+        }
+    }
+}
+
+/// Makes rust-numpy find its way to numpy, and to other modules that borrow arrays. At the first use, another thread could fork
+/// meanwhile, and leave its child waiting for an end of it. (For the same reason, nothing here is interned: the macro lets other
+/// threads run.)
+pub fn meet_numpy(py: Python<'_>) -> PyResult<()> {
+    zeros::<u8>(py, &[1])?.try_readonly()?;
+    Ok(())
+}
+
+/// A new array of zeros in C order. MemoryError where there is no room for it.
+pub fn zeros<'py, T: NumpyElement>(py: Python<'py>, shape: &[usize]) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    let zeros = py.import("numpy")?.call_method1("zeros", (shape, dtype::<T>(py)))?;
+    Ok(zeros.cast_into::<PyArrayDyn<T>>()?)
+}
+
+/// Values as an array of one axis.
+pub fn array_of<T: NumpyElement>(py: Python<'_>, values: impl ExactSizeIterator<Item = T>) -> Bound<'_, PyAny> {
+    /// Up to here an array that owns its memory is made faster than one around a `Vec`.
+    const FEW: usize = 1024;
+    let values: Vec<T> = values.collect();
+    if values.len() <= FEW {
+        PyArray1::from_slice(py, &values).into_any()
+    } else {
+        PyArray1::from_vec(py, values).into_any()
+    }
 }
