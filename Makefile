@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test bench quality instructions lint format clean
+.PHONY: demo test bench quality instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,24 @@ quality: $(VENV)/built
 # Needs valgrind.
 instructions: $(VENV)/installed
 	$(BIN)/python tests/instructions.py
+
+# The kernels under AddressSanitizer, which the toolchain has but does not offer by itself, in every tier of this CPU.
+memcheck: export RUSTC_BOOTSTRAP = 1
+memcheck: export RUSTFLAGS = -Zsanitizer=address
+memcheck: export ASAN_OPTIONS = allocator_may_return_null=1
+memcheck: HOST = $(shell rustc -vV | sed -n 's/host: //p')
+memcheck: SANITIZED = --quiet --no-default-features --target $(HOST) --target-dir target/asan
+memcheck:
+	cargo build $(SANITIZED) --example instructions
+	for tier in baseline $(if $(findstring x86_64,$(HOST)),avx2 avx512); do \
+		export BIASCORR_MAX_ISA=$$tier && cargo test $(SANITIZED) --lib || exit 1; \
+		cases=$$(target/asan/$(HOST)/debug/examples/instructions --list) || exit 1; \
+		for case in $$cases; do \
+			for elements in 1 1021 66047; do \
+				target/asan/$(HOST)/debug/examples/instructions $$case $$elements >/dev/null || exit 1; \
+			done; \
+		done; \
+	done
 
 lint: $(VENV)/built
 	cargo fmt --check
