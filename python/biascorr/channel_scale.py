@@ -204,8 +204,10 @@ def _check_count(factors: NDArray[np.float64] | None, name: str, channels: int) 
 
 
 def _check_magnitudes(factors: NDArray[np.float64] | None) -> None:
-    wrong = [] if factors is None else np.flatnonzero(~((factors >= 0) & np.isfinite(factors)))
-    if len(wrong) and factors is not None:
+    if factors is None:
+        return
+    wrong = np.flatnonzero(~((factors >= 0) & np.isfinite(factors)))
+    if len(wrong):
         raise ValueError(f"factors[{wrong[0]}]: {factors[wrong[0]]}, expected a finite number of at least 0")
 
 

@@ -14,7 +14,8 @@ use numpy::{
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyWeakrefReference};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{IntoPyDict, PyString, PyWeakrefReference};
 
 use super::detach::detached;
 use crate::accumulate::{Compensated, Element, Int4, SumOf, UInt4};
@@ -35,7 +36,7 @@ pub struct View<'py, E> {
     /// Read-only, of every byte from the first element to the last; None where there are no elements.
     _borrow: Option<PyReadonlyArray1<'py, u8>>,
     /// numpy resizes no array that something refers to weakly, not even with `refcheck=False`.
-    _pins: Vec<Bound<'py, PyWeakrefReference>>,
+    _pin: Option<Bound<'py, PyWeakrefReference>>,
 }
 
 impl<'py, E: Element> View<'py, E> {
@@ -49,7 +50,7 @@ impl<'py, E: Element> View<'py, E> {
         #[expect(unsafe_code, reason = "numpy owns the memory")]
         // SAFETY: only the address is read, which arrays of all dtypes have in one place.
         let base = unsafe { array.cast_unchecked::<PyArrayDyn<u8>>() }.data().cast::<E>().cast_const();
-        let (mut borrow, mut pins) = (None, Vec::new());
+        let (mut borrow, mut pin) = (None, None);
         if !shape.contains(&0) {
             let reach = |(&len, &stride): (&usize, &isize)| (len as isize - 1).wrapping_mul(stride);
             let (before, after) =
@@ -57,7 +58,7 @@ impl<'py, E: Element> View<'py, E> {
                     (before.saturating_add(reach.min(0)), after.saturating_add(reach.max(0)))
                 });
             let len = after.saturating_sub(before).saturating_add(size_of::<E>() as isize) as usize;
-            pins = pinned(array)?;
+            pin = Some(pinned(array)?);
             #[expect(unsafe_code, reason = "as above")]
             // SAFETY: numpy says that elements are that far from the first one; the view keeps the array alive, and is only
             // ever asked for its address.
@@ -69,7 +70,7 @@ impl<'py, E: Element> View<'py, E> {
                 PyValueError::new_err(format!("{}: borrowed for writing by another extension module", name()))
             })?);
         }
-        Ok(View { py: array.py(), base, shape, strides, _borrow: borrow, _pins: pins })
+        Ok(View { py: array.py(), base, shape, strides, _borrow: borrow, _pin: pin })
     }
 
     fn elements(&self) -> Elements<'_, E> {
@@ -137,15 +138,20 @@ pub fn wrong_dtype(object: &Bound<'_, PyAny>, name: &str, expected: &str) -> PyE
     PyTypeError::new_err(format!("{name}: {found}, expected an array of {expected}"))
 }
 
+/// The name of an attribute, made by [`meet_numpy`].
+static BASE: PyOnceLock<Py<PyString>> = PyOnceLock::new();
+
 /// What keeps numpy from resizing the array that owns the elements of this one.
-fn pinned<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Vec<Bound<'py, PyWeakrefReference>>> {
-    let mut pins = vec![PyWeakrefReference::new(array)?];
-    let mut base = array.getattr("base")?;
+fn pinned<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyWeakrefReference>> {
+    let py = array.py();
+    let base_of =
+        |array: &Bound<'py, PyAny>| array.getattr(BASE.get_or_init(py, || PyString::new(py, "base").unbind()));
+    let (mut owner, mut base) = (array.clone().into_any(), base_of(array)?);
     while base.is_instance_of::<PyUntypedArray>() {
-        pins.push(PyWeakrefReference::new(&base)?);
-        base = base.getattr("base")?;
+        let next = base_of(&base)?;
+        owner = std::mem::replace(&mut base, next);
     }
-    Ok(pins)
+    PyWeakrefReference::new(&owner)
 }
 
 /// Whether all elements are aligned, in native byte order, and a whole number of elements apart.
@@ -361,12 +367,11 @@ impl<'py> Reals<'py> {
     }
 }
 
-/// Makes rust-numpy find its way to numpy, and to other modules that borrow arrays. At the first use, another thread could fork
-/// meanwhile, and leave its child waiting for an end of it. (For the same reason, nothing here is interned: the macro lets other
-/// threads run.)
+/// Makes once what any view needs: the ways of rust-numpy to numpy, and to other modules that borrow arrays. At the first use,
+/// another thread could fork meanwhile, and leave its child waiting for an end of it. (For the same reason, nothing here uses
+/// `intern!`, which lets other threads run.)
 pub fn meet_numpy(py: Python<'_>) -> PyResult<()> {
-    zeros::<u8>(py, &[1])?.try_readonly()?;
-    Ok(())
+    View::<u8>::new(zeros::<u8>(py, &[1])?.as_untyped(), &String::new).map(drop)
 }
 
 /// A new array of zeros in C order. MemoryError where there is no room for it.
