@@ -26,8 +26,9 @@ build/wheelhouse: $(VENV)/installed
 	$(BIN)/python -m pip download --quiet --only-binary :all: --dest $@ "numpy>=1.24"
 	touch $@
 
+# Draws build/demo.png, or PICTURE=docs/demo.png: the README's. NETWORK=net.onnx DATA=samples.npz: your network.
 demo: $(VENV)/built $(VENV)/network
-	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
 
 test: $(VENV)/built build/wheelhouse
 	cargo test --quiet --no-default-features
@@ -36,7 +37,7 @@ test: $(VENV)/built build/wheelhouse
 bench: $(VENV)/built
 	$(BIN)/python benches/bench.py $(BENCH)
 
-# What correction does to a network of yours beside NNCF's: NETWORK=net.onnx SAMPLES=a.npy HELD_OUT=b.npy.
+# What correction does to your network, beside NNCF's correction: NETWORK=net.onnx SAMPLES=a.npy HELD_OUT=b.npy.
 quality: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --group quality
 	$(BIN)/python benches/quality.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)

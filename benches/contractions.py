@@ -14,7 +14,7 @@ except ImportError:
     torch = None
 
 BLOCK_BYTES = 256 << 10
-"""What numpy works through at a time, so that its temporaries stay in the cache."""
+"""Bytes that numpy works on at a time, so that its temporaries stay in the cache."""
 
 MATRICES = [(layout, shape) for shape in ((4096, 4096), (4096, 11008)) for layout in ("IO", "OI")]
 
@@ -55,7 +55,7 @@ def input_mean(layout: str, shape: tuple[int, ...]) -> tuple[str, Array]:
 
 
 def contraction(layout: str, shape: tuple[int, ...], step: int = 1, calls: int = 0) -> Row:
-    """Of float32 weights, every `step`-th of the first axis."""
+    """The row of float32 weights, every `step`-th of the first axis."""
     weights = random_reals(shape)
     quantized = fake_quantize(weights, Quantization(scale=31.0))[::step]
     weights = weights[::step]
@@ -83,7 +83,7 @@ def contraction(layout: str, shape: tuple[int, ...], step: int = 1, calls: int =
 
 
 def matrix(layout: str, weights: Array, mean: Array) -> tuple[Array, Array]:
-    """Weights as a matrix with the outputs along their own axis, and the mean of what the other axis stands for."""
+    """Weights as a matrix with the outputs along one axis, and the mean of each element of the other axis."""
     if layout[-1] == "O":
         rows = weights.reshape(-1, weights.shape[-1])
         return rows, np.tile(mean, len(rows) // mean.size)
@@ -107,7 +107,7 @@ def matrix_products(layout: str, weights: Array, quantized: Array, mean: Array) 
 
 
 def grouped_products(einsum: str, weights: Array, quantized: Array, mean: Array) -> dict[str, Expression]:
-    """With groups there is no one matrix, but the sum over space is one."""
+    """With groups, the whole is no one matrix product, but the sum over space is."""
     taps = weights.shape[0] * weights.shape[1]
     ones = np.ones(taps, np.float32)
 
@@ -129,7 +129,7 @@ def torch_contraction(einsum: str, weights: Array, quantized: Array, mean: Array
 
 
 def fused_contraction(layout: str, shape: tuple[int, ...], per_channel: bool) -> Row:
-    """Of float32 weights that are quantized on the way; scales are powers of two, so that float32 and float64 round alike."""
+    """The row of float32 weights quantized on the way; scales are powers of two, so that float32 and float64 round alike."""
     weights = random_reals(shape)
     mean = random_reals((shape[layout.index("I")],))
     outputs = shape[layout.index("O")]

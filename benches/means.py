@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from biascorr import Quantization, prepare_input_mean
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
 from measure import Array, Expression, Row, Rows
 
 try:
@@ -17,7 +18,7 @@ except ImportError:
     torch = None
 
 CACHE_BYTES = 512 << 10
-"""Fits the second level of cache of a core."""
+"""Bytes that fit into the second level of cache of a core."""
 
 QUANTIZATION = Quantization(scale=37.5, zero_point=-3)
 DTYPES = ("int8", "uint8", "int16", "float16", "bfloat16", "float32")

@@ -1,4 +1,4 @@
-"""How a row is timed: all of its expressions and the machine's read bandwidth, in bursts that take turns."""
+"""Times a row: all of its expressions and the machine's read bandwidth, in bursts that take turns."""
 
 import functools
 import statistics
@@ -18,19 +18,20 @@ Expression = Callable[[], Any]
 
 BURST_SECONDS, REST_SECONDS = 0.06, 0.05
 SLOW_SECONDS, ENOUGH_SECONDS = 0.1, 0.5
-"""A call that takes so long needs no warming up; a burst that takes so long is enough."""
+"""Seconds of a call that needs no warming up, and of the bursts of an expression that are enough."""
 HOPELESS = 2
-"""An expression so many times slower than the fastest of its kind at first sight is not timed."""
+"""An expression whose first call takes so many times as long as the fastest is not timed."""
 
 PROBE_BYTES = 128 << 20
-"""What a call of the probe reads at least, so that starting its threads does not count."""
+"""Bytes that a call of the probe reads at least, so that starting its threads does not count."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to time: ours, the code a user would write, and better numpy, all with the same result.
+    """Expressions with the same result to time: ours, the code that a user would write, and better numpy.
 
-    `bytes_read` is what ours has to read. Where `calls` is set it is so little that the time is reported, divided by `calls`.
+    `bytes_read` is what ours has to read. Where `calls` is set, that is so little that not
+    the rate is reported, but the time divided by `calls`.
     """
 
     ours: Expression
@@ -43,12 +44,12 @@ class Row:
 
 
 Rows = Iterator[tuple[str, Callable[[], Row]]]
-"""Names of rows, and what makes them: arrays live only while their row is timed."""
+"""Names of rows, and functions that make them: arrays live only while their row is timed."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a row: of ours and of reading as many bytes, per number of threads; of the others."""
+    """Seconds of a row: of ours and of reading the same bytes, by number of threads; of the others."""
 
     ours: dict[int, float]
     probe: dict[int, float]
@@ -59,7 +60,7 @@ class Times:
 
 
 def measured(row: Row, threads: list[int], bursts: int, largest: int) -> Times:
-    """The row's times, after a check that all give what the twin gives."""
+    """The times of a row, after a check that all expressions agree with the twin."""
     numpy = {name: row.numpy[name] for name in contenders(row)}
     expressions = {(name, 0): expression for name, expression in numpy.items()} | {("twin", 0): row.twin}
     if row.torch:

@@ -1,12 +1,12 @@
-"""What correction does to a network that a quantizer made: how near its outputs on held-out samples are, and seconds.
+"""Measures what correction does to a quantized network: how near its outputs for held-out samples come, and seconds.
 
     python benches/quality.py NETWORK.onnx SAMPLES HELD_OUT [--quantizer nncf] [--weights tensor] [--equalize]
 
-SAMPLES calibrate quantizer and correction, HELD_OUT judge: .npy files with samples along the first axis, of a model with one
-input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours), onnxruntime (`quantize_static`), and simulation:
+SAMPLES calibrate quantizer and correction, HELD_OUT are scored: .npy files with samples along the first axis, for a model with
+one input. Quantizers are NNCF (int8 QDQ, its own bias correction beside ours), onnxruntime (`quantize_static`), and simulation:
 8-bit weights over their whole range, float activations. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all outputs and
-samples; top-1 is the share of samples with the same greatest output, where there are more than ten. The graphs run as they
-are, without any optimization. What one pass over SAMPLES takes is measured with onnxruntime's defaults.
+samples; top-1 is the share of samples with the same greatest output, where there are more than ten. The graphs run as they are,
+without any optimization. The seconds of one pass over SAMPLES are those of onnxruntime with its defaults.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from biascorr.correction.simulation import simulated
 Array = NDArray[Any]
 
 MANY_CLASSES = 10
-"""With no more, top-1 is nearly always the same."""
+"""With no more classes, top-1 is nearly always the same."""
 
 
 def parse_options() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants as initializers: quantizers look for weights nowhere else."""
+    """Makes initializers of constants: quantizers look for weights nowhere else."""
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
@@ -65,7 +65,7 @@ def with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def by_nncf(model: onnx.ModelProto, batches: list[dict[str, Array]], per_channel: bool, correction: str) -> onnx.ModelProto:
-    """As NNCF quantizes a model, with its fast, its full or no bias correction."""
+    """Quantizes a model by NNCF, with its fast, its full or no bias correction."""
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
 
@@ -88,7 +88,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def by_onnxruntime(model: onnx.ModelProto, batches: list[dict[str, Array]], per_channel: bool) -> onnx.ModelProto:
-    """As onnxruntime quantizes convolutions and matrix products, ranges by minimum and maximum."""
+    """Quantizes convolutions and matrix products by onnxruntime, ranges by minimum and maximum."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.onnx"
         layers = ["Conv", "ConvTranspose", "MatMul", "Gemm"]
@@ -108,7 +108,7 @@ def outputs(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> Iterator
 
 
 def scores(expected: list[Array], found: Iterator[Array], classifies: bool) -> list[str]:
-    """SQNR, and top-1 agreement of what classifies."""
+    """SQNR, and top-1 agreement where the network classifies."""
     signal = noise = 0.0
     equal = []
     for r, q in zip(expected, found, strict=True):
@@ -132,7 +132,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def one_pass(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> None:
-    """As fast as onnxruntime is."""
+    """Runs all batches as fast as onnxruntime can."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for feeds in batches:
         session.run(None, feeds)
@@ -148,7 +148,7 @@ class Quantizer:
         self._batches = batches
 
     def quantized(self, model: onnx.ModelProto, correction: str = "none") -> onnx.ModelProto:
-        """Corrected by NNCF, if by anyone."""
+        """The quantized model, with one of NNCF's corrections where that is asked for."""
         if self._kind == "simulated":
             return simulated(network_from_model(model, "model"), self._params, ()).model
         copy = onnx.ModelProto.FromString(model.SerializeToString())
@@ -157,7 +157,7 @@ class Quantizer:
         return by_onnxruntime(copy, self._batches, self._per_channel)
 
     def corrected(self, model: onnx.ModelProto, quantized: onnx.ModelProto, method: str) -> tuple[str, onnx.ModelProto]:
-        """What corrected it, and what came of it."""
+        """The method that corrected a model, and the result."""
         if self._kind == "simulated":
             result = biascorr.correct(model, self._batches, quant_params=self._params, method=method)
             return result.method, self.quantized(result.model)
@@ -166,11 +166,11 @@ class Quantizer:
 
 
 Row = tuple[str, onnx.ModelProto, float]
-"""What was done to a network, the model that came of it, and the seconds that took."""
+"""What was done to a network, the resulting model, and the seconds it took."""
 
 
 def variants(options: argparse.Namespace, batches: list[dict[str, Array]]) -> Iterator[Row]:
-    """The network, and what equalization makes of it: with its batch normalizations folded, which comes first, and with all."""
+    """The network; where equalization is asked for, also with its batch normalizations folded, and equalized."""
     network = with_initializers(onnx.load(options.network))
     yield "", network, 0.0
     if options.equalize:

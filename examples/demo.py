@@ -1,10 +1,10 @@
-"""Quantize a network, correct its biases with `biascorr correct`, and judge float, quantized and corrected.
+"""Quantize a network, correct its biases with `biascorr correct`, and score float, quantized and corrected.
 
-    python examples/demo.py                                          reads text lines, draws docs/demo.png
+    python examples/demo.py                                          reads text lines, draws build/demo.png
     python examples/demo.py --network net.onnx --data samples.npz    any network; input name -> array (N, ...)
 
-What calibrates never judges. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB, summed over all outputs for all judging
-feeds, with r from the float network and q from the judged one.
+The samples that calibrate are not scored. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB, summed over all outputs for
+all held-out feeds, with r from the float network and q from the scored one.
 """
 
 import argparse
@@ -35,18 +35,18 @@ Feed = dict[str, Array]
 Answers = dict[str, list[Any]]
 
 MODELS = "float", "quantized", "corrected"
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "demo.png"
+PICTURE = Path(__file__).resolve().parent.parent / "build" / "demo.png"
 
 
 class ReadLines:
-    """PP-OCRv4's text recognizer on rendered lines: 64 calibrate, 150 others judge."""
+    """PP-OCRv4's text recognizer on rendered lines: 64 calibrate, 150 are held out."""
 
     def __init__(self) -> None:
         self.network = onnx.load(text_lines.network_path())
         self.characters = text_lines.characters_of(self.network)
         self.lines = text_lines.render_lines(150, seed=1)
         self.calibration = [{"x": pixels} for _, pixels in text_lines.render_lines(64, seed=0)]
-        self.judging = [{"x": pixels} for _, pixels in self.lines]
+        self.held_out = [{"x": pixels} for _, pixels in self.lines]
 
     def answer(self, outputs: list[Array]) -> str:
         return text_lines.read_line(outputs[0], self.characters)
@@ -62,12 +62,12 @@ class ReadLines:
 
 
 class MatchFloat:
-    """Any network on any samples: every second batch calibrates, the others judge."""
+    """Any network on any samples: every second batch calibrates, the others are held out."""
 
     def __init__(self, network: Path, data: Path) -> None:
         self.network = onnx.load(network)
         feeds = feeds_from_samples(self.network, data)
-        self.calibration, self.judging = feeds[::2], feeds[1::2]
+        self.calibration, self.held_out = feeds[::2], feeds[1::2]
 
     def answer(self, outputs: list[Array]) -> Array:
         return np.ravel(outputs[0].argmax(axis=-1))
@@ -78,7 +78,7 @@ class MatchFloat:
         return {"top-1 as float": [f"{share:.1%}" for share in agreement]}
 
 
-# `answer` is what the outputs of one run say; `columns` maps a column of the table to one cell per model.
+# `answer` reads the outputs of one run; `columns` maps a column of the table to one cell per model.
 Task = ReadLines | MatchFloat
 
 
@@ -159,12 +159,12 @@ def correct(folder: Path) -> None:
         sys.exit(code)
 
 
-def judge(task: Task, folder: Path) -> tuple[Answers, list[str]]:
-    """Each model's answers to the judging feeds, and its SQNR."""
+def score(task: Task, folder: Path) -> tuple[Answers, list[str]]:
+    """Each model's answers to the held-out feeds, and its SQNR."""
     sessions = {name: ort.InferenceSession(folder / f"{name}.onnx") for name in MODELS}
     answers: Answers = {name: [] for name in MODELS}
     signal, noise = 0.0, dict.fromkeys(MODELS, 0.0)
-    for feed in task.judging:
+    for feed in task.held_out:
         outputs = {name: session.run(None, feed) for name, session in sessions.items()}
         signal += energy(outputs["float"])
         for name in MODELS:
@@ -199,7 +199,7 @@ def table_from_columns(columns: dict[str, list[str]]) -> Table:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Judge a float network, quantized, and with corrected biases.")
+    parser = argparse.ArgumentParser(description="Score a float network, quantized, and with corrected biases.")
     parser.add_argument("--network", type=Path, help="a float ONNX network; without it, lines of text are read")
     parser.add_argument("--data", type=Path, help="the network's samples: .npz of input name -> array (N, ...)")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where the text lines go (default: %(default)s)")
@@ -223,11 +223,12 @@ def main() -> None:
         quantize_seconds = timed(quantize, task, folder)
         console.print("[bold]correct[/]")
         correct_seconds = timed(correct, folder)
-        console.print(f"[bold]judge[/] with {len(task.judging)} other batches")
-        answers, sqnr = judge(task, folder)
+        console.print(f"[bold]score[/] with {len(task.held_out)} other batches")
+        answers, sqnr = score(task, folder)
     seconds = ["", f"{quantize_seconds:.1f}", f"{correct_seconds:.1f}"]
     console.print(table_from_columns({**task.columns(answers), "SQNR, dB": sqnr, "seconds": seconds}))
     if isinstance(task, ReadLines):
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
         text_lines.save_picture(options.picture, task.lines, answers)
         console.print(f"picture: {options.picture}", soft_wrap=True, markup=False)
 

@@ -19,7 +19,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 
 from biascorr import Correction, Quantization, QuantParams, correct, fake_quantize
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.graph.network import Layer
+from biascorr.graph.layer import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -115,7 +115,7 @@ def layers_of(model: onnx.ModelProto) -> dict[str, Layer]:
 
 def magnitudes(layer: Layer) -> tuple[Array, Array]:
     """The largest absolute weight of each output channel and of each input channel, of all groups."""
-    flat = np.abs(layer.weights.astype(np.float64)).reshape(*layer.weights.shape[:2], -1).max(axis=2)
+    flat = np.abs(np.asarray(layer.weights, np.float64)).reshape(*layer.weights.shape[:2], -1).max(axis=2)
     own = flat.max(axis=1)
     other = flat.reshape(layer.groups, -1, flat.shape[1]).max(axis=1).ravel()
     return (own, other) if layer.layout.startswith("O") else (other, own)
@@ -123,7 +123,7 @@ def magnitudes(layer: Layer) -> tuple[Array, Array]:
 
 def kernel_sums(layer: Layer) -> Array:
     """What each output channel (rows) multiplies a constant input channel by, groups as blocks."""
-    blocks = layer.weights.astype(np.float64).reshape(*layer.weights.shape[:2], -1).sum(axis=2)
+    blocks = np.asarray(layer.weights, np.float64).reshape(*layer.weights.shape[:2], -1).sum(axis=2)
     parts = [part if layer.layout.startswith("O") else part.T for part in np.split(blocks, layer.groups)]
     outputs, inputs = parts[0].shape
     dense = np.zeros((layer.channels, layer.input_channels))

@@ -241,7 +241,8 @@ def test_memory_that_cannot_be_had_is_an_error(name):
 import numpy as np
 from biascorr import ChannelMean, MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean
 from biascorr.channel_scale import channel_ranges, scaled_channels
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
 broadcast = np.broadcast_to
 for HUGE in (1 << 40, 1 << 29):
     try:
@@ -258,7 +259,8 @@ def test_near_the_limit_of_memory_either_all_is_computed_or_nothing(of):
     code = f"""
 import numpy as np
 from biascorr import MeanBiasCorrector, prepare_input_mean
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
 def taps(size):
     means = TapMean(Window((1,), (1,), (1,), ((0, 0),)))
     means.update(np.broadcast_to(np.float32(1), (1, size, 1)))

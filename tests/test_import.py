@@ -10,11 +10,12 @@ import time
 import pytest
 
 import biascorr
-from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams
+from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
 from biascorr.correction.correct import Correction, correct
 from biascorr.correction.quant_params import QuantParams
-from biascorr.graph.batch_norms import ConvBnInfoType, find_all_convs_bn_with_activation
-from biascorr.graph.network import ActivationType, LayerReport
+from biascorr.graph.batch_norms import ConvBnInfoType
+from biascorr.graph.operations import ActivationType
+from biascorr.graph.reasons import LayerReport
 
 LATER = ("onnx", "onnxruntime", "rich", "typer", "biascorr.correction", "biascorr.graph", "biascorr.adapters.onnx")
 LONGEST = 15e-3

@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 from biascorr import MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean, set_num_threads
 from biascorr.channel_scale import channel_ranges, scaled_channels
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
 
 rng = np.random.default_rng(0)
 real = rng.standard_normal((2, 300, 70, 33))
@@ -286,7 +287,8 @@ import ml_dtypes
 import numpy as np
 from biascorr import MeanBiasCorrector, Quantization, prepare_input_mean
 from biascorr.channel_scale import channel_ranges
-from biascorr.statistics import TapMean, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
 bytes = np.ones(128 << 20, np.uint8)
 taps = TapMean(Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))))
 weights, quantized = np.ones((4096, 4096), np.float32), np.zeros((4096, 4096), np.float32)

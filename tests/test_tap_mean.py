@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from arrays import LAYOUTS, random_array
 from biascorr import MeanBiasCorrector, Quantization
-from biascorr.statistics import TapMean, TransposedWindow, Window
+from biascorr.statistics import TapMean
+from biascorr.windows import TransposedWindow, Window
 from comparisons import COMPARISONS
 
 TAPS = COMPARISONS["tap_sums"]

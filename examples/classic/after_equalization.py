@@ -1,4 +1,4 @@
-"""All layers of an equalized model: those behind a batch normalization, which is folded away, by what it told of their input.
+"""Correct all layers of an equalized model, those after a batch normalization, now folded, by the mean input that it gave.
 
 python examples/classic/after_equalization.py [MODEL.onnx SAMPLES.npy]
 """
@@ -19,7 +19,7 @@ params = BiasCorrectionParams(
 quant_params = QuantParams(quant_mode="tf_enhanced", round_mode="nearest", weight_bits=4)
 conv_bn_dict = find_all_convs_bn_with_activation(model)
 
-equalized = equalize_model(model, conv_bn_dict=conv_bn_dict)  # which brings the dictionary up to date
+equalized = equalize_model(model, conv_bn_dict=conv_bn_dict)  # which updates the dictionary
 corrected = BiasCorrection.correct_bias(
     equalized, params, quant_params, batches, conv_bn_dict=conv_bn_dict, perform_only_empirical_bias_corr=False
 )

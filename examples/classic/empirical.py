@@ -1,4 +1,4 @@
-"""All layers, each corrected by what its mean output is with quantized weights and what it was before.
+"""Correct all layers, each by the difference between its float and its quantized mean output.
 
 python examples/classic/empirical.py [MODEL.onnx SAMPLES.npy]
 """

@@ -1,4 +1,4 @@
-"""All layers: those behind a batch normalization are corrected by what it tells of their input, the others empirically.
+"""Correct all layers: those after a batch normalization by the mean input that it gives, the others empirically.
 
 python examples/classic/empirical_and_analytical.py [MODEL.onnx SAMPLES.npy]
 """

@@ -1,4 +1,4 @@
-"""One layer, corrected without data by what the batch normalization before it tells of its input.
+"""Correct one layer without data, by the mean input that the batch normalization before it gives.
 
 python examples/classic/one_layer_analytical.py [MODEL.onnx SAMPLES.npy]
 """

@@ -1,4 +1,4 @@
-"""One layer, corrected by its mean output with quantized weights and without; here the last one of the model.
+"""Correct one layer, here the last one, by the difference between its float and its quantized mean output.
 
 python examples/classic/one_layer_empirical.py [MODEL.onnx SAMPLES.npy]
 """

@@ -1,7 +1,7 @@
-"""What the recipes work on, and what they print.
+"""The model and samples of the recipes, and what they print.
 
-Without arguments: a small network of convolutions with batch normalizations, and random images. With two: the path of a float
-ONNX model with one input, and that of an .npy file with samples along the first axis.
+Without arguments, they are a small network of convolutions with batch normalizations and random images. With two arguments,
+they are read: a float ONNX model with one input, and an .npy file with samples along the first axis.
 """
 
 import sys
@@ -26,14 +26,14 @@ def model_and_batches() -> tuple[onnx.ModelProto, list[np.ndarray]]:
 
 
 def names_of(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
-    """Its inputs and outputs."""
+    """The names of the inputs and outputs of a model."""
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in constants]
     return inputs, [value.name for value in model.graph.output]
 
 
 def small_network(images: np.ndarray) -> onnx.ModelProto:
-    """conv -> norm -> relu -> depthwise -> norm -> relu -> conv, normalized by what these images make of it."""
+    """conv -> norm -> relu -> depthwise -> norm -> relu -> conv, with the statistics that these images give."""
     rng = np.random.default_rng(0)
     shapes = {"conv_w": (8, 3, 3, 3), "depthwise_w": (8, 1, 3, 3), "head_w": (4, 8, 1, 1), "conv_b": (8,), "head_b": (4,)}
     constants = {name: rng.normal(0.1, 0.5, shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Takes the bias that quantization leaves in neural networks out again.
+"""Bias correction for quantized neural networks.
 
 Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`, :class:`MeanBiasCorrector` and its relatives,
 :func:`fake_quantize`. Whole models: :func:`correct`, :func:`equalize`, :class:`QuantParams`, and the classic
@@ -21,7 +21,7 @@ from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantiz
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
-    from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams
+    from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
     from biascorr.correction.correct import Correction, correct
     from biascorr.correction.quant_params import QuantParams
     from biascorr.equalization.classic import (
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
         fold_given_batch_norms,
     )
     from biascorr.equalization.equalize import Equalization, equalize
-    from biascorr.graph.batch_norms import ConvBnInfoType, find_all_convs_bn_with_activation
-    from biascorr.graph.network import ActivationType, LayerReport
+    from biascorr.graph.batch_norms import ConvBnInfoType
+    from biascorr.graph.operations import ActivationType
+    from biascorr.graph.reasons import LayerReport
 
 __all__ = [
     "ActivationType",
@@ -74,7 +75,7 @@ __version__ = _build_info()[0]
 
 if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an attribute of this module
     _MODULE_OF = {
-        "ActivationType": "biascorr.graph.network",
+        "ActivationType": "biascorr.graph.operations",
         "BiasCorrection": "biascorr.correction.classic",
         "BiasCorrectionParams": "biascorr.correction.classic",
         "ClsSetInfo": "biascorr.equalization.classic",
@@ -84,12 +85,12 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "CrossLayerScaling": "biascorr.equalization.classic",
         "Equalization": "biascorr.equalization.equalize",
         "HighBiasFold": "biascorr.equalization.classic",
-        "LayerReport": "biascorr.graph.network",
+        "LayerReport": "biascorr.graph.reasons",
         "QuantParams": "biascorr.correction.quant_params",
         "correct": "biascorr.correction.correct",
         "equalize": "biascorr.equalization.equalize",
         "equalize_model": "biascorr.equalization.classic",
-        "find_all_convs_bn_with_activation": "biascorr.graph.batch_norms",
+        "find_all_convs_bn_with_activation": "biascorr.correction.classic",
         "fold_all_batch_norms": "biascorr.equalization.classic",
         "fold_given_batch_norms": "biascorr.equalization.classic",
     }

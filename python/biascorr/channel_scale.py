@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
+from biascorr.arguments import checked_groups
 
 _BLOCK = 1 << 17
 """Weights worked on at a time: in float64 they are 1 MB, which stays in the cache."""
@@ -71,7 +72,7 @@ def channel_ranges(
     """
     if axis not in ("O", "I"):
         raise ValueError(f"axis: {axis!r}, expected 'O' or 'I'")
-    weights, groups, factors = _checked_weights(weights), _checked_groups(groups), _factors(factors, "factors")
+    weights, groups, factors = _checked_weights(weights), checked_groups(groups), _factors(factors, "factors")
     count = dict(zip("OI", _kernels.channel_counts(weights.shape, layout, groups)))
     other = "I" if axis == "O" else "O"
     _check_count(factors, "factors", count[other])
@@ -126,7 +127,7 @@ def scaled_channels(
     array([[ 1., -1.],
            [ 4.,  1.]])
     """
-    weights, groups = _checked_weights(weights), _checked_groups(groups)
+    weights, groups = _checked_weights(weights), checked_groups(groups)
     factors = {"O": _factors(output_factors, "output_factors"), "I": _factors(input_factors, "input_factors")}
     counts = _kernels.channel_counts(weights.shape, layout, groups)
     for name, each, count in zip(("output_factors", "input_factors"), factors.values(), counts):
@@ -218,14 +219,6 @@ def _checked_weights(weights: ArrayLike) -> NDArray[Any]:
     if weights.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(f"weights: dtype {weights.dtype}, expected floating point")
     return weights
-
-
-def _checked_groups(groups: int) -> int:
-    if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
-        raise TypeError(f"groups: {type(groups).__name__}, expected an integer")
-    if not 1 <= groups < 2**31:
-        raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
-    return int(groups)
 
 
 def _factors(factors: ArrayLike | None, name: str) -> NDArray[np.float64] | None:

@@ -1,4 +1,4 @@
-"""What is added to a layer's bias to cancel the shift of its quantized weights.
+"""Corrections of a layer's bias, which cancel the shift of its quantized weights.
 
     shift[g,o] = sum over s,i of (W - Wq)[s,i,g,o] * E[x][g,i]          added to the bias, before the bias is quantized
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
+from biascorr.arguments import checked_groups
 from biascorr.quantization import Quantization, check_channels, fake_quantize, weight_grids
 from biascorr.statistics import clipped_normal_mean
 
@@ -33,7 +34,7 @@ class BiasCorrector(abc.ABC):
         weights : ndarray
             The layer's weights, in real units.
         fake_quantized_weights : ndarray
-            What they become: quantized, then dequantized; the same shape.
+            The same weights quantized, then dequantized; the same shape.
 
         Returns
         -------
@@ -84,14 +85,11 @@ class MeanBiasCorrector(BiasCorrector):
         mean = reference.native(input_mean, "input_mean")
         if mean.ndim == 0:
             raise ValueError("input_mean: 0-dimensional, expected (input channels,) or (*taps, input channels)")
-        if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
-            raise TypeError(f"groups: {type(groups).__name__}, expected an integer")
-        if not 1 <= groups < 2**31:
-            raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
+        groups = checked_groups(groups)
         if layout is not None and not isinstance(layout, str):
             raise TypeError(f"layout: {type(layout).__name__}, expected a string of axes")
         self._mean = np.array(mean, dtype=np.float64, order="C")
-        self._groups = int(groups)
+        self._groups = groups
         self._layout = layout
 
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:
@@ -102,7 +100,7 @@ class MeanBiasCorrector(BiasCorrector):
         weights : ndarray
             The layer's weights, axes as in `layout`, any strides. Not modified.
         fake_quantized_weights : ndarray
-            What they become; the same shape.
+            The same weights quantized, then dequantized; the same shape.
 
         Returns
         -------
@@ -193,7 +191,7 @@ class AnalyticalBiasCorrector(MeanBiasCorrector):
     beta, gamma : array_like, (I*G,)
         Shift and scale of the BatchNorm before the layer: its output is N(beta, gamma^2).
     activation : None, "relu", "relu6" or (low, high)
-        What is between the BatchNorm and the layer; a pair of bounds is a Clip.
+        The function between the BatchNorm and the layer; a pair of bounds is a Clip.
     groups, layout
         As in :class:`MeanBiasCorrector`.
 

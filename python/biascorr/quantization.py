@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biascorr import _kernels, reference
+from biascorr.arguments import checked_integer
 
 QUANT_MODES = ("tf", "tf_enhanced")
 """How the range of weights is found; see :meth:`Quantization.from_weights`."""
@@ -28,7 +29,7 @@ class BiasCorrectionType(enum.Enum):
     REGULAR = "regular"
     """By the mean of each layer's input, all layers in one pass."""
     ITERATIVE = "iterative"
-    """By the mean of each layer's input behind upstream layers that are quantized and corrected."""
+    """By the mean of each layer's input, measured after upstream layers were quantized and corrected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         scale, zero_point = _affine_parameters(self)
-        _check_bits(self.bits)
+        checked_integer("bits", self.bits, 2, 32)
         object.__setattr__(self, "scale", _frozen(scale))
         object.__setattr__(self, "zero_point", _frozen(zero_point.astype(np.int64)))
         object.__setattr__(self, "bits", int(self.bits))
@@ -100,7 +101,7 @@ class Quantization:
         Quantization(scale=63.5, zero_point=0, bits=8)
         """
         low, high = np.asarray(min, dtype=np.float64), np.asarray(max, dtype=np.float64)
-        _check_bits(bits)
+        checked_integer("bits", bits, 2, 32)
         if not (np.isfinite(low) & np.isfinite(high)).all() or (low > high).any():
             raise ValueError(f"min, max: {low}, {high}, expected finite and min <= max")
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
@@ -157,7 +158,7 @@ class Quantization:
         >>> Quantization.from_weights(weights, bits=4).step
         0.13714285714285715
         """
-        _check_bits(bits)
+        checked_integer("bits", bits, 2, 32)
         if mode not in QUANT_MODES:
             raise ValueError(f"mode: {mode!r}, expected {' or '.join(map(repr, QUANT_MODES))}")
         rows = _contiguous_reals(_rows(reference.native(weights, "weights"), axis))
@@ -298,12 +299,11 @@ def _checked_axis(axis: int, ndim: int) -> int:
 
 
 def _blocked_shape(quantization: Any, shape: tuple[int, ...], axis: int, block_size: Any) -> tuple[int, ...]:
-    """What scale and zero point have one value each of; raises ValueError where they have not."""
-    if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or block_size < 1:
-        raise ValueError(f"block_size: {block_size}, expected an integer of at least 1")
+    """The shape that scale and zero point must have, one value a block; raises ValueError where they have another."""
+    block_size = checked_integer("block_size", block_size, 1)
     if not shape:
         raise ValueError(f"block_size: {block_size}, the array has no axes")
-    blocked = (*shape[:axis], -(-shape[axis] // int(block_size)), *shape[axis + 1 :])
+    blocked = (*shape[:axis], -(-shape[axis] // block_size), *shape[axis + 1 :])
     for name in ("scale", "zero_point"):
         found = np.shape(getattr(quantization, name))
         if found not in ((), blocked):
@@ -348,11 +348,6 @@ def weight_grids(quantization: Any, shape: tuple[int, ...], axis: int | None, bl
 
 _LARGEST = 2.0**50
 """Zero points up to here leave f64 room for every step of a grid."""
-
-
-def _check_bits(bits: Any) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 32:
-        raise ValueError(f"bits: {bits}, expected an integer from 2 to 32")
 
 
 def check_channels(scale: Any, zero_point: Any, channels: int) -> None:

@@ -75,7 +75,7 @@ def channel_sums(sample: ArrayLike, channel_axis: int = -1) -> NDArray[Any]:
 
 
 def tap_sums(sample: ArrayLike, windows: Sequence[AxisWindow], channel_axis: int = 1) -> NDArray[Any]:
-    """What each kernel tap sees, summed over samples and output positions; zeros outside the sample.
+    """The sums that each kernel tap sees, over samples and output positions; zeros outside the sample.
 
     Parameters
     ----------
@@ -140,9 +140,9 @@ def merge_reals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDAr
 
 
 BUCKETS = 512
-"""Of the histogram that a search of ranges looks at."""
+"""Buckets of the histogram that a search of ranges looks at."""
 SATURATION_COST = 3.0
-"""Of a squared unit outside a range, in squared units inside."""
+"""Weight of a squared error outside a range, relative to one inside."""
 
 
 def quantization_range(weights: ArrayLike, bits: int, asymmetric: bool, search: bool) -> NDArray[np.float64]:

@@ -7,7 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from biascorr.calibration.data import ModelInput, batches_from_data
+from biascorr.calibration.data import batches_from_data
+from biascorr.graph.network import ModelInput
 from networks import Reader, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
 X = samples(6, 3, 6, 6)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from biascorr.calibration.data import ModelInput, batches_from_data, number_of_batches, number_of_samples
+from biascorr.calibration.data import batches_from_data, number_of_batches, number_of_samples
+from biascorr.graph.network import ModelInput
 from networks import Reader, samples
 
 X, ROWS = samples(7, 3, 4, 4), samples(7, 5)

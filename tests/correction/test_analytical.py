@@ -10,7 +10,8 @@ from biascorr import ActivationType, ConvBnInfoType
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.correction.analytical import analytical_shift, expected_input
 from biascorr.graph.batch_norms import batch_norms_around_layers
-from biascorr.graph.network import BatchNorm, Edits
+from biascorr.graph.network import Edits
+from biascorr.graph.operations import BatchNorm
 from networks import biases, channel_mean, fake_quantized, model_from_text, run, samples, weights
 
 NORM = "n = BatchNormalization<epsilon=0.0>(x, gamma, beta, mean, var)"
@@ -40,7 +41,7 @@ class Quantized:
         self.info = batch_norms_around_layers(self.float)[layer.name]
 
     def predicted(self, shape="known"):
-        shape = self.float.surroundings.shapes.get(self.layer.input) if shape == "known" else shape
+        shape = self.float.facts().shapes.get(self.layer.input) if shape == "known" else shape
         return analytical_shift(self.layer, self.weights, self.info, shape)
 
     def measured(self, x):

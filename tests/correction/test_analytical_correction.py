@@ -54,11 +54,11 @@ def test_without_data_layers_behind_a_batch_normalization_are_corrected():
         "first": None, "second": "analytical", "third": None, "last": None
     }  # fmt: skip
     for name in ("first", "third", "last"):
-        assert report[name].reason == "no BatchNormalization before it tells the mean of what it reads"
+        assert report[name].reason == "no BatchNormalization before it gives the mean of its input"
     assert report["second"].shift_before > 0.01
     assert correction.method == "analytical"
     assert correction.scores == {}
-    assert correction.notes == ["nothing was judged, which needs data"]
+    assert correction.notes == ["nothing was scored, which needs data"]
     assert (correction.samples, correction.batches) == (0, 0)
 
 

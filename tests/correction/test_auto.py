@@ -1,4 +1,4 @@
-"""The automatic choice of a method: what it judges, what it takes, and that it never makes held-back samples worse."""
+"""The automatic choice of a method: what it judges, what it takes, and that it never makes held-out samples worse."""
 
 import warnings
 
@@ -256,7 +256,7 @@ def test_a_method_by_name_is_fitted_to_all_samples():
 def test_few_samples_that_are_held_back_are_noted(count, judges):
     correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
     (note,) = correction.notes
-    assert note.startswith(f"judged by {judges} held-back sample{'s' * (judges > 1)}: too few")
+    assert note.startswith(f"scored on {judges} held-out sample{'s' * (judges > 1)}: too few")
     assert "32 samples" in note
 
 
@@ -264,7 +264,7 @@ def test_few_samples_that_are_held_back_are_noted(count, judges):
 def test_too_few_samples_to_hold_any_back_are_noted(count):
     correction = correct(two_layers(), samples(count, 3, 6, 6), quant_params=PARAMS)
     (note,) = correction.notes
-    assert note.startswith(f"judged by {count} fitted sample")
+    assert note.startswith(f"scored on {count} fitted sample")
     assert correction.samples == count
     assert correction.method != "none"
 

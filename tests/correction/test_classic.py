@@ -19,7 +19,7 @@ from biascorr import (
 )
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.correction.simulation import input_quantizations, simulated
-from biascorr.graph.network import BatchNorm
+from biascorr.graph.operations import BatchNorm
 from networks import Reader, biases, channel_mean, constants_of, model_from_text, run, samples, two_layers, weights
 
 X = samples(12, 3, 6, 6)
@@ -426,7 +426,7 @@ def model_with_a_recurrent_layer():
 def test_layers_that_cannot_be_corrected_are_not_passed_over_in_silence():
     model, params = model_with_a_recurrent_layer(), BiasCorrectionParams(5, 5, 5, ["x"], ["y", "z"])
     data = [samples(5, 2, 3)]
-    with pytest.warns(UserWarning, match="layers left alone: recurrent \\(RNN\\): ."):
+    with pytest.warns(UserWarning, match="layers left as they are: recurrent \\(RNN\\): ."):
         corrected(model, data, params)
     with pytest.raises(ValueError, match="reference_model: layer recurrent cannot be corrected: ."):
         BiasCorrection.bias_correction_per_layer(model, model, params, "recurrent", data)

@@ -8,7 +8,7 @@ import pytest
 
 from arrays import random_array
 from biascorr import Quantization, QuantParams, fake_quantize
-from biascorr.graph.network import Layer
+from biascorr.graph.layer import Layer
 
 
 def layer(weights, layout, groups=1, name="conv"):

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from biascorr.correction.scoring import Judge, Score
+from biascorr.correction.scoring import OutputErrors, Score
 
 
 def judged(*outputs):
     """The score of outputs, each a list of (float, computed) batches."""
-    judge = Judge()
+    judge = OutputErrors()
     for k, batches in enumerate(outputs):
         for reference, computed in batches:
             judge.add(f"y{k}", [np.array(reference)], [np.array(computed)])

@@ -8,6 +8,7 @@ from onnx import helper
 from biascorr import Quantization, QuantParams, fake_quantize
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.correction.simulation import input_quantizations, simulated
+from biascorr.graph.reasons import ReasonCode
 from networks import biases, model_from_text, run, samples, two_layers, weights
 
 NEWEST = min(onnx.defs.onnx_opset_version(), 25)
@@ -173,9 +174,10 @@ def test_biases_of_a_simulated_network_can_be_corrected():
     assert [layer.output for layer in found.layers] == ["b", "c", "y"]
     (before,) = run(found.model, feeds)
     for layer in found.layers:
-        note = found.add_to_bias(layer, np.array([1.0, 2.0])).note
-        assert ("added" in note) == (layer.name != "first")
-    assert np.abs(run(found.model, feeds)[0] - before).max() > 0.5
+        reasons = found.bias_change(layer, np.array([1.0, 2.0])).reasons
+        assert (ReasonCode.BIAS_ADDED() in reasons) == (layer.name != "first")
+    shifted = found.with_shifts({layer.name: np.array([1.0, 2.0]) for layer in found.layers})
+    assert np.abs(run(shifted.model, feeds)[0] - before).max() > 0.5
 
 
 def test_names_of_the_graph_are_not_taken():

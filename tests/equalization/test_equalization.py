@@ -288,9 +288,9 @@ def test_several_inputs_and_outputs_and_a_residual():
     result = equalize(model)
     assert linked(model) == [["three", "four"], ["five", "six"]]
     assert result.left == {
-        "one": "Add:s reads its output, behind which a scaled channel is not the same",
-        "two": "Add:s reads its output, behind which a scaled channel is not the same",
-        "four": "Add:q reads its output, behind which a scaled channel is not the same",
+        "one": "Add:s reads its output, after which a scaled channel is not the same",
+        "two": "Add:s reads its output, after which a scaled channel is not the same",
+        "four": "Add:q reads its output, after which a scaled channel is not the same",
         "six": "its output is an output of the model",
     }
     feeds = {"x": samples(2, 3, 6, 5), "z": samples(2, 4, 6, 5)}
@@ -300,13 +300,13 @@ def test_several_inputs_and_outputs_and_a_residual():
 LEFT = [
     ("[first] t = Conv(x, w) r = Relu(t) u = Relu(t) [second] c = Conv(r, v) y = Add(c, u)", "several operations read"),
     ("[first] y = Conv(x, w) [second] c = Conv(y, v) d = Relu(c)", "several operations read its output"),
-    ("[first] t = Conv(x, w) y = Sigmoid(t)", "Sigmoid:y reads its output, behind which a scaled channel is not the same"),
-    ("[first] t = Conv(x, w) r = Softmax<axis=1>(t) [second] y = Conv(r, v)", "Softmax:r reads its output, behind which"),
+    ("[first] t = Conv(x, w) y = Sigmoid(t)", "Sigmoid:y reads its output, after which a scaled channel is not the same"),
+    ("[first] t = Conv(x, w) r = Softmax<axis=1>(t) [second] y = Conv(r, v)", "Softmax:r reads its output, after which"),
     ("[first] t = Conv(x, w) r = MaxPool<kernel_shape=[2,2]>(t) [second] y = Conv(r, v)", "MaxPool:r reads its output"),
-    ("[first] t = Conv(x, w) r = Add(t, t) [second] y = Conv(r, v)", "Add:r reads its output, behind which"),
+    ("[first] t = Conv(x, w) r = Add(t, t) [second] y = Conv(r, v)", "Add:r reads its output, after which"),
     ("[first] t = Conv(x, w) r = Transpose<perm=[0,1,3,2]>(t) [second] y = Conv(r, v)", "Transpose:r reads its output"),
-    ("[first] t = Conv(x, w) u = Neg(x) r = PRelu(t, u) [second] y = Conv(r, v)", "PRelu:r reads its output, behind which"),
-    ("[first] t = Conv(x, w) r = Pad(t, pads, one) [second] y = Conv(r, v)", "Pad:r reads its output, behind which"),
+    ("[first] t = Conv(x, w) u = Neg(x) r = PRelu(t, u) [second] y = Conv(r, v)", "PRelu:r reads its output, after which"),
+    ("[first] t = Conv(x, w) r = Pad(t, pads, one) [second] y = Conv(r, v)", "Pad:r reads its output, after which"),
     ("[first] t = Conv(x, w) r = Identity(t) q = Clip(r, , one) [second] y = Conv(q, v)", "Clip:q limits its output in"),
     ("[first] t = Conv(x, w) r = Relu(t) [second] y = Conv(r, w)", "its weights are used elsewhere too"),
     ("[first] t = Conv(x, w) r = Relu(t) [second] c = Conv(r, v) y = Conv(c, v)", "followed by second: its weights"),
@@ -323,7 +323,7 @@ LEFT = [
     ("""[first] t = Conv(x, w) q = If(yes) <then_branch = a () => (float[N,4,5,4] u) { u = Neg(t) },
         else_branch = b () => (float[N,4,5,4] u) { u = Identity(t) }> [second] y = Conv(q, v)""", "If:q reads its output"),
     ("[first] t = Conv(x, w) r = QuantizeLinear(t, one) q = DequantizeLinear(r, one) [second] y = Conv(q, v)",
-     "QuantizeLinear:r reads its output, behind which"),
+     "QuantizeLinear:r reads its output, after which"),
 ]  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def test_models_without_layers(text):
     model = model_from_text(f"g (float[N,4] x) => (float[N,4] y) {{ {text} }}", **constants)
     result = equalize(model, samples(3, 4))
     assert result.model == model
-    assert (result.folds, result.chains, result.absorptions, result.changes, result.change) == ([], [], [], {}, None)
+    assert (result.folds, result.chains, result.high_biases, result.changes, result.change) == ([], [], [], {}, None)
     assert result.left.keys() == ({"norm"} if constants else set())
 
 
@@ -480,7 +480,7 @@ def test_statistics_follow():
     stale = find_all_convs_bn_with_activation(model)
     current = dict(stale)
     equalized = equalize_model(model, conv_bn_dict=current)
-    assert equalize(model).absorptions[0].absorbed.any()
+    assert equalize(model).high_biases[0].folded.any()
     assert residual(equalized, model) == pytest.approx(0.2, abs=0.03)
     elsewhere = replace(stale["second"].input_bn, name="elsewhere")  # so that it is taken as it is
     assert residual(by_statistics(equalized, replace(stale["second"], input_bn=elsewhere)), model) > 0.15
@@ -582,7 +582,7 @@ def test_metadata_that_somebody_changed(value):
 def test_metadata_of_another_number_of_channels_tells_nothing(channels):
     model = with_metadata(fold_all_batch_norms(toy())[0], entry_of(np.full(channels, 9), np.ones(channels)))
     result = equalize(model)
-    assert result.absorptions == []
+    assert result.high_biases == []
     assert_same_function(model, result.model, {"x": X_TOY[:5]}, tolerance=1e-6)
 
 

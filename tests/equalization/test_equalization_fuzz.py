@@ -151,7 +151,7 @@ def check_account(example: Example, result: Equalization) -> None:
 def check_statistics(folded: onnx.ModelProto, result: Equalization, x: dict[str, Any]) -> None:
     """What is known of a tensor moved as its mean and standard deviation over samples did."""
     before = OnnxNetwork.load(folded, "model")
-    known, now = before.surroundings.folded, result.network.surroundings.folded
+    known, now = before.facts().statistics, result.network.facts().statistics
     same = [name for name in known if name in now and name != "x" and result_has(result, name)]
     for name, first, second in zip(same, run(folded, x, same), run(result.model, x, same)) if same else ():
         mean, deviation, mean_now, deviation_now = (

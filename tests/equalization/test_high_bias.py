@@ -55,7 +55,7 @@ def test_what_is_absorbed(between):
     for name in ("first", "second"):
         np.testing.assert_array_equal(after[name].weights, before[name].weights)
     result = equalize(network(between))
-    np.testing.assert_allclose(result.absorptions[0].absorbed, absorbed, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.high_biases[0].folded, absorbed, rtol=1e-6, atol=1e-6)
     for name, layer in layers_of(result.model).items():
         np.testing.assert_allclose(layer.bias, after[name].bias, rtol=1e-5, atol=1e-5)
     if not acts:
@@ -74,7 +74,7 @@ def test_statistics_behind_it(between, form, tmp_path):
     elif form == "bytes":
         equalized = equalized.SerializeToString()
     found = find_all_convs_bn_with_activation(equalized)["second"]
-    (factors,), absorbed = result.chains[0].factors, result.absorptions[0].absorbed
+    (factors,), absorbed = result.chains[0].factors, result.high_biases[0].folded
     assert found.in_activation_type.name == ("relu" if "Relu" in between else "no_activation")
     np.testing.assert_allclose(found.input_bn.beta, [6, -3, 1.5, 8] / factors - absorbed, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.input_bn.gamma, [1, 0.5, 1, 0.25] / factors, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_statistics_behind_it(between, form, tmp_path):
 def test_biases_that_stay(between, second, reason, options):
     model = network(between, second, **options)
     result = equalize(model)
-    assert result.absorptions == []
+    assert result.high_biases == []
     assert len(result.chains) == 1
     assert result.left["first"].startswith("its high bias stays: ")
     assert reason in result.left["first"]
@@ -126,7 +126,7 @@ def test_every_layer_behind(pooled, second, shape):
     model = network(f"r = Identity(n) {pooled}", second, v=shape)
     del model.graph.output[0].type.tensor_type.shape.dim[rank:]
     result = equalize(model, {"x": X})
-    assert len(result.absorptions) == 1
+    assert len(result.high_biases) == 1
     assert result.change.relative < 1e-5
     before = layers_of(fold_all_batch_norms(model)[0])["second"]
     high = np.repeat([6, -3, 1.5, 8], before.input_channels // 4)
@@ -144,9 +144,9 @@ def test_samples_limit_what_moves():
     assert result.change is result.changes["high-bias fold"]
     scaled, _ = CrossLayerScaling.scale_model(fold_all_batch_norms(model)[0])
     least = run(scaled, {"x": X}, [layers_of(scaled)["first"].output])[0].min(axis=(0, 2, 3))
-    expected = np.clip(least, 0, without.absorptions[0].absorbed)
-    np.testing.assert_allclose(result.absorptions[0].absorbed, expected, rtol=1e-5)
-    assert (expected < without.absorptions[0].absorbed).any()
+    expected = np.clip(least, 0, without.high_biases[0].folded)
+    np.testing.assert_allclose(result.high_biases[0].folded, expected, rtol=1e-5)
+    assert (expected < without.high_biases[0].folded).any()
     found = find_all_convs_bn_with_activation(result.model)["second"].input_bn.beta
     np.testing.assert_allclose(found, [6, -3, 1.5, 8] / result.chains[0].factors[0] - expected, rtol=1e-5)
 
@@ -157,7 +157,7 @@ def test_outputs_that_are_no_numbers_do_not_count():
     model.graph.node[1].input[0] = "root"
     result = equalize(model, {"x": X})
     assert np.isfinite(layers_of(result.model)["first"].bias).all()
-    assert result.absorptions[0].absorbed.any()
+    assert result.high_biases[0].folded.any()
     assert result.change.relative < 1e-5
 
 
@@ -181,11 +181,11 @@ def test_through_a_chain():
     constants |= {"w": weights(4, 3, 1, 1), "v": weights(4, 4, 2, 2), "k": weights(3, 4, 1, 1)}
     constants["one_beta"][:], constants["two_beta"][:] = 9, 7
     result = equalize(model_from_text(text, **constants))
-    assert [(each.first, each.second) for each in result.absorptions] == [("first", "second"), ("second", "third")]
+    assert [(each.first, each.second) for each in result.high_biases] == [("first", "second"), ("second", "third")]
     found = find_all_convs_bn_with_activation(onnx.ModelProto.FromString(result.model.SerializeToString()))
-    for name, chain, absorption, value in zip(("second", "third"), result.chains, result.absorptions, (9, 7)):
-        np.testing.assert_allclose(found[name].input_bn.beta, value / chain.factors[0] - absorption.absorbed, rtol=1e-5)
+    for name, chain, high_bias, value in zip(("second", "third"), result.chains, result.high_biases, (9, 7)):
+        np.testing.assert_allclose(found[name].input_bn.beta, value / chain.factors[0] - high_bias.folded, rtol=1e-5)
     folded = layers_of(fold_all_batch_norms(model_from_text(text, **constants))[0])["second"]
-    (ins, outs), (taken, given) = (each.factors[0] for each in result.chains), (each.absorbed for each in result.absorptions)
+    (ins, outs), (taken, given) = (each.factors[0] for each in result.chains), (each.folded for each in result.high_biases)
     expected = folded.bias.ravel() / outs + (kernel_sums(folded) * ins / outs[:, None]) @ taken - given
     np.testing.assert_allclose(layers_of(result.model)["second"].bias.ravel(), expected, rtol=1e-4, atol=1e-4)

@@ -46,7 +46,7 @@ def network(kinds, between="Relu", *, channels=4):
 def in_numpy(model, chains):
     """One sweep over these chains of layers: their weights and biases, and the factors of each."""
     layers = layers_of(model)
-    arrays = {name: layer.weights.astype(np.float64) for name, layer in layers.items()}
+    arrays = {name: np.asarray(layer.weights, np.float64) for name, layer in layers.items()}
     given = {name: layer.bias.astype(np.float64) for name, layer in layers.items()}
     factors = []
     for chain in chains:

@@ -323,7 +323,7 @@ def test_shapes_are_inferred_without_the_weights(constant_nodes, monkeypatch):
     monkeypatch.setattr(
         "onnx.shape_inference.infer_shapes", lambda model, **options: seen.append(model) or infer(model, **options)
     )
-    assert network.surroundings.shapes["t"] == (None, 4)
+    assert network.facts().shapes["t"] == (None, 4)
     (shapes_only,) = seen
     values = [tensor.name for tensor in shapes_only.graph.initializer] + [node.output[0] for node in shapes_only.graph.node]
     assert "s" in values

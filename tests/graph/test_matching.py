@@ -8,7 +8,7 @@ from onnxruntime.quantization import QuantFormat
 
 from biascorr import correct
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.graph.matching import counterparts
+from biascorr.graph.matching import match_layers
 from networks import constants_of, fake_quantized, model_from_text, quantized, samples, two_layers, weights, with_constants
 
 X = samples(8, 3, 6, 6)
@@ -27,7 +27,7 @@ def rounded(array):
 
 
 def names(reference, quantized):
-    return {name: layer.name for name, layer in counterparts(reference, quantized).items()}
+    return {name: match.reference.name for name, match in match_layers(reference, quantized).items()}
 
 
 A, B, C = (weights(4, 5, axis=1, seed=seed) for seed in range(3))
@@ -74,15 +74,15 @@ def test_weights_that_cannot_have_been_rounded_from_any_have_none():
 
 def test_a_layer_of_the_same_name_with_other_weights_is_an_error():
     with pytest.raises(ValueError, match="quantized: not of this float model: layer a has other weights"):
-        counterparts(layers(a=A), layers(a=rounded(B)))
+        match_layers(layers(a=A), layers(a=rounded(B)))
     with pytest.raises(ValueError, match=r"layer a has weights of shape \(4, 3\), expected \(4, 5\)"):
-        counterparts(layers(a=A), layers(a=rounded(B[:, :3])))
+        match_layers(layers(a=A), layers(a=rounded(B[:, :3])))
 
 
 def test_a_model_of_other_layers_is_an_error():
     with pytest.raises(ValueError, match="quantized: not of this float model: no layer named q in it, nor one of its weights"):
-        counterparts(layers(a=A), layers(q=rounded(B)))
-    assert counterparts(layers(a=A), []) == {}
+        match_layers(layers(a=A), layers(q=rounded(B)))
+    assert match_layers(layers(a=A), []) == {}
 
 
 @pytest.mark.parametrize("quant_format", [QuantFormat.QDQ, QuantFormat.QOperator])
@@ -98,10 +98,64 @@ def test_a_model_whose_layers_were_renamed_is_corrected_like_one_whose_were_not(
         np.testing.assert_array_equal(constants_of(found.model)[name], array)
 
 
-def test_a_layer_without_a_counterpart_is_left_alone_with_the_reason():
+def test_layers_are_matched_before_the_data_is_read():
+    def batches():
+        raise AssertionError
+        yield
+
+    other = with_constants(two_layers(), w2=weights(6, 4, 3, 3, seed=9))
+    with pytest.raises(ValueError, match="quantized: not of this float model: layer second has other weights"):
+        correct(two_layers(), batches(), quantized=quantized(other, [{"x": X}]))
+
+
+def test_a_layer_without_a_match_is_left_as_it_is_with_the_reason():
     given = with_constants(two_layers(), w1=fake_quantized(constants_of(two_layers())["w1"], 0), w3=weights(5, 6, seed=9))
     next(node for node in given.graph.node if node.name == "last").name = "renamed"
     report = {layer.name: layer for layer in correct(two_layers(), X, quantized=given, method="empirical").report}
     assert report["first"].method == "empirical"
     assert report["second"].reason == "weights are not quantized"
     assert report["renamed"].reason == "no layer of this name in the float model, nor one of its weights"
+
+
+def many(*arrays, renamed=False):
+    """Convolutions of one shape, each with its own input."""
+    nodes = "".join(f"[{'q' if renamed else 'f'}{k}] y{k} = Conv(x, w{k}) " for k in range(len(arrays)))
+    outputs = ", ".join(f"float[N,A,B,C] y{k}" for k in range(len(arrays)))
+    constants = {f"w{k}": array for k, array in enumerate(arrays)}
+    text = f"g (float[N,8,5,5] x) => ({outputs}) {{ {nodes} }}"
+    return OnnxNetwork.load(model_from_text(text, **constants), "model").layers
+
+
+def drawn(kind, count=30):
+    rng = np.random.default_rng(3)
+    base = rng.normal(0, 0.3, (32, 8, 3, 3))
+    arrays = rng.normal(0, 0.3, (count, 32, 8, 3, 3))
+    if kind == "filters of mean 0":
+        arrays -= arrays.mean(axis=(2, 3, 4), keepdims=True)
+    if kind == "nearly equal":
+        arrays = base + 0.05 * arrays
+    if kind == "scaled copies":
+        arrays = base * (1 + np.arange(count) / 8)[:, None, None, None, None]
+    return arrays.astype(np.float32)
+
+
+@pytest.mark.parametrize("order", ["as they are", "reversed"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["random", "filters of mean 0", "nearly equal", "scaled copies"])
+def test_the_nearest_weights_are_found_whatever_their_sums(kind, bits, order):
+    arrays = drawn(kind)
+    moved = [fake_quantized(array, 0, bits) for array in arrays]
+    errors = [[np.linalg.norm(array - each) for array in arrays] for each in moved]
+    indices = range(len(arrays)) if order == "as they are" else range(len(arrays))[::-1]
+    if any(np.argmin(row) != k for k, row in enumerate(errors)):
+        pytest.skip("rounding moves some weights nearer to others")
+    found = match_layers(many(*arrays), many(*(moved[k] for k in indices), renamed=True))
+    assert {name: match.reference.name for name, match in found.items()} == {f"q{i}": f"f{k}" for i, k in enumerate(indices)}
+
+
+def test_renamed_layers_with_weights_that_are_not_finite_are_matched():
+    arrays = drawn("random", 6)
+    arrays[3, 0, 0, 0, 0] = np.nan
+    found = match_layers(many(*arrays), many(*arrays, renamed=True))
+    assert {name: match.reference.name for name, match in found.items()} == {f"q{k}": f"f{k}" for k in range(6)}
+    assert [match.is_finite for match in found.values()] == [k != 3 for k in range(6)]

@@ -27,6 +27,9 @@ from biascorr.adapters.onnx import network as onnx_network
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
+from biascorr.sweep import shard as shards
+from biascorr.sweep.measurements import Wanted
+from biascorr.sweep.shard import Shard
 from biascorr.sweep.sweep import Sweep
 from networks import (
     BITS,
@@ -466,12 +469,8 @@ def corrected(case: Case, data: Any, method: str, **options: Any) -> onnx.ModelP
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["residual", "two inputs and outputs", "sizes that vary"])
-def test_threads_make_no_difference(name, method, monkeypatch):
-    found = []
-    for count in (1, 2, 4):
-        monkeypatch.setattr("biascorr.sweep.sweep.CPUS", count)
-        monkeypatch.setattr("biascorr.correction.candidates.CPUS", count)
-        found.append(corrected(CASES[name], CASES[name].feeds, method))
+def test_threads_make_no_difference(name, method):
+    found = [corrected(CASES[name], CASES[name].feeds, method, threads=count) for count in (1, 2, 4)]
     assert found[0] == found[1] == found[2]
 
 
@@ -636,11 +635,11 @@ def executed(monkeypatch):
     """Names of the nodes that ran, as often as they did; dequantizers excepted."""
     ran: collections.Counter[str] = collections.Counter()
     lock, prepared = threading.Lock(), []
-    prepare, make_part = onnx_network.session, OnnxNetwork.part
+    prepare, make_part = onnx_network.Session, OnnxNetwork.part
 
-    def session(model, name, **options):
+    def session(model, *arguments, **options):
         prepared[:] = [node.name for node in model.graph.node if node.op_type != "DequantizeLinear"]
-        return prepare(model, name, **options)
+        return prepare(model, *arguments, **options)
 
     def part(network, given, wanted, **options):
         compute = make_part(network, given, wanted, **options)
@@ -653,7 +652,7 @@ def executed(monkeypatch):
 
         return counting
 
-    monkeypatch.setattr(onnx_network, "session", session)
+    monkeypatch.setattr(onnx_network, "Session", session)
     monkeypatch.setattr(OnnxNetwork, "part", part)
     return ran
 
@@ -697,10 +696,14 @@ def test_a_sweep_runs_each_operation_once_per_batch(name, depth, is_quantized, e
         held = Samples(storage)
         for feeds in case.feeds:
             held.add(feeds, 1)
-        sweep = Sweep(network, network.layers, held, inputs={layer.name for layer in network.layers}, depth=depth)
+        shard = Shard(network, held, range(held.batches), 2)
+        sweep = Sweep(network, network.layers, [shard], Wanted(inputs=True), depth=depth)
         executed.clear()
-        sweep.correct(lambda layer, _: np.zeros(layer.channels) if depth == 1 else None, lambda *_: None)
-        outputs = list(sweep.outputs())
+        for stage in sweep.stages:
+            sweep.measure(stage)
+            for layer in stage.layers if depth == 1 else ():
+                sweep.shift(layer, np.zeros(layer.channels))
+        outputs = [feeds for _, feeds in sweep.outputs()]
         left = [key for key in storage._arrays if key[0] not in network.outputs]
     constant = is_constant(model)
     found = {name: count for name, count in executed.items() if name not in constant}
@@ -754,6 +757,29 @@ def test_memory_is_bounded_by_the_budget(tmp_path):
     assert int(grown) < limit, f"{grown} kB more for 12 times the samples"
 
 
+@pytest.mark.parametrize(("budget", "expected"), [(1 << 30, {4}), (0, {1}), (17 << 20, {1, 2, 3})])
+def test_batches_in_flight_count(budget, expected, monkeypatch):
+    """A batch takes 1 MB and makes 4 MB: with room for some at once, no more than these run."""
+    text = """g (float[N,4,256,256] x) => (float[N,4,1,1] z) {
+        [layer] y = Conv(x, w) r = Relu(y) [second] t = Conv(r, w) z = GlobalAveragePool(t) }"""
+    network = OnnxNetwork.load(model_from_text(text, w=weights(4, 4, 1, 1)), "model")
+    seen, run_in_order = set(), shards.in_order
+
+    def in_order(function, batches, workers, **options):
+        seen.add(workers)
+        return run_in_order(function, batches, workers, **options)
+
+    monkeypatch.setattr(shards, "in_order", in_order)
+    with Storage(budget) as storage:
+        held = Samples(storage)
+        for _ in range(8):
+            held.add({"x": np.ones((1, 4, 256, 256), np.float32)}, 1)
+        sweep = Sweep(network, network.layers, [Shard(network, held, range(8), 4)], Wanted())
+        sweep.measure(sweep.stages[0])
+    assert seen <= expected
+    assert (max(seen) > 1) == (budget > 0)
+
+
 def test_outputs_that_are_kept_are_not_written_again():
     text = """g (float[N,4,128,128] x) => (float[N,4,128,128] y, float[N,4,128,128] z, float[N,4,128,128] u) {
         [layer] y = Conv(x, w)
@@ -766,9 +792,10 @@ def test_outputs_that_are_kept_are_not_written_again():
         held = Samples(storage)
         for batch in batches:
             held.add({"x": batch}, 1)
-        sweep = Sweep(network, network.layers, held)
-        sweep.correct(lambda *_: None, lambda *_: None)
-        kept = list(sweep.outputs())
+        sweep = Sweep(network, network.layers, [Shard(network, held, range(held.batches), 2)], Wanted())
+        for stage in sweep.stages:
+            sweep.measure(stage)
+        kept = [outputs for _, outputs in sweep.outputs()]
     for batch, outputs in zip(batches, kept):
         for name, expected in zip("yzu", run(model, {"x": batch})):
             np.testing.assert_allclose(outputs[name], expected, rtol=1e-6, atol=1e-6)

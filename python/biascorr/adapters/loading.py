@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from biascorr.graph.network import Network
+from biascorr.graph.network import Network, is_network
 
 
 def network_from_model(model: Any, name: str) -> Network:
-    """The network that a path, bytes or onnx.ModelProto holds; `name` is what errors call it.
+    """The network that a path, bytes or onnx.ModelProto holds, or that another adapter has made; errors call it by the name.
 
     Raises
     ------
@@ -21,6 +21,8 @@ def network_from_model(model: Any, name: str) -> Network:
     ValueError
         It is not a valid model.
     """
+    if is_network(model):
+        return cast(Network, model)
     try:
         from biascorr.adapters.onnx.network import OnnxNetwork
     except ImportError as error:

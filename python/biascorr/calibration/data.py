@@ -6,8 +6,7 @@ Whatever the source, batches come out one by one, checked against the inputs of 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.graph.network import ModelInput
+
 _SUFFIXES = (".npy", ".npz")
 
 
-@dataclass(frozen=True)
-class ModelInput:
-    """An input of a model.
-
-    Parameters
-    ----------
-    name : str
-        Its name.
-    dtype : numpy dtype
-        What it holds.
-    shape : tuple of int or None, or None
-        Its axes, None where one may have any size; None where even the rank is unknown.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | None, ...] | None
+Progress = Callable[[str, int, int | None], None]
+"""Called with the step, how much of it is done, and how much there is (None if unknown)."""
 
 
 def number_of_batches(data: Any) -> int | None:
-    """How many batches the data gives, None where only reading it can tell."""
+    """How many batches the data gives, None where that is not known before reading it."""
     if isinstance(data, (str, PathLike)):
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
@@ -50,7 +36,7 @@ def number_of_batches(data: Any) -> int | None:
 
 
 def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput]) -> int:
-    """How many a batch has along the first axis; 1 where the model does not tell that samples are along it."""
+    """How many a batch has along the first axis; 1 where the model does not say that samples are along it."""
     lengths = {len(feeds[each.name]) if each.shape and each.shape[0] is None else 1 for each in inputs}
     return lengths.pop() if len(lengths) == 1 else 1
 
@@ -65,9 +51,9 @@ def batches_from_data(
     data : path, array, mapping, reader or iterable
         See :func:`biascorr.correct`.
     inputs : sequence of ModelInput
-        What the model takes, in the order of arrays that come without names.
+        The inputs of the model, in the order of arrays that come without names.
     name : str
-        What errors call the data.
+        The name that errors give the data.
     batch_size : int
         Samples of an array or a file that make a batch, where the model does not fix that.
 
@@ -87,7 +73,7 @@ def batches_from_data(
 
 
 Batches = Iterator[tuple[str, dict[str, NDArray[Any]]]]
-"""What errors call a batch, and the batch."""
+"""The name that errors give a batch, and the batch."""
 
 
 def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
@@ -205,7 +191,7 @@ def _check(array: NDArray[Any], expected: ModelInput, name: str) -> None:
     if expected.shape is not None:
         fits = len(array.shape) == len(expected.shape)
         fits = fits and all(b is None or a == b for a, b in zip(array.shape, expected.shape))
-        if not fits or 0 in array.shape:
+        if not fits or array.shape[:1] == (0,):
             axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
             raise ValueError(f"{name}: input {expected.name}: shape {array.shape}, the model takes ({axes})")
     if array.dtype.kind == "f" and not np.isfinite(array).all():

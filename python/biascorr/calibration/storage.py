@@ -1,10 +1,11 @@
-"""Memory of a sweep: what is live, up to a budget and beyond it in a temporary folder; what can be written again."""
+"""The memory of a sweep: live tensors, up to a budget and beyond it in a temporary folder; memory that can be written again."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import tempfile
+import threading
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.arguments import checked_integer
+from biascorr.calibration.resources import free_memory
+
 _SHARE = 0.5
 """Part of the free memory that is used where no budget is given; the rest is for the network that runs."""
 
 
-def default_budget() -> int:
-    """A share of the memory that is free now, in bytes."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return int(_SHARE * free)
+def checked_budget(memory_budget: int | None) -> int:
+    """Bytes that may be held; None: a share of the memory that is free now. Raises ValueError where it is below 0."""
+    if memory_budget is None:
+        return int(_SHARE * free_memory())
+    return checked_integer("memory_budget", memory_budget, 0, otherwise="None")
 
 
 class Buffers:
@@ -46,7 +47,7 @@ class Buffers:
         return block[:size].view(dtype).reshape(shape)
 
     def give(self, array: NDArray[Any]) -> None:
-        """Takes an array back that nobody reads any more; one that did not come from here is left alone."""
+        """Takes an array back that nobody reads any more; one that did not come from here is not kept."""
         block = array.base
         if isinstance(block, np.ndarray) and block.dtype == np.uint8 and block.base is None and block.size >= array.nbytes:
             self._free.setdefault(block.size, []).append(block)
@@ -57,12 +58,12 @@ class Buffers:
 
 
 class Storage:
-    """Arrays by key. A context manager: whatever happens, the temporary folder is removed at its end.
+    """Arrays by key, for several threads. A context manager: at its end, the temporary folder is removed, whatever happens.
 
     Parameters
     ----------
     budget : int
-        Bytes held in memory; what comes beyond goes to disk.
+        Bytes held in memory; the rest goes to disk.
     """
 
     def __init__(self, budget: int) -> None:
@@ -70,7 +71,13 @@ class Storage:
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    @property
+    def free(self) -> int:
+        """Bytes of the budget that are not in use."""
+        return max(0, self._budget - self._held)
 
     def __enter__(self) -> Storage:
         return self
@@ -83,15 +90,17 @@ class Storage:
     def __setitem__(self, key: Hashable, array: NDArray[Any]) -> None:
         if key in self._arrays:
             self.pop(key)
-        if self._held + array.nbytes <= self._budget:
-            self._held += array.nbytes
-            self._arrays[key] = array
-        else:
-            self._arrays[key] = self._written(array)
+        with self._lock:
+            fits = self._held + array.nbytes <= self._budget
+            self._held += array.nbytes * fits
+        self._arrays[key] = array if fits else self._written(array)
 
     def __getitem__(self, key: Hashable) -> NDArray[Any]:
         found = self._arrays[key]
         return np.load(found, allow_pickle=False) if isinstance(found, Path) else found
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._arrays
 
     def pop(self, key: Hashable) -> NDArray[Any] | None:
         """Forgets an array; returns it if it was in memory."""
@@ -99,7 +108,8 @@ class Storage:
         if isinstance(found, Path):
             found.unlink()
             return None
-        self._held -= found.nbytes
+        with self._lock:
+            self._held -= found.nbytes
         return found
 
     def holds(self, key: Hashable) -> bool:
@@ -107,9 +117,9 @@ class Storage:
         return not isinstance(self._arrays[key], Path)
 
     def _written(self, array: NDArray[Any]) -> Path:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="biascorr-")
-        self._files += 1
-        path = Path(self._folder.name) / f"{self._files}.npy"
+        with self._lock:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="biascorr-")
+        path = Path(self._folder.name) / f"{next(self._numbers)}.npy"
         np.save(path, array, allow_pickle=False)
         return path

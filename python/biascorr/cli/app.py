@@ -26,7 +26,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.calibration.samples import Progress
+from biascorr.calibration.data import Progress
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
 from biascorr.correction.correct import Correction
@@ -76,7 +76,7 @@ def biascorr(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Takes the bias that quantization leaves in neural networks out again."""
+    """Bias correction for quantized neural networks."""
 
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
@@ -87,6 +87,9 @@ MemoryBudget = Annotated[
         metavar="BYTES",
         help="Activations held in memory, e.g. 2GB; the rest goes to a temporary folder. By default, half of what is free.",
     ),
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="Threads to use. By default, one for each CPU that the container allows.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
 
@@ -104,7 +107,9 @@ def correct(
     ] = None,
     quantized: Annotated[
         Path | None,
-        typer.Option(metavar="Q.onnx", help="The model quantized (QDQ or QOperator). Without it, quantization is simulated."),
+        typer.Option(
+            metavar="Q.onnx", help="The model quantized (QDQ, QOperator or MatMulNBits). Without it, quantization is simulated."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
     strength: Annotated[
@@ -121,6 +126,7 @@ def correct(
         bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
     ] = False,
     memory_budget: MemoryBudget = None,
+    threads: Threads = None,
     force: Force = False,
 ) -> None:
     """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
@@ -143,6 +149,7 @@ def correct(
             equalize=equalize,
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             memory_budget=memory_budget,
+            threads=threads,
             progress=progress,
         )
 
@@ -157,7 +164,7 @@ def equalize(
         Path | None,
         typer.Option(
             metavar="DIR_OR_NPZ",
-            help="Samples as `biascorr correct` takes them: they limit what is folded of high biases, and tell how far the "
+            help="Samples as `biascorr correct` takes them: they limit what is folded of high biases, and show how far the "
             "float outputs move.",
         ),
     ] = None,
@@ -168,13 +175,20 @@ def equalize(
         bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
     ] = False,
     memory_budget: MemoryBudget = None,
+    threads: Threads = None,
     force: Force = False,
 ) -> None:
     """Scale channels between the layers of a float model, so that quantization loses less of their weights."""
 
     def work(progress: Progress) -> Equalization:
         return equalization.equalize(
-            model, data, iterations=iterations, replace_relu6=replace_relu6, memory_budget=memory_budget, progress=progress
+            model,
+            data,
+            iterations=iterations,
+            replace_relu6=replace_relu6,
+            memory_budget=memory_budget,
+            threads=threads,
+            progress=progress,
         )
 
     _run(work, output, force, _print_equalization)
@@ -248,9 +262,9 @@ def _print_correction(result: Correction, output: Path) -> None:
     for note in result.notes:
         print(f"note: {note}")
     corrected = sum(layer.method is not None for layer in result.report)
-    is_equalized, method = result.method.startswith("equalized"), result.method.removeprefix("equalized, ")
-    how = f"by {method} " if corrected else ""
-    equalized = "" if result.equalization is None else ", equalized" if is_equalized else ", not equalized"
+    how = f"by {result.choice.label} " if corrected else ""
+    is_equalized = ", equalized" if result.choice.is_equalized else ", not equalized"
+    equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
     print(f"{output}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
 
@@ -263,7 +277,7 @@ def _print_equalization(result: Equalization, output: Path) -> None:
 
 
 def _print_steps(result: Equalization) -> None:
-    _print_tables(table_from_chains(result.chains, result.absorptions), table_from_left(result.left))
+    _print_tables(table_from_chains(result.chains, result.high_biases), table_from_left(result.reasons))
     if result.changes:
         _print_tables(table_from_changes(result.changes))
     elif result.is_anything_done:

@@ -43,7 +43,7 @@ class Signals:
         _answer(self._events.put)
 
     def wait_for(self, work: Callable[[], T]) -> T:
-        """What the work gives, which another thread does. Raises StoppedError as soon as there is a signal."""
+        """The result of the work, which another thread does. Raises StoppedError as soon as there is a signal."""
         ThreadPoolExecutor(1).submit(work).add_done_callback(self._events.put)
         event = self._events.get()
         if isinstance(event, Future):

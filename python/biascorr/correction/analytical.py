@@ -1,4 +1,4 @@
-"""The shift of a layer from what a batch normalization before it says of its input: no data, no forward pass.
+"""The shift of a layer from the statistics that a batch normalization gives its input: no data, no forward pass.
 
     E[x][c]        of clip(x, low, high),  x ~ N(beta[c], gamma[c]^2)
     E[x][k, c]     = E[x][c] * (output positions at which tap k sees real input) / (output positions)
@@ -10,19 +10,18 @@ zero padding is not in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.correction.methods import mean_shift
 from biascorr.graph.batch_norms import ConvBnInfoType
-from biascorr.graph.network import Layer
+from biascorr.graph.layer import Constant, Layer
 from biascorr.statistics import TapMean, clipped_normal_mean
 
 
 def analytical_shift(
-    layer: Layer, weights: NDArray[Any], info: ConvBnInfoType, shape: Sequence[int | None] | None = None
+    layer: Layer, weights: Constant, info: ConvBnInfoType, shape: Sequence[int | None] | None = None
 ) -> NDArray[np.float64]:
     """The shift of a quantized layer against the same layer with its float `weights`, (channels,) in real units.
 
@@ -30,10 +29,10 @@ def analytical_shift(
     ----------
     layer : Layer
         Quantized.
-    weights : ndarray
-        What its weights were before.
+    weights : ndarray or LazyArray
+        Its float weights.
     info : ConvBnInfoType
-        What is before the layer in the float network.
+        The batch normalization and activation before the layer in the float network.
     shape : sequence of int or None, optional
         Of the tensor that the layer reads, as far as it is known: the zeros that pad it are only counted where all its
         positions are.
@@ -41,19 +40,14 @@ def analytical_shift(
     Raises
     ------
     ValueError
-        There is no batch normalization before the layer, or an activation behind it that is no Clip; it has another number of
+        There is no batch normalization before the layer, or an activation after it that is no Clip; it has another number of
         channels than the layer.
     """
     return mean_shift(layer, weights, expected_input(layer, info, shape))
 
 
-def tells_mean(info: ConvBnInfoType) -> bool:
-    """Whether what is before a layer tells the mean of what it reads."""
-    return info.input_bn is not None and info.in_activation_type.bounds is not None
-
-
 def expected_input(layer: Layer, info: ConvBnInfoType, shape: Sequence[int | None] | None = None) -> NDArray[np.float64]:
-    """What the input of a layer is on average, (C,), or (*K, C) where the padding counts; see :func:`analytical_shift`."""
+    """The expected mean input of a layer, (C,), or (*K, C) where the padding counts; see :func:`analytical_shift`."""
     if info.input_bn is None:
         raise ValueError(f"layer {layer.name}: no batch normalization before it, expected one")
     bounds = info.in_activation_type.bounds

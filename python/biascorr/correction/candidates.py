@@ -1,271 +1,375 @@
-"""Corrected copies of a network, each by another method, and how near each comes to the float one."""
+"""Candidates: shifts of the layers of a network, each found by another method, and how near its outputs come to the float ones.
+
+A candidate is shifts and a score, never a copy of a model. What candidates share is measured once, when it is first needed.
+"""
 
 from __future__ import annotations
 
-import collections
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from biascorr.calibration.samples import Progress, Samples
-from biascorr.correction.analytical import analytical_shift, tells_mean
-from biascorr.correction.methods import Empirical, Hybrid, Method, Shift, mean_shift
-from biascorr.correction.scoring import NOT_JUDGED, Judge, Score
+from biascorr.calibration.data import Progress
+from biascorr.calibration.samples import Samples
+from biascorr.correction.analytical import analytical_shift
+from biascorr.correction.methods import Activation, Empirical, Hybrid, Mean, Method, mean_shift
+from biascorr.correction.scoring import NOT_SCORED, OutputErrors, Score
 from biascorr.graph.activations import activated_pairs
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers
-from biascorr.graph.network import Feeds, Layer, LayerReport, Network
-from biascorr.sweep.sweep import CPUS, Measured, Sweep, empty_mean, in_order
+from biascorr.graph.layer import Layer
+from biascorr.graph.matching import Match
+from biascorr.graph.network import BiasNetwork, Feeds, Network, Shift
+from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
+from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
+from biascorr.sweep.sweep import Sweep, local_shards
+
+_LARGE = 256 << 20
+"""Bytes of weights beyond which a network is not run at once: onnxruntime keeps a copy of those that run."""
+
+_MANY = 2000
+"""Operations beyond which a network is not run at once: what onnxruntime takes to prepare them grows faster than they do."""
+
+_WITH_REFERENCE = ("empirical", "activation", "hybrid")
+"""Methods that measure the float network."""
 
 _DEPTH = 8
 """Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A corrected network.
+@dataclass(frozen=True)
+class Choice:
+    """The way in which a candidate is made.
 
     Parameters
     ----------
-    name : str
-        How it was corrected.
-    network : Network
-        With corrected biases.
-    score : Score
-        Of its outputs for the samples that judge.
-    shifts : mapping
-        What was to be added to the bias of each layer, by name.
-    reports : mapping
-        What became of it.
+    method : str
+        One of the methods of :func:`biascorr.correct`; "none" for the uncorrected network.
+    strength : float
+        The part of each shift that is corrected.
+    shrunk : bool
+        Whether shifts are smaller where samples disagree.
+    is_equalized : bool
+        Whether the float network was equalized before.
     """
 
-    name: str
-    network: Network
-    score: Score = NOT_JUDGED
-    shifts: dict[str, Shift] = field(default_factory=dict)
-    reports: dict[str, LayerReport] = field(default_factory=dict)
+    method: str
+    strength: float = 1.0
+    shrunk: bool = False
+    is_equalized: bool = False
 
-    def add(self, layer: Layer, shift: Shift) -> NDArray[np.float64] | None:
-        """Adds a shift to the bias of a layer; returns what the bias changed by, None where it did not."""
-        if not np.isfinite(shift).all():
-            self.leave(layer, "its mean values are not finite")
-            return None
-        change = self.network.add_to_bias(layer, shift)
-        before, after = (float(np.abs(x).mean()) for x in (shift, shift - change.applied))
-        self.shifts[layer.name] = shift
-        self.reports[layer.name] = LayerReport(
-            layer.name, layer.op, self.name, layer.channels, shift_before=before, shift_after=after, reason=change.note
-        )
-        return change.applied
+    @property
+    def label(self) -> str:
+        """The method, with its strength."""
+        strength = [] if self.strength == 1.0 else [f"{self.strength:g}"]
+        return " ".join([self.method, *strength, *(["shrunk"] if self.shrunk else [])])
 
-    def leave(self, layer: Layer, reason: str) -> None:
-        """Leaves the bias of a layer as it is."""
-        self.reports[layer.name] = LayerReport(layer.name, layer.op, channels=layer.channels, reason=reason)
+    def __str__(self) -> str:
+        if not self.is_equalized:
+            return self.label
+        return "equalized" if self.method == "none" else f"equalized, {self.label}"
 
 
-class Workshop:
-    """Makes candidates. What they share is computed once, when it is first asked for.
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Shifts of layers, and their score.
 
     Parameters
     ----------
-    reference, quantized : Network
-        The float network, and the one whose layers are corrected.
-    pairs : mapping
-        Layers to correct: the float one and the quantized one, by the name of the latter.
+    choice : Choice
+        The way in which it is made.
+    shifts : dict from str to ndarray
+        The shift of each layer that is corrected, by name.
+    reports : dict from str to LayerReport
+        Of the layers that could be corrected, by name.
+    score : Score
+        Of the outputs for the samples that are scored.
+    """
+
+    choice: Choice
+    shifts: dict[str, Shift] = field(default_factory=dict)
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    score: Score = NOT_SCORED
+
+    def keep(self, layer: Layer, *reasons: Reason) -> None:
+        """Keeps the bias of a layer as it is."""
+        self.reports[layer.name] = LayerReport(layer.name, layer.op, channels=layer.channels, reasons=reasons)
+
+
+class CandidateBuilder:
+    """Makes candidates.
+
+    Parameters
+    ----------
+    reference : Network
+        Float.
+    quantized : BiasNetwork
+        The network whose layers are corrected.
+    matches : mapping from str to Match
+        The layers to correct, by name.
+    choices : sequence of Choice
+        The candidates that are going to be made; what they share is measured for all of them.
     samples : Samples
-        What they run over.
+        The samples that networks run over.
     progress : callable
         See :data:`Progress`.
-    activated : bool
-        Whether what is behind the activations is measured too.
-    judge : Network or None
-        The float network whose outputs candidates are judged by, which takes a pass through the rest of each network; None:
-        they are not judged.
+    threads : int
+        Threads that it may use.
+    is_scored : bool
+        Whether candidates are scored, which takes a pass through the rest of each network.
+    expected_by : Network, optional
+        The float network whose outputs candidates are scored against, where that is another than `reference`.
     norms : mapping, optional
-        What is around the layers of the float network; None: found there.
+        The batch normalizations around the layers of the float network; None: those found there.
     """
 
     def __init__(
         self,
         reference: Network,
-        quantized: Network,
-        pairs: Mapping[str, tuple[Layer, Layer]],
+        quantized: BiasNetwork,
+        matches: Mapping[str, Match],
+        choices: Sequence[Choice],
         samples: Samples,
         progress: Progress,
         *,
-        activated: bool = True,
-        judge: Network | None = None,
+        threads: int,
+        is_scored: bool = False,
+        expected_by: Network | None = None,
         norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
         self._reference = reference
         self._quantized = quantized
-        self._pairs = pairs
+        self._matches = matches
         self._samples = samples
         self._progress = progress
-        self._judge = judge
+        self._threads = threads
+        self._is_scored = is_scored
+        self._expected_by = expected_by or reference
         self._norms = norms
-        self._layers = [layer for _, layer in pairs.values()]
-        self._activated = activated_pairs(reference, quantized, pairs) if activated else {}
-        self._has_expectations = False
-
-    @functools.cached_property
-    def weights(self) -> dict[str, NDArray[Any]]:
-        """The float weights of each layer."""
-        return {name: layer.weights for name, (layer, _) in self._pairs.items()}
-
-    @functools.cached_property
-    def reference(self) -> dict[str, Measured]:
-        """What is measured of each layer in the float network."""
-        names: dict[str, list[str]] = {}
-        for name, (layer, _) in self._pairs.items():
-            names.setdefault(layer.name, []).append(name)
-        activated = {self._pairs[name][0].name: expected for name, (expected, _) in self._activated.items()}
-        layers = list({layer.name: layer for layer, _ in self._pairs.values()}.values())
-        sweep = Sweep(self._reference, layers, self._samples, activated=activated, depth=_DEPTH)
-        found: dict[str, Measured] = {}
-        sweep.correct(
-            lambda layer, measured: found.update(dict.fromkeys(names[layer.name], measured)), self._step("float network")
-        )
-        for batch, outputs in enumerate(sweep.outputs()):
-            if self._judge is self._reference and self._samples.judge(batch).any():
-                self._expect(outputs, batch)
-        return found
-
-    @functools.cached_property
-    def input_means(self) -> dict[str, NDArray[Any]]:
-        """The mean input of each layer in the network as it came."""
-        sweep = Sweep(self._quantized, self._layers, self._samples, inputs=self._pairs, depth=_DEPTH)
-        found: dict[str, NDArray[Any] | None] = {}
-        sweep.correct(lambda layer, measured: found.update({layer.name: measured.input}), self._step("quantized network"))
-        collections.deque(sweep.outputs(), maxlen=0)  # drops what is live
-        return {name: mean for name, mean in found.items() if mean is not None}
-
-    def uncorrected(self, name: str, network: Network) -> Candidate:
-        """A network as it is."""
-        candidate = Candidate(name, network, self._score(self._outputs(network)))
-        for layer in self._layers:
-            candidate.leave(layer, "no correction made the outputs better")
-        return candidate
+        self._layers = [match.quantized for match in matches.values()]
+        pairs = {name: (match.reference, match.quantized) for name, match in matches.items()}
+        methods = {choice.method for choice in choices}
+        self._activated = activated_pairs(reference, quantized, pairs) if "activation" in methods else {}
+        self._uses_reference = not methods.isdisjoint(_WITH_REFERENCE)
+        self._reference_measured: dict[str, Measured] | None = None
+        self._known_analytical: dict[str, Shift] | None = None
 
     @property
-    def mean_shifts(self) -> dict[str, Shift]:
-        """The weight error of each layer times its mean input in the network as it came."""
-        means = self.input_means
-        return {layer.name: mean_shift(layer, self.weights[layer.name], means[layer.name]) for layer in self._layers}
+    def has_layers(self) -> bool:
+        """Whether there is anything to correct."""
+        return bool(self._layers)
 
-    @functools.cached_property
-    def analytical_shifts(self) -> dict[str, Shift]:
-        """Of the layers behind a batch normalization of the float network."""
-        norms = batch_norms_around_layers(self._reference) if self._norms is None else self._norms
-        known = {name: norms[before.name] for name, (before, _) in self._pairs.items() if before.name in norms}
-        telling = {name: info for name, info in known.items() if tells_mean(info)}
-        shapes = self._shapes([self._pairs[name][0].input for name in telling])
-        return {
-            name: analytical_shift(layer, before.weights, telling[name], shapes.get(before.input))
-            for name, (before, layer) in self._pairs.items()
-            if name in telling
-        }
-
-    def _shapes(self, names: Iterable[str]) -> Mapping[str, Sequence[int | None]]:
-        """Of these tensors of the float network; of the first batch where they are not known without data."""
-        known = self._reference.surroundings.shapes
-        unknown = [name for name in dict.fromkeys(names) if None in known.get(name, (None, None))[1:]]
-        if not unknown or not self._samples.batches:
-            return known
-        feeds = next(self._samples.feeds())
-        return {**known, **{name: array.shape for name, array in self._reference.part(feeds, unknown)(feeds).items()}}
-
-    @property
-    def _first_shifts(self) -> dict[str, Shift]:
-        """Of the layers that read an input of the model, as far as there are samples of it."""
-        inputs = {each.name for each in self._reference.inputs}
-        first = {name: pair for name, pair in self._pairs.items() if self._samples.batches and pair[0].input in inputs}
-        means = {name: empty_mean(before) for name, (before, _) in first.items()}
-        for batch, feeds in enumerate(self._samples.feeds()):
-            for name, (before, _) in first.items():
-                for array in self._samples.fitted(feeds[before.input], batch):
-                    means[name].update(array)
-        return {
-            name: mean_shift(layer, before.weights, means[name].mean(before.input_quantization))
-            for name, (before, layer) in first.items()
-        }
-
-    def analytical(self) -> Candidate:
-        """The network corrected with what batch normalizations say; its first layers with the mean of the data."""
-        candidate = self.with_shifts("analytical", self._first_shifts | self.analytical_shifts)
+    def uncorrected(self, choice: Choice) -> Candidate:
+        """The network as it is."""
+        self._expect_outputs()
+        candidate = Candidate(choice)
         for layer in self._layers:
-            if layer.name not in candidate.reports:
-                candidate.leave(layer, "no BatchNormalization before it tells the mean of what it reads")
-        return candidate
+            candidate.keep(layer, ReasonCode.NOT_BETTER())
+        return replace(candidate, score=self._score(self._outputs(self._quantized)) if self._is_scored else NOT_SCORED)
 
-    def empirical(self) -> Candidate:
-        """Swept, the mean output of each layer that of the float one."""
-        return self.swept("empirical", Empirical(self.reference))
+    def candidate(self, choice: Choice) -> Candidate:
+        """The candidate that is made so."""
+        self._expect_outputs()
+        if choice.method == "mean":
+            return self._with_known(choice, self._mean_shifts(), ReasonCode.NO_VALUES())
+        if choice.method == "analytical":
+            return self._with_known(choice, self._first_shifts() | self.analytical_shifts(), ReasonCode.NO_STATISTICS())
+        if choice.method == "hybrid":
+            return self._hybrid(choice)
+        return self._swept(choice, self._method(choice))
 
-    def hybrid(self) -> Candidate:
-        """Swept, with the analytical shifts where they are known; the reports say where."""
-        known = self.analytical_shifts
-        candidate = self.swept("hybrid", Hybrid(known, Empirical(self.reference)))
+    def _method(self, choice: Choice) -> Method:
+        if choice.method == "iterative":
+            return Mean({name: match.reference.weights for name, match in self._matches.items()})
+        reference = self._reference_measurements()
+        if choice.method == "empirical":
+            return Empirical(reference, choice.strength, choice.shrunk)
+        if choice.method == "activation":
+            activated = {name: tensor for name, (_, tensor) in self._activated.items()}
+            return Activation(reference, choice.strength, choice.shrunk, activated=activated)
+        raise ValueError(f"method: {choice.method!r} makes no candidate")
+
+    def _swept(self, choice: Choice, method: Method) -> Candidate:
+        """The network with its layers corrected stage by stage, each after those before it."""
+        candidate = Candidate(choice)
+        sweep = self._sweep(self._quantized, self._layers, method.wanted)
+        for done, stage in enumerate(sweep.stages, start=1):
+            measured = sweep.measure(stage)
+            layers = [layer for layer in stage.layers if measured[layer.name].output.has_values]
+            shifts = {layer.name: method.shift(layer, measured[layer.name]) for layer in layers}
+            for _ in range(method.refinements):
+                for name, after in sweep.measure_activated(stage, shifts).items():
+                    layer = self._matches[name].quantized
+                    shifts[name] = method.refined(layer, measured[name], shifts[name], after)
+            for layer in stage.layers:
+                if layer.name not in shifts:
+                    candidate.keep(layer, ReasonCode.NO_VALUES())
+                    continue
+                change = self._corrected(candidate, layer, method.final(layer, measured[layer.name], shifts[layer.name]))
+                if change is not None:
+                    sweep.shift(layer, change)
+            self._progress(choice.label, done, len(sweep.stages))
+        return self._finished(candidate, sweep)
+
+    def _with_known(self, choice: Choice, shifts: Mapping[str, Shift], otherwise: Reason) -> Candidate:
+        """The network with shifts that are known, which only has to run to be scored; why other layers have none."""
+        candidate = Candidate(choice)
+        for layer in self._layers:
+            if layer.name in shifts:
+                self._corrected(candidate, layer, shifts[layer.name])
+            else:
+                candidate.keep(layer, otherwise)
+        if not self._is_scored:
+            return candidate
+        corrected = self._quantized.with_shifts(candidate.shifts)
+        return replace(candidate, score=self._score(self._outputs(corrected)))
+
+    def _finished(self, candidate: Candidate, sweep: Sweep) -> Candidate:
+        """Scored, where candidates are."""
+        scored = replace(candidate, score=self._score(sweep.outputs()))
+        sweep.finish()
+        return scored
+
+    def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
+        """Adds a layer to a candidate; returns the change of its bias, None where it stays as it is."""
+        if not np.isfinite(shift).all():
+            candidate.keep(layer, ReasonCode.MEANS_NOT_FINITE())
+            return None
+        change = self._quantized.bias_change(layer, shift)
+        method, applied = (None, 0.0) if change.applied is None else (candidate.choice.label, change.applied)
+        before, after = (float(np.abs(each).mean()) for each in (shift, shift - applied))
+        candidate.reports[layer.name] = LayerReport(layer.name, layer.op, method, layer.channels, before, after, change.reasons)
+        if change.applied is not None:
+            candidate.shifts[layer.name] = shift
+        return change.applied
+
+    def _hybrid(self, choice: Choice) -> Candidate:
+        """Analytical shifts where they are known, else empirical ones; the reports say which."""
+        known = self.analytical_shifts()
+        candidate = self._swept(choice, Hybrid(known, self._reference_measurements()))
         for name, report in candidate.reports.items():
             if report.method is not None:
                 candidate.reports[name] = replace(report, method="analytical" if name in known else "empirical")
         return candidate
 
-    def with_shifts(self, name: str, shifts: Mapping[str, Shift]) -> Candidate:
-        """The network with shifts that are known."""
-        candidate = Candidate(name, self._quantized.copy())
-        for layer in self._layers:
-            if layer.name in shifts:
-                candidate.add(layer, shifts[layer.name])
-        return replace(candidate, score=self._score(self._outputs(candidate.network)))
+    def _reference_measurements(self) -> dict[str, Measured]:
+        """Measurements of the float layer that each layer was, by the name of the latter; measured at the first call."""
+        if self._reference_measured is None:
+            self._reference_measured = self._measure_reference()
+        return self._reference_measured
 
-    def swept(self, name: str, method: Method, *, inputs: bool = False, activated: bool = False) -> Candidate:
-        """The network whose layers are corrected one by one, each behind those before it."""
-        candidate = Candidate(name, self._quantized.copy())
-        sweep = Sweep(
-            self._quantized,
-            self._layers,
-            self._samples,
-            inputs=self._pairs if inputs else (),
-            activated={name: tensor for name, (_, tensor) in self._activated.items()} if activated else {},
-        )
-        sweep.correct(lambda layer, measured: candidate.add(layer, method(layer, measured)), self._step(name))
-        return replace(candidate, score=self._score(enumerate(sweep.outputs())))
+    def _measure_reference(self) -> dict[str, Measured]:
+        layers = list({match.reference.name: match.reference for match in self._matches.values()}.values())
+        activated = {self._matches[name].reference.name: tensor for name, (tensor, _) in self._activated.items()}
+        sweep = self._sweep(self._reference, layers, Wanted(activated=activated), depth=_DEPTH)
+        found: dict[str, Measured] = {}
+        for done, stage in enumerate(sweep.stages, start=1):
+            found |= sweep.measure(stage)
+            self._progress("float network", done, len(sweep.stages))
+        if self._is_scored and self._expected_by is self._reference:
+            for batch, outputs in sweep.outputs():
+                if self._samples.is_scored(batch).any():
+                    self._keep_expected(outputs, batch)
+        sweep.finish()
+        return {name: found[match.reference.name] for name, match in self._matches.items()}
+
+    def _mean_shifts(self) -> dict[str, Shift]:
+        """The weight error of each layer times its mean input in the uncorrected network."""
+        sweep = self._sweep(self._quantized, self._layers, Wanted(inputs=True), depth=_DEPTH)
+        method = Mean({name: match.reference.weights for name, match in self._matches.items()})
+        shifts: dict[str, Shift] = {}
+        for done, stage in enumerate(sweep.stages, start=1):
+            measured = sweep.measure(stage)
+            layers = [layer for layer in stage.layers if measured[layer.name].output.has_values]
+            shifts |= {layer.name: method.shift(layer, measured[layer.name]) for layer in layers}
+            self._progress("quantized network", done, len(sweep.stages))
+        sweep.finish()
+        return shifts
+
+    def analytical_shifts(self) -> dict[str, Shift]:
+        """Shifts of the layers whose mean input a batch normalization of the float network gives; found at the first call."""
+        if self._known_analytical is None:
+            self._known_analytical = self._find_analytical_shifts()
+        return self._known_analytical
+
+    def _find_analytical_shifts(self) -> dict[str, Shift]:
+        norms = batch_norms_around_layers(self._reference) if self._norms is None else self._norms
+        known = {name: norms[match.reference.name] for name, match in self._matches.items() if match.reference.name in norms}
+        known = {name: info for name, info in known.items() if info.gives_input_mean}
+        shapes = self._shapes([self._matches[name].reference.input for name in known])
+        return {
+            name: analytical_shift(match.quantized, match.reference.weights, known[name], shapes.get(match.reference.input))
+            for name, match in self._matches.items()
+            if name in known
+        }
+
+    def _shapes(self, names: Iterable[str]) -> Mapping[str, Sequence[int | None]]:
+        """Shapes of these tensors of the float network; those in the first batch where they are not known without data."""
+        known = self._reference.facts().shapes
+        unknown = [name for name in dict.fromkeys(names) if None in known.get(name, (None, None))[1:]]
+        if not unknown or not self._samples.batches:
+            return known
+        feeds = next(self._samples.feeds())
+        computed = self._reference.part(feeds, unknown, threads=self._threads)(feeds)
+        return {**known, **{name: array.shape for name, array in computed.items()}}
+
+    def _first_shifts(self) -> dict[str, Shift]:
+        """Shifts of the layers that read an input of the model, as far as there are samples of it."""
+        inputs = {each.name for each in self._reference.inputs}
+        first = {name: match for name, match in self._matches.items() if match.reference.input in inputs}
+        means: dict[str, InputMean] = {}
+        for batch, feeds in enumerate(self._samples.feeds()):
+            for name, match in first.items():
+                for array in self._samples.fitted(feeds[match.reference.input], batch):
+                    if array.size:
+                        means.setdefault(name, empty_mean(match.reference)).update(array)
+        return {
+            name: mean_shift(match.quantized, match.reference.weights, means[name].mean(match.reference.input_quantization))
+            for name, match in first.items()
+            if name in means
+        }
+
+    def _sweep(
+        self, network: Network, layers: Sequence[Layer], wanted: Wanted, batches: Sequence[int] | None = None, *, depth: int = 1
+    ) -> Sweep:
+        shards = local_shards(network, self._samples, self._threads, batches)
+        return Sweep(network, layers, shards, wanted, depth=depth)
 
     def _score(self, outputs: Iterable[tuple[int, Feeds]]) -> Score:
-        """Of outputs by batch, which are only computed where they are judged."""
-        if self._judge is None:
-            return NOT_JUDGED
-        if not self._has_expectations:
-            for batch, expected in self._outputs(self._judge):
-                self._expect(expected, batch)
-        judge = Judge()
+        """The score of outputs by batch, which are only computed where they are scored."""
+        if not self._is_scored:
+            return NOT_SCORED
+        errors, names = OutputErrors(), self._expected_by.outputs
         for batch, computed in outputs:
-            self._compare(judge, computed, batch)
-        return judge.score
+            if self._samples.is_scored(batch).any():
+                for name, array in zip(names, computed.values()):
+                    expected = self._samples.storage["float", name, batch]
+                    errors.add(name, self._samples.held_out(expected, batch), self._samples.held_out(array, batch))
+        return errors.score
 
-    def _expect(self, outputs: Feeds, batch: int) -> None:
-        self._has_expectations = True
+    def _expect_outputs(self) -> None:
+        """Computes the float outputs before anything else runs, along with what candidates need of the float network."""
+        if not self._is_scored:
+            return
+        if self._uses_reference and self._layers:
+            self._reference_measurements()
+        if ("float", self._expected_by.outputs[0], self._scored_batches()[0]) not in self._samples.storage:
+            for batch, outputs in self._outputs(self._expected_by):
+                self._keep_expected(outputs, batch)
+
+    def _keep_expected(self, outputs: Feeds, batch: int) -> None:
         for name, array in outputs.items():
             self._samples.storage["float", name, batch] = array
 
+    def _scored_batches(self) -> list[int]:
+        return [batch for batch in range(self._samples.batches) if self._samples.is_scored(batch).any()]
+
     def _outputs(self, network: Network) -> Iterator[tuple[int, Feeds]]:
-        """Outputs of a network for the batches that judge."""
-        names, storage = [each.name for each in network.inputs], self._samples.storage
-        batches = [batch for batch in range(self._samples.batches) if self._samples.judge(batch).any()]
-        workers = min(len(batches), CPUS)
-        example = {name: storage[name, batches[0]] for name in names}
-        compute = network.part(example, network.outputs, threads=max(1, CPUS // workers))
-        yield from zip(batches, in_order(lambda k: compute({name: storage[name, k] for name in names}), batches, workers))
-
-    def _compare(self, judge: Judge, outputs: Feeds, batch: int) -> None:
-        if self._samples.judge(batch).any():
-            for name, computed in zip(self._reference.outputs, outputs.values()):
-                expected = self._samples.storage["float", name, batch]
-                judge.add(name, self._samples.judging(expected, batch), self._samples.judging(computed, batch))
-
-    def _step(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self._progress(name, done, total)
+        """Outputs of a network for the batches that are scored; in stages where it is too large to run at once."""
+        weights = sum(math.prod(layer.weights.shape) * layer.weights.dtype.itemsize for layer in network.layers)
+        layers = network.layers if weights > _LARGE or len(network.operations) > _MANY else []
+        sweep = self._sweep(network, layers, Wanted(outputs=False), self._scored_batches(), depth=_DEPTH)
+        for stage in sweep.stages:
+            sweep.measure(stage)
+        yield from sweep.outputs()

@@ -1,15 +1,14 @@
 """The classic interface: corrected float models by simulated quantization, all layers or one, with data or without.
 
     empirical     bias -= E[y quantized] - E[y float]
-    analytical    bias -= (quantized weights - weights) x E[input], as the batch normalization before the layer tells it
+    analytical    bias -= (quantized weights - weights) x E[input], as the batch normalization before the layer gives it
 
-Nothing is judged: the cost is one pass of the float network and one sweep of the quantized one.
+Nothing is scored: the cost is one pass of the float network and one sweep of the quantized one.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import math
 import warnings
@@ -17,19 +16,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from biascorr.adapters.loading import network_from_model
-from biascorr.calibration.data import ModelInput, batches_from_data, number_of_samples
+from biascorr.arguments import checked_integer
+from biascorr.calibration.data import batches_from_data, number_of_samples
+from biascorr.calibration.resources import available_cpus
 from biascorr.calibration.samples import Samples
-from biascorr.calibration.storage import Storage, default_budget
+from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.analytical import analytical_shift
-from biascorr.correction.candidates import Workshop
-from biascorr.correction.correct import add_shifts
+from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.simulation import layers_to_quantize, simulated
-from biascorr.graph.batch_norms import ConvBnInfoType, brought_up_to_date
-from biascorr.graph.network import Feeds, Layer, LayerReport, Network
+from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers, with_current_statistics
+from biascorr.graph.layer import Layer
+from biascorr.graph.matching import match_by_name
+from biascorr.graph.network import EditableNetwork, Feeds, ModelInput, Network, require_edits
+from biascorr.graph.reasons import LayerReport
 
 _DEFAULTS = QuantParams()
 
@@ -72,9 +73,7 @@ class BiasCorrectionParams:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_quant_samples", "num_bias_correct_samples"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {value!r}, expected an integer of at least 1")
+            checked_integer(name, getattr(self, name), 1)
         for name in ("input_op_names", "output_op_names"):
             value = getattr(self, name)
             names = [value] if isinstance(value, (str, bytes)) else list(value)
@@ -94,6 +93,47 @@ class BiasCorrectionParams:
         if unknown:
             raise ValueError(f"output_op_names: {unknown[0]} is no output of {name}, which has {_listed(network.outputs)}")
         return [inputs[each] for each in self.input_op_names]
+
+
+def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
+    """The batch normalizations around the convolutions and matrix products of a float model.
+
+    Parameters
+    ----------
+    model : path, bytes or onnx.ModelProto
+        The model, which is not changed.
+
+    Returns
+    -------
+    dict from str to ConvBnInfoType
+        By the name of the layer, in topological order; layers without any batch normalization around them are left out.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, TypeError, ValueError
+        As :func:`biascorr.correct`, of its model.
+
+    Notes
+    -----
+    Batch normalizations that :func:`biascorr.fold_all_batch_norms` or :func:`biascorr.equalize_model` have made part of layers
+    are found too, with the statistics that their outputs have now: scaled, and without the high biases that were folded.
+
+    `input_bn` is found through ReLU, Clip with constant bounds, Min and Max with constants, Identity, Dropout, an average over
+    all positions and a reshape of such averages, whatever else reads the tensors in between. Anything else in between ends the
+    builder: the mean of the layer's input would not follow from the batch normalization.
+
+    Examples
+    --------
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     network (float[N,1,8] x) => (float[N,1,8] y)
+    ...     <float[1] beta = {0.5}, float[1] gamma = {2.0}, float[1] mean = {0.0}, float[1] var = {1.0}, float[1,1,1] w = {3.0}>
+    ...     { n = BatchNormalization(x, gamma, beta, mean, var)  r = Relu(n)  [layer] y = Conv(r, w) }''')
+    >>> info = find_all_convs_bn_with_activation(model)["layer"]
+    >>> info.input_bn.beta, info.in_activation_type.name
+    (array([0.5]), 'relu')
+    """
+    return batch_norms_around_layers(network_from_model(model, "model"))
 
 
 class BiasCorrection:
@@ -119,7 +159,7 @@ class BiasCorrection:
         conv_bn_dict: Mapping[str, ConvBnInfoType] | None = None,
         perform_only_empirical_bias_corr: bool = True,
     ) -> Any:
-        """Corrects all layers in topological order, each behind corrected ones.
+        """Corrects all layers in topological order, each after corrected ones.
 
         Parameters
         ----------
@@ -132,10 +172,11 @@ class BiasCorrection:
         data_set : iterable
             See the class.
         conv_bn_dict : mapping from str to ConvBnInfoType, optional
-            What is around layers, for the analytical correction; None: what :func:`find_all_convs_bn_with_activation` finds.
-            Batch normalizations that became part of layers since are taken as they are in the model now.
+            The batch normalizations around layers, for the analytical correction; None: those that
+            :func:`find_all_convs_bn_with_activation` finds. Those that became part of layers since are taken as they are in the
+            model now.
         perform_only_empirical_bias_corr : bool
-            False: layers behind a batch normalization are corrected analytically, all others empirically.
+            False: layers after a batch normalization are corrected analytically, all others empirically.
 
         Returns
         -------
@@ -147,17 +188,15 @@ class BiasCorrection:
         UserWarning
             The data ended early, or layers could not be corrected.
         """
-        reference = network_from_model(reference_model, "reference_model")
+        reference = _loaded(reference_model, "reference_model")
         layers = layers_to_quantize(reference, quant_params)
         for name in conv_bn_dict or ():
             _layer(reference, name, "conv_bn_dict")
-        norms = None if conv_bn_dict is None else brought_up_to_date(conv_bn_dict, reference)
-        workshop = _workshop(reference, reference, layers, bias_correct_params, quant_params, data_set, norms)
-        with workshop as corrected:
-            candidate = corrected.empirical() if perform_only_empirical_bias_corr else corrected.hybrid()
-        add_shifts(reference, candidate.shifts)
-        _warn_of_layers_left_alone([*candidate.reports.values(), *reference.left_alone])
-        return reference.model
+        norms = None if conv_bn_dict is None else with_current_statistics(conv_bn_dict, reference)
+        choice = Choice("empirical" if perform_only_empirical_bias_corr else "hybrid")
+        candidate = _candidate(reference, reference, layers, bias_correct_params, quant_params, data_set, choice, norms)
+        _warn_of_uncorrected_layers([*candidate.reports.values(), *reference.unsupported])
+        return reference.with_shifts(candidate.shifts).model
 
     @staticmethod
     def bias_correction_per_layer(
@@ -197,7 +236,7 @@ class BiasCorrection:
             The data ended early, or the layer could not be corrected.
         """
         reference = network_from_model(reference_model, "reference_model")
-        network = network_from_model(corrected_model, "corrected_model")
+        network = _loaded(corrected_model, "corrected_model")
         bias_correct_params.inputs_of(network, "corrected_model")
         expected = _layer(reference, layer_name_to_be_corrected, "reference_model")
         layer = _layer(network, layer_name_to_be_corrected, "corrected_model")
@@ -205,11 +244,9 @@ class BiasCorrection:
             found = f"{layer.channels} channels in corrected_model, {expected.channels} in reference_model"
             raise ValueError(f"layer {layer.name}: {found}, expected as many")
         layers = [layer] if layer in layers_to_quantize(network, quant_params) else []
-        with _workshop(reference, network, layers, bias_correct_params, quant_params, data_set) as workshop:
-            candidate = workshop.empirical()
-        add_shifts(network, candidate.shifts)
-        _warn_of_layers_left_alone(candidate.reports.values())
-        return network.model
+        candidate = _candidate(reference, network, layers, bias_correct_params, quant_params, data_set, Choice("empirical"))
+        _warn_of_uncorrected_layers(candidate.reports.values())
+        return network.with_shifts(candidate.shifts).model
 
     @staticmethod
     def analytical_bias_correction_per_layer(
@@ -219,7 +256,7 @@ class BiasCorrection:
         quant_params: QuantParams,
         is_first_conv: bool = False,
     ) -> Any:
-        """Corrects one layer by what the batch normalization before it tells of its input, without data.
+        """Corrects one layer by the statistics that the batch normalization before it gives its input, without data.
 
         Parameters
         ----------
@@ -228,12 +265,12 @@ class BiasCorrection:
         layer : str
             Name of the layer.
         preceeding_bn_layer_info : ConvBnInfoType or None
-            What is before the layer.
+            The batch normalization and activation before the layer.
         quant_params : QuantParams
             How quantization is simulated; activations do not count.
         is_first_conv : bool
             Whether the layer reads an input of the model. It may then have no batch normalization before it, and is left as
-            it is: only data would tell the mean of its input.
+            it is: only data would give the mean of its input.
 
         Returns
         -------
@@ -245,47 +282,55 @@ class BiasCorrection:
         ------
         ValueError
             `preceeding_bn_layer_info` is None for a layer that is not the first; there is no batch normalization in it, or an
-            activation behind it that is no Clip; it has another number of channels than the layer.
+            activation after it that is no Clip; it has another number of channels than the layer.
         """
-        network = network_from_model(corrected_model, "corrected_model")
+        network = _loaded(corrected_model, "corrected_model")
         found = _layer(network, layer, "corrected_model")
         info = preceeding_bn_layer_info
         if info is None and not is_first_conv:
             raise ValueError(f"preceeding_bn_layer_info: None for layer {layer}, expected one unless is_first_conv is set")
         if info is not None and info.input_bn is None and is_first_conv:
-            info = None  # it says what is behind the layer
+            info = None  # it says what is after the layer
         if info is not None:
-            info = brought_up_to_date({layer: info}, network)[layer]
-        if info is not None and found in layers_to_quantize(network, quant_params):
-            quantized = replace(found, weights=quant_params.fake_quantized(found))
-            shape = network.surroundings.shapes.get(found.input)
-            network.add_to_bias(found, analytical_shift(quantized, found.weights, info, shape))
-        return network.model
+            info = with_current_statistics({layer: info}, network)[layer]
+        if info is None or found not in layers_to_quantize(network, quant_params):
+            return network.model
+        quantized = replace(found, weights=quant_params.fake_quantized(found))
+        shift = analytical_shift(quantized, found.weights, info, network.facts().shapes.get(found.input))
+        return network.with_shifts({found.name: shift}).model
 
 
-@contextlib.contextmanager
-def _workshop(
+def _loaded(model: Any, name: str) -> EditableNetwork:
+    return require_edits(network_from_model(model, name), name, "simulated quantization")
+
+
+def _candidate(
     reference: Network,
-    network: Network,
+    network: EditableNetwork,
     layers: Sequence[Layer],
     params: BiasCorrectionParams,
     quant_params: QuantParams,
     data_set: Any,
+    choice: Choice,
     norms: Mapping[str, ConvBnInfoType] | None = None,
-) -> Iterator[Workshop]:
-    """Corrects these layers of a network, quantized in simulation, against those of the same names in the reference."""
+) -> Candidate:
+    """Shifts of these layers of a network, quantized in simulation, against those of the same names in the reference."""
     inputs = params.inputs_of(reference, "reference_model")
     batches = batches_from_data(data_set, inputs, name="data_set", batch_size=params.batch_size)
     fitted = math.ceil(params.num_bias_correct_samples / params.batch_size)
     measured = 0 if quant_params.activation_bits is None else math.ceil(params.num_quant_samples / params.batch_size)
-    with Storage(default_budget()) as storage:
+    with Storage(checked_budget(None)) as storage:
         samples = Samples(storage)
         reading = _read(batches, inputs, samples, fitted, max(fitted, measured))
         quantized = simulated(network, quant_params, itertools.islice(reading, measured))
         collections.deque(reading, maxlen=0)
-        before, after = ({layer.name: layer for layer in each.layers} for each in (reference, quantized))
-        pairs = {layer.name: (before[layer.name], after[layer.name]) for layer in layers}
-        yield Workshop(reference, quantized, pairs, samples, lambda *_: None, activated=False, norms=norms)
+        names = {layer.name for layer in layers}
+        after = [layer for layer in quantized.layers if layer.name in names]
+        matches = match_by_name(reference.layers, after)
+        builder = CandidateBuilder(
+            reference, quantized, matches, [choice], samples, lambda *_: None, threads=available_cpus(), norms=norms
+        )
+        return builder.candidate(choice)
 
 
 def _read(
@@ -308,16 +353,16 @@ def _layer(network: Network, name: str, where: str) -> Layer:
     for layer in network.layers:
         if layer.name == name:
             return layer
-    for report in network.left_alone:
+    for report in network.unsupported:
         if report.name == name:
             raise ValueError(f"{where}: layer {name} cannot be corrected: {report.reason}")
     raise ValueError(f"{where}: {name!r} is no layer; the layers are {_listed(layer.name for layer in network.layers)}")
 
 
-def _warn_of_layers_left_alone(reports: Iterable[LayerReport]) -> None:
+def _warn_of_uncorrected_layers(reports: Iterable[LayerReport]) -> None:
     left = [f"{report.name} ({report.op}): {report.reason}" for report in reports if report.method is None]
     if left:
-        warnings.warn(f"layers left alone: {'; '.join(left)}", stacklevel=3)
+        warnings.warn(f"layers left as they are: {'; '.join(left)}", stacklevel=3)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-import numpy as np
-
 from biascorr.adapters.loading import network_from_model
-from biascorr.calibration.samples import ONE_OF, Progress, Samples
-from biascorr.calibration.storage import Storage, default_budget
-from biascorr.correction.candidates import Candidate, Workshop
-from biascorr.correction.methods import Activation, Empirical, Mean, Shift
+from biascorr.calibration.data import Progress
+from biascorr.calibration.resources import checked_threads
+from biascorr.calibration.samples import ONE_OF, Samples
+from biascorr.calibration.storage import Storage, checked_budget
+from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
-from biascorr.correction.scoring import NOT_JUDGED, Score
+from biascorr.correction.scoring import NOT_SCORED, Score
 from biascorr.correction.simulation import simulated
 from biascorr.equalization.equalize import Equalization, equalized
-from biascorr.graph.matching import counterparts
-from biascorr.graph.network import Layer, LayerReport, Network
+from biascorr.graph.layer import Layer
+from biascorr.graph.matching import Match, match_by_name, match_layers
+from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
+from biascorr.graph.reasons import LayerReport, ReasonCode
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
 
@@ -28,57 +29,60 @@ _SCALED = ("empirical", "activation")
 """Methods whose shifts can be scaled."""
 
 _AUTO = (
-    ("mean",),
-    ("iterative",),
-    ("empirical", 1.0),
-    ("empirical", 0.5),
-    ("activation", 1.0),
-    ("activation", 0.5),
-    ("activation", 1.0, True),
+    Choice("mean"),
+    Choice("iterative"),
+    Choice("empirical"),
+    Choice("empirical", 0.5),
+    Choice("activation"),
+    Choice("activation", 0.5),
+    Choice("activation", shrunk=True),
 )
-"""What `auto` tries: method, strength, whether shrunk. Which one wins differs by network (docs/models.md)."""
+"""The candidates of `auto`. Which one wins differs by network (docs/models.md)."""
 
-_AS_IT_CAME, _EQUALIZED = "none", "equalized"
-"""What candidates without correction are called."""
+_UNCORRECTED = Choice("none")
 
 _FEW = 8
-"""Fewer samples than these tell too little of a network to judge it."""
+"""Scores of fewer samples than this are too uncertain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A corrected model and what was done to it.
+    """A corrected model and its report.
 
     Parameters
     ----------
-    network : Network
+    network : BiasNetwork
         The corrected network.
-    method : str
-        How it was corrected: the method asked for, or the one that `auto` chose, with its strength ("mean", "empirical 0.5",
-        "activation shrunk"); "none" where nothing was better, or there was nothing to correct. It starts with "equalized" if
-        the model was: "equalized, mean", or "equalized" alone without correction.
+    choice : Choice
+        The candidate that was returned: its `method`, the one asked for or the one that "auto" chose ("none" for the
+        uncorrected model), its `strength`, whether it is `shrunk`, and whether the float model `is_equalized`.
     report : sequence of LayerReport
-        One entry per layer, in topological order; those left alone have a reason.
+        One entry per layer, in topological order; those whose bias is as it was have a reason.
     scores : mapping from str to Score
-        How near the outputs of each candidate come to those of the float network, by its name, the uncorrected one ("none")
+        How near the outputs of each candidate come to those of the float network, by its label, the uncorrected one ("none")
         first: `sqnr` in dB, and `divergence` in nats where an output is probabilities, else None. Empty where nothing could be
-        judged.
+        scored.
     notes : sequence of str
-        What is worth knowing about the judgement: few samples, outputs that got worse, nothing judged.
+        Remarks about the scores: few samples, outputs that got worse, nothing scored.
     samples, batches : int
         How many were read; a batch counts as one sample where the model fixes its size.
     equalization : Equalization or None
-        What equalization does to the float model, whether that was better or not; None where it was not asked for.
+        The equalization of the float model, whether that was better or not; None where it was not asked for.
     """
 
-    network: Network
-    method: str
+    network: BiasNetwork
+    choice: Choice
     report: Sequence[LayerReport]
     scores: Mapping[str, Score]
     notes: Sequence[str]
     samples: int
     batches: int
     equalization: Equalization | None = None
+
+    @property
+    def method(self) -> str:
+        """The label of the choice, as in `scores`: "mean", "empirical 0.5", "equalized, activation shrunk", "none"."""
+        return str(self.choice)
 
     @property
     def model(self) -> Any:
@@ -104,9 +108,10 @@ def correct(
     quant_params: QuantParams | None = None,
     equalize: bool = False,
     memory_budget: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Correction:
-    """Takes the bias that quantization leaves in a model's layers out of their biases.
+    """Corrects the biases of a quantized model, so that its outputs come nearer to those of the float model.
 
     Parameters
     ----------
@@ -121,21 +126,21 @@ def correct(
         The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
         model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
-        "auto": one sample of four is held back. The methods below but "hybrid", some also with other strengths, correct with
-        the other samples, and the model whose outputs for those held back are nearest to the float model's is returned. The
-        model as it came is among them, so the result is never worse there. With fewer than four samples, all correct and
-        all judge.
+        "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
+        the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
+        The uncorrected model is among them, so the result is never worse there. With fewer than four samples, all are
+        corrected with and all are scored.
 
         By name, from all samples:
 
         - "mean": weight error times the mean input of each layer, per kernel tap, all measured in one pass.
-        - "iterative": the same, each layer behind corrected ones.
-        - "empirical": the mean output of each layer becomes that of the float one, each behind corrected ones.
-        - "activation": the same of what is behind the layer's activation.
-        - "analytical": weight error times the mean input that a BatchNormalization before the layer tells, through ReLU or
-          Clip; of the layers that read the model's inputs, their mean in the data, if there is any. Other layers are left
-          alone.
-        - "hybrid": analytical where a BatchNormalization tells the mean input, else empirical.
+        - "iterative": the same, each layer after corrected ones.
+        - "empirical": the mean output of each layer becomes that of the float one, each after corrected ones.
+        - "activation": the same for the tensor after the layer's activation.
+        - "analytical": weight error times the mean input that a BatchNormalization before the layer gives, through ReLU or
+          Clip; of the layers that read the model's inputs, their mean in the data, if there is any. Other layers stay as they
+          are.
+        - "hybrid": analytical where a BatchNormalization gives the mean input, else empirical.
     strength : float
         The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
     shrunk : bool
@@ -145,12 +150,14 @@ def correct(
         How quantization is simulated, where no quantized model is given; None: `QuantParams()`, 8-bit weights.
     equalize : bool
         Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto" also
-        tries it as it came, and returns what is best.
+        tries it without, and returns what is best.
     memory_budget : int, optional
-        Bytes of activations held in memory; what comes beyond goes to a temporary folder that is removed at the end. None: half
-        of the memory that is free.
+        Bytes of activations held in memory; the rest goes to a temporary folder that is removed at the end. None: half
+        of the memory that is free, in the container that this process is in.
+    threads : int, optional
+        Threads that run the model and the statistics, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional
-        Called with what is being done, how much of it is done, and how much there is (None if unknown).
+        Called with the step, how much of it is done, and how much there is (None if unknown).
 
     Returns
     -------
@@ -166,7 +173,8 @@ def correct(
     OSError
         The temporary folder is full.
     TypeError
-        The model or the data is of a kind that is not understood; a sample has another dtype than the input.
+        The model or the data is of a kind that is not understood; a sample has another dtype than the input; the model is one
+        whose weights cannot be changed, and no quantized one is given.
     ValueError
         An option has a value that is not allowed; a model is invalid; the quantized model is not of this float model; there
         are no samples for a method that needs some; a sample has other names or shapes than the inputs, or nan.
@@ -178,6 +186,7 @@ def correct(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import onnx.parser
     >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
     ...     network (float[N,2] x) => (float[N,2] y) <float[2,2] w = {0.1, 0.2, 0.3, 0.4}> { [layer] y = MatMul(x, w) }''')
@@ -186,45 +195,35 @@ def correct(
     >>> correction.report[0].reason
     'it had no bias; one was added'
     """
-    _check_options(method, strength, shrunk, memory_budget, data is not None)
+    _check_options(method, strength, shrunk, data is not None)
+    budget, threads = checked_budget(memory_budget), checked_threads(threads)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
-    given = None if quantized is None else network_from_model(quantized, "quantized")
+    given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
     _check_inputs_and_outputs(reference, given or reference)
-    report_progress = progress or (lambda *_: None)
-    activated, judge = method in ("auto", "activation"), None if data is None else reference
-    with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
-        samples = Samples(storage, held_back=method == "auto")
+    matches = None if given is None else match_layers(reference.layers, given.layers)
+    wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
+    with Storage(budget) as storage:
+        samples = Samples(storage, hold_out=method == "auto")
+        report_progress = progress or (lambda *_: None)
         if data is not None:
             samples.read(data, (given or reference).inputs, report_progress)
-
-        def attempt(name: str, network: Network, is_corrected: bool) -> _Attempt:
-            measured = given or simulated(network, quant_params or QuantParams(), samples.feeds())
-            same = {layer.name: layer for layer in network.layers}
-            pairs, untouched = _split(measured, same if given is None else counterparts(network.layers, given.layers))
-            workshop = Workshop(network, measured, pairs, samples, report_progress, activated=activated, judge=judge)
-            made = _candidates(workshop, method, strength, shrunk) if is_corrected and pairs else []
-            named = made if name == _AS_IT_CAME else [replace(each, name=f"{name}, {each.name}") for each in made]
-            return _Attempt(network, measured, untouched, [workshop.uncorrected(name, measured), *named])
-
-        equalization = equalized(reference, samples, report_progress) if equalize else None
-        is_equalized = equalization is not None and equalization.is_anything_done
-        attempts = [attempt(_AS_IT_CAME, reference, method == "auto" or not is_equalized)]
-        if equalization is not None and is_equalized:
-            attempts.append(attempt(_EQUALIZED, equalization.network.copy(), True))
+        options = _Options(wanted, samples, report_progress, threads, reference, method == "auto")
+        if given is not None and matches is not None:
+            made = _candidates(options, reference, given, matches, False, True)
+            equalization, attempts = None, [_Attempt(given, matches, made)]
+        else:
+            equalization, attempts = _simulated_attempts(options, quant_params or QuantParams(), equalize)
     candidates = [candidate for each in attempts for candidate in each.candidates]
     best = _best(candidates) if method == "auto" else candidates[-1]
     chosen = next(each for each in attempts if best in each.candidates)
-    if given is None:
-        add_shifts(chosen.reference, best.shifts)
-    reports = best.reports | {report.name: report for report in (*chosen.untouched, *chosen.measured.left_alone)}
     return Correction(
-        chosen.reference if given is None else best.network,
-        best.name,
-        [reports[name] for name in chosen.measured.order if name in reports],
-        {each.name: each.score for each in candidates if each.score is not NOT_JUDGED},
+        chosen.network.with_shifts(best.shifts),
+        best.choice,
+        _report(chosen, best),
+        {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         _notes(best, candidates[0], samples),
         samples.count,
         samples.batches,
@@ -233,26 +232,96 @@ def correct(
 
 
 @dataclass(frozen=True, eq=False)
-class _Attempt:
-    """A float network, what quantization made of it, and what corrections made of that.
+class _Options:
+    """Options that all attempts have in common.
 
     Parameters
     ----------
-    reference, measured : Network
-        Float and quantized.
-    untouched : sequence of LayerReport
-        The layers that need or allow no correction.
+    wanted : sequence of Choice
+        The candidates to make.
+    samples, progress, threads
+        See :class:`CandidateBuilder`.
+    expected_by : Network
+        The float network whose outputs candidates are scored against.
+    is_auto : bool
+        Whether to try the analytical method too, where there are statistics for it.
+    """
+
+    wanted: Sequence[Choice]
+    samples: Samples
+    progress: Progress
+    threads: int
+    expected_by: Network
+    is_auto: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """A network and its candidates.
+
+    Parameters
+    ----------
+    network : BiasNetwork
+        The network that gets the shifts of the best candidate: the quantized one, or the float one where quantization was
+        simulated.
+    matches : mapping from str to Match
+        The float layer of each of its layers.
     candidates : sequence of Candidate
         The uncorrected one first.
     """
 
-    reference: Network
-    measured: Network
-    untouched: Sequence[LayerReport]
+    network: BiasNetwork
+    matches: Mapping[str, Match]
     candidates: Sequence[Candidate]
 
 
-def _check_options(method: str, strength: float, shrunk: bool, memory_budget: int | None, has_data: bool) -> None:
+def _simulated_attempts(options: _Options, params: QuantParams, equalize: bool) -> tuple[Equalization | None, list[_Attempt]]:
+    """With simulated quantization of the float network, and of the equalized one where that is asked for."""
+    reference = require_edits(options.expected_by, "model", "simulated quantization")
+    samples, progress = options.samples, options.progress
+    equalization = equalized(reference, samples, progress, options.threads) if equalize else None
+    networks = {False: reference}
+    if equalization is not None and equalization.is_anything_done:
+        networks[True] = require_edits(equalization.network, "model", "simulated quantization")
+    attempts = []
+    for is_equalized, network in networks.items():
+        measured = simulated(network, params, samples.feeds(), options.threads)
+        matches = match_by_name(network.layers, measured.layers)
+        is_corrected = options.is_auto or is_equalized == (True in networks)
+        candidates = _candidates(options, network, measured, matches, is_equalized, is_corrected)
+        attempts.append(_Attempt(network, matches, candidates))
+    return equalization, attempts
+
+
+def _candidates(
+    options: _Options,
+    reference: Network,
+    measured: BiasNetwork,
+    matches: Mapping[str, Match],
+    is_equalized: bool,
+    is_corrected: bool,
+) -> list[Candidate]:
+    """The candidates for a quantized network, the uncorrected one first."""
+    builder = CandidateBuilder(
+        reference,
+        measured,
+        {name: match for name, match in matches.items() if match.is_quantized and match.is_finite},
+        options.wanted,
+        options.samples,
+        options.progress,
+        threads=options.threads,
+        is_scored=options.samples.batches > 0,
+        expected_by=options.expected_by,
+    )
+    made = []
+    if is_corrected and builder.has_layers:
+        extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
+        choices = [replace(choice, is_equalized=is_equalized) for choice in (*options.wanted, *extra)]
+        made = [builder.candidate(choice) for choice in choices]
+    return [builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized)), *made]
+
+
+def _check_options(method: str, strength: float, shrunk: bool, has_data: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
@@ -263,8 +332,6 @@ def _check_options(method: str, strength: float, shrunk: bool, memory_budget: in
         raise ValueError(f"shrunk: {shrunk}, expected False with method {method!r}")
     if not has_data and method != "analytical":
         raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget: {memory_budget}, expected bytes, 0 or more")
 
 
 def _check_inputs_and_outputs(reference: Network, quantized: Network) -> None:
@@ -278,72 +345,44 @@ def _check_inputs_and_outputs(reference: Network, quantized: Network) -> None:
         raise ValueError(f"quantized: not of this float model: {counts}")
 
 
-def _candidates(workshop: Workshop, method: str, strength: float, shrunk: bool) -> list[Candidate]:
-    """What `auto` chooses from, or what was asked for by name."""
-    if method != "auto":
-        return [_candidate(workshop, method, strength, shrunk)]
-    made = [_candidate(workshop, *each) for each in _AUTO]
-    return [*made, workshop.analytical()] if workshop.analytical_shifts else made
-
-
-def _candidate(workshop: Workshop, method: str, strength: float = 1.0, shrunk: bool = False) -> Candidate:
-    if method == "mean":
-        return workshop.with_shifts(method, workshop.mean_shifts)
-    if method == "iterative":
-        return workshop.swept(method, Mean(workshop.weights), inputs=True)
-    if method == "analytical":
-        return workshop.analytical()
-    if method == "hybrid":
-        return workshop.hybrid()
-    name = " ".join([method, *([f"{strength:g}"] if strength != 1.0 else []), *(["shrunk"] if shrunk else [])])
-    kind = Empirical if method == "empirical" else Activation
-    return workshop.swept(name, kind(workshop.reference, strength, shrunk), activated=method == "activation")
-
-
 def _best(candidates: Sequence[Candidate]) -> Candidate:
     """The best candidate that is in no way worse than the first, the uncorrected one."""
     before = candidates[0].score
-    if before is NOT_JUDGED:
+    if before is NOT_SCORED:
         raise ValueError(
-            "quantized: gives out integers in place of the float model's real numbers; name a method to go unjudged"
+            "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores"
         )
     return max((each for each in candidates if not each.score.is_worse_than(before)), key=lambda each: each.score.order)
 
 
 def _notes(best: Candidate, before: Candidate, samples: Samples) -> list[str]:
-    """What is worth knowing about the judgement; warns where the model got worse."""
-    if before.score is NOT_JUDGED:
-        return ["nothing was judged, which needs " + ("real outputs" if samples.count else "data")]
+    """Remarks about the scores; warns where the model got worse."""
+    if before.score is NOT_SCORED:
+        return ["nothing was scored, which needs " + ("real outputs" if samples.count else "data")]
     notes = []
-    judges = samples.count if samples.all_judge else samples.count // ONE_OF
-    kind = ("held-back sample" if samples.held_back else "fitted sample") + ("" if judges == 1 else "s")
-    if judges < _FEW:
-        notes.append(f"judged by {judges} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
+    kind = ("held-out sample" if samples.holds_out else "fitted sample") + ("" if samples.scored == 1 else "s")
+    if samples.scored < _FEW:
+        notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
     if best.score.is_worse_than(before.score):
-        notes.append(f"{best.name} made the outputs worse: {before.score} before, {best.score} after, of {judges} {kind}")
+        label = best.choice.label
+        notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
         warnings.warn(notes[-1], stacklevel=3)
     return notes
 
 
-def add_shifts(network: Network, shifts: Mapping[str, Shift]) -> None:
-    """Gives the layers of a float network the shifts that its simulated quantization was given."""
-    layers = {layer.name: layer for layer in network.layers}
-    for name, shift in shifts.items():
-        network.add_to_bias(layers[name], shift)
+def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
+    """One entry per layer, in topological order."""
+    reports = {report.name: report for report in attempt.network.unsupported} | best.reports
+    for layer in attempt.network.layers:
+        if layer.name not in reports:
+            reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
+    return [reports[name] for name in attempt.network.order if name in reports]
 
 
-def _split(network: Network, matching: Mapping[str, Layer]) -> tuple[dict[str, tuple[Layer, Layer]], list[LayerReport]]:
-    """The layers to correct with their float counterparts, and the reports of those that need or allow no correction."""
-    pairs, untouched = {}, []
-    for layer in network.layers:
-        report = LayerReport(layer.name, layer.op, channels=layer.channels)
-        counterpart = matching.get(layer.name)
-        if counterpart is None:
-            untouched.append(replace(report, reason="no layer of this name in the float model, nor one of its weights"))
-        elif not np.isfinite(layer.weights).all() or not np.isfinite(counterpart.weights).all():
-            untouched.append(replace(report, reason="weights are not finite"))
-        elif np.array_equal(layer.weights, counterpart.weights):
-            untouched.append(replace(report, shift_before=0.0, shift_after=0.0, reason="weights are not quantized"))
-        else:
-            pairs[layer.name] = (counterpart, layer)
-    return pairs, untouched
+def _uncorrectable(layer: Layer, match: Match | None) -> LayerReport:
+    """The report of a layer that needs or allows no correction."""
+    if match is None:
+        return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.UNMATCHED(),))
+    if not match.is_finite:
+        return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.WEIGHTS_NOT_FINITE(),))
+    return LayerReport(layer.name, layer.op, None, layer.channels, 0.0, 0.0, (ReasonCode.NOT_QUANTIZED(),))

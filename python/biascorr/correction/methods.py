@@ -1,103 +1,131 @@
-"""How the shift of a layer is found.
+"""How the shift of a layer is found from what a sweep measures.
 
     mean         weight error times mean input, the inputs measured in one pass
-    iterative    the same, the inputs measured behind corrected layers
-    empirical    strength * (E[y float] - E[y quantized]), y behind corrected layers
-    activation   strength * s,  E[f(y quantized + s)] = E[f(y float)]  for the activation f behind the layer
-    analytical   weight error times what a batch normalization says of the input (analytical.py)
+    iterative    the same, the inputs measured after corrected layers
+    empirical    strength * (E[y float] - E[y quantized]), y after corrected layers
+    activation   strength * s,  E[f(y quantized + s)] = E[f(y float)]  for the activation f after the layer
+    analytical   weight error times the mean input that a batch normalization gives (analytical.py)
     hybrid       analytical where it can be had, else empirical
 
-A pre-activation mean may be dominated by values in the flat part of the activation, which nothing behind it sees; the last
+A pre-activation mean may be dominated by values in the flat part of the activation, which nothing after it sees; the last
 method matches the mean that is seen. s is found by the secant method from the empirical shift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr import _kernels
 from biascorr.calibration.samples import SampleMeans
-from biascorr.correctors import MeanBiasCorrector
-from biascorr.graph.network import Layer
-from biascorr.sweep.sweep import Measured
-
-Shift = NDArray[np.float64]
-Method = Callable[[Layer, Measured], Shift]
-"""The shift of a quantized layer, (channels,) in real units, from what a sweep has measured of it."""
+from biascorr.graph.layer import Constant, Layer
+from biascorr.graph.network import Shift
+from biascorr.sweep.measurements import Measured, Wanted
 
 _LEAST_SLOPE = 0.02
-"""Of an activation that is inverted: a channel that is flat almost everywhere is not moved far to gain little."""
+"""The least slope of an activation that is inverted: a channel that is flat almost everywhere is not moved far."""
 
 _SECANT_STEPS = 2
 """More change nothing that matters (measured)."""
 
 
-def mean_shift(layer: Layer, weights: NDArray[Any], input_mean: NDArray[Any]) -> Shift:
+class Method:
+    """Finds the shifts of the layers of a stage: first ones, which may be refined by their effect, and what is left of them."""
+
+    wanted = Wanted()
+    """The measurements that it needs."""
+
+    refinements = 0
+    """How often shifts are refined."""
+
+    def shift(self, layer: Layer, measured: Measured) -> Shift:
+        """The first shift of a quantized layer, (channels,) in real units; nan where it is not known."""
+        raise NotImplementedError
+
+    def refined(self, layer: Layer, measured: Measured, shift: Shift, after: SampleMeans) -> Shift:  # noqa: ARG002
+        """A better shift, from the means after the activation of the layer with this one."""
+        return shift
+
+    def final(self, layer: Layer, measured: Measured, shift: Shift) -> Shift:  # noqa: ARG002
+        """The part of a shift that is corrected."""
+        return shift
+
+
+def mean_shift(layer: Layer, weights: Constant, input_mean: NDArray[Any]) -> Shift:
     """The shift of a quantized layer against the same layer with its float `weights`, (channels,) in real units."""
-    corrector = MeanBiasCorrector(input_mean, groups=layer.groups, layout=layer.layout)
-    shift = corrector.calculate(weights.astype(np.float64), layer.weights)
-    return np.asarray(layer.gain * shift, dtype=np.float64)
+    given, quantized, mean = np.asarray(weights), np.asarray(layer.weights), np.asarray(input_mean, dtype=np.float64)
+    return np.asarray(layer.gain * _kernels.weight_error(given, quantized, mean, layer.groups, layer.layout, True))
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(Method):
     """The weight error times the mean input, by the float weights of each layer."""
 
-    weights: Mapping[str, NDArray[Any]]
+    wanted = Wanted(inputs=True)
 
-    def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        assert measured.input is not None
-        return mean_shift(layer, self.weights[layer.name], measured.input)
+    def __init__(self, weights: Mapping[str, Constant]) -> None:
+        self._weights = weights
+
+    def shift(self, layer: Layer, measured: Measured) -> Shift:
+        if measured.input is None:
+            return np.full(layer.channels, np.nan)
+        return mean_shift(layer, self._weights[layer.name], measured.input)
 
 
-@dataclass(frozen=True)
-class Empirical:
+class Empirical(Method):
     """The difference of the mean outputs.
 
     Parameters
     ----------
     reference : mapping
-        What was measured of each layer in the float network.
+        Measurements of each layer in the float network.
     strength : float
-        The part of the difference that is made up for.
+        The part of the difference that is corrected.
     shrunk : bool
         Whether the shift s of a channel is multiplied by s^2 / (s^2 + its variance over the samples).
     """
 
-    reference: Mapping[str, Measured]
-    strength: float = 1.0
-    shrunk: bool = False
+    def __init__(self, reference: Mapping[str, Measured], strength: float = 1.0, shrunk: bool = False) -> None:
+        self._reference = reference
+        self._strength = strength
+        self._shrunk = shrunk
 
-    def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        expected = self.reference[layer.name].output
-        shift = expected.mean - measured.output.mean
-        factor = _consistency(expected, measured.output) if self.shrunk else 1.0
-        return np.asarray(self.strength * factor * shift)
+    def shift(self, layer: Layer, measured: Measured) -> Shift:
+        return np.asarray(self._reference[layer.name].output.mean - measured.output.mean)
+
+    def final(self, layer: Layer, measured: Measured, shift: Shift) -> Shift:
+        factor = _consistency(self._reference[layer.name].output, measured.output) if self._shrunk else 1.0
+        return np.asarray(self._strength * factor * shift)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """The shift that makes the means behind the activations equal; the empirical one where there is none."""
+class Activation(Empirical):
+    """The shift that makes the means after the activations equal; the empirical one where there is none.
 
-    reference: Mapping[str, Measured]
-    strength: float = 1.0
-    shrunk: bool = False
+    Parameters
+    ----------
+    reference, strength, shrunk
+        As for :class:`Empirical`.
+    activated : mapping from str to str
+        The tensors after the activations of layers of the quantized network, by layer name.
+    """
 
-    def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        expected = self.reference[layer.name]
-        shift = empirical = expected.output.mean - measured.output.mean
-        goal, start = expected.activated, measured.activated
-        if goal is not None and start is not None and goal.means.shape == start.means.shape == measured.output.means.shape:
-            wanted = goal.mean - start.mean
-            for _ in range(_SECANT_STEPS):
-                slope = np.divide(measured.change_behind(shift), shift, out=np.ones_like(shift), where=shift != 0)
-                shift = np.where(slope > 0, wanted / np.maximum(slope, _LEAST_SLOPE), empirical)
-        factor = _consistency(expected.output, measured.output) if self.shrunk else 1.0
-        return np.asarray(self.strength * factor * shift)
+    refinements = _SECANT_STEPS
+
+    def __init__(
+        self, reference: Mapping[str, Measured], strength: float = 1.0, shrunk: bool = False, *, activated: Mapping[str, str]
+    ) -> None:
+        super().__init__(reference, strength, shrunk)
+        self.wanted = Wanted(activated=activated)
+
+    def refined(self, layer: Layer, measured: Measured, shift: Shift, after: SampleMeans) -> Shift:
+        goal, start = self._reference[layer.name].activated, measured.activated
+        if goal is None or start is None or not goal.means.shape == start.means.shape == measured.output.means.shape:
+            return shift
+        wanted, change = goal.mean - start.mean, after.mean - start.mean
+        slope = np.divide(change, shift, out=np.ones_like(shift), where=shift != 0)
+        return np.where(slope > 0, wanted / np.maximum(slope, _LEAST_SLOPE), self.shift(layer, measured))
 
 
 def _consistency(expected: SampleMeans, found: SampleMeans) -> NDArray[np.float64]:
@@ -108,13 +136,13 @@ def _consistency(expected: SampleMeans, found: SampleMeans) -> NDArray[np.float6
     return np.asarray(np.divide(square, square + variance, out=np.ones_like(square), where=square + variance > 0))
 
 
-@dataclass(frozen=True)
-class Hybrid:
-    """The shifts that are known, by layer name, and for all other layers those of another method."""
+class Hybrid(Empirical):
+    """The shifts that are known, by layer name, and the difference of the mean outputs for all other layers."""
 
-    known: Mapping[str, Shift]
-    otherwise: Method
+    def __init__(self, known: Mapping[str, Shift], reference: Mapping[str, Measured]) -> None:
+        super().__init__(reference)
+        self._known = known
 
-    def __call__(self, layer: Layer, measured: Measured) -> Shift:
-        shift = self.known.get(layer.name)
-        return self.otherwise(layer, measured) if shift is None else shift
+    def shift(self, layer: Layer, measured: Measured) -> Shift:
+        known = self._known.get(layer.name)
+        return super().shift(layer, measured) if known is None else known

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.graph.network import Layer
+from biascorr.arguments import checked_integer
+from biascorr.graph.layer import Layer
 from biascorr.quantization import QUANT_MODES, Quantization, fake_quantize
 
 ROUND_MODES = ("nearest", "stochastic")
@@ -74,10 +75,10 @@ class QuantParams:
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected True or False")
         object.__setattr__(self, "ops_to_ignore", _names(self.ops_to_ignore))
-        self._check_integer("weight_bits", 2, 32)
+        checked_integer("weight_bits", self.weight_bits, 2, 32)
         if self.activation_bits is not None:
-            self._check_integer("activation_bits", 2, 16)
-        self._check_integer("seed", 0, None)
+            checked_integer("activation_bits", self.activation_bits, 2, 16)
+        checked_integer("seed", self.seed, 0)
 
     def fake_quantized(self, layer: Layer) -> NDArray[Any]:
         """The weights of a layer as their quantized values stand for them, in their dtype and shape.
@@ -85,14 +86,17 @@ class QuantParams:
         Raises ValueError, naming the layer, where they are not finite.
         """
         try:
-            return self._fake_quantized_per_channel(layer) if self.per_channel else self._moved(layer.weights, None, layer.name)
+            weights = np.asarray(layer.weights)
+            return (
+                self._fake_quantized_per_channel(layer, weights) if self.per_channel else self._moved(weights, None, layer.name)
+            )
         except ValueError as error:
             raise ValueError(f"layer {layer.name}: {error}") from None
 
-    def _fake_quantized_per_channel(self, layer: Layer) -> NDArray[Any]:
-        given, count = _channels_first(layer.weights, layer)
+    def _fake_quantized_per_channel(self, layer: Layer, weights: NDArray[Any]) -> NDArray[Any]:
+        given, count = _channels_first(weights, layer)
         rows = given.reshape(count, given.size // max(count, 1))
-        moved = np.empty(layer.weights.shape, layer.weights.dtype)
+        moved = np.empty(weights.shape, weights.dtype)
         view, _ = _channels_first(moved, layer)
         view[...] = self._moved(rows, 0, layer.name).reshape(given.shape)
         return moved
@@ -109,13 +113,6 @@ class QuantParams:
         value = getattr(self, name)
         if value not in allowed:
             raise ValueError(f"{name}: {value!r}, expected {' or '.join(map(repr, allowed))}")
-
-    def _check_integer(self, name: str, least: int, most: int | None) -> None:
-        value = getattr(self, name)
-        is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not is_integer or value < least or (most is not None and value > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise ValueError(f"{name}: {value!r}, expected an integer {limits}")
 
 
 def _names(names: Iterable[str] | None) -> tuple[str, ...]:

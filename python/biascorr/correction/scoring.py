@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CEILING = 300.0
-"""dB of an output without any error: more than float64 can tell."""
+"""dB of an output without any error: beyond what float64 resolves."""
 
 _LEAST_PROBABILITY = 1e-9
 """Less is taken for this much, so that one class that vanishes does not outweigh all others."""
@@ -50,8 +50,8 @@ class Score:
         return -(self.divergence or 0.0), self.sqnr
 
 
-NOT_JUDGED = Score(float("nan"))
-"""Where nothing could be compared."""
+NOT_SCORED = Score(float("nan"))
+"""The score of outputs that cannot be compared."""
 
 
 class _Output:
@@ -89,8 +89,8 @@ class _Output:
         return float(np.clip(ratio, -_CEILING, _CEILING))
 
 
-class Judge:
-    """Collects the errors of a network's outputs."""
+class OutputErrors:
+    """The errors of a network's outputs, collected batch by batch."""
 
     def __init__(self) -> None:
         self._outputs: dict[str, _Output] = {}
@@ -105,6 +105,6 @@ class Judge:
     def score(self) -> Score:
         outputs = self._outputs.values()
         if not outputs:
-            return NOT_JUDGED
+            return NOT_SCORED
         divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
         return Score(float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None)

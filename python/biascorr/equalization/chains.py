@@ -1,38 +1,50 @@
-"""Which layers follow each other so that a channel between them can be scaled: by 1/s before, by s behind.
+"""Which layers follow each other so that a channel between them can be scaled: by 1/s before, by s after.
 
     first -> (ReLU, clip, LeakyReLU, PReLU, identity, zero padding, average over all positions, flatten)* -> second
 
-Each of these gives s * f(x / s) = f(x) for s > 0, a clip once its bounds are scaled too. Nothing else may read what the first
-layer makes.
+Each of these gives s * f(x / s) = f(x) for s > 0, a clip once its bounds are scaled too. Nothing else may read the output of
+the first layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from biascorr.graph.axes import Channels
 from biascorr.graph.batch_norms import Neighbours
-from biascorr.graph.network import ActivationType, Layer, Network, Operation
+from biascorr.graph.layer import Layer
+from biascorr.graph.network import Network
+from biascorr.graph.operations import Activation, ActivationType, ChannelPreserving, Leaky, Operation, SpatialEffect
+from biascorr.graph.reasons import Reason, ReasonCode
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """Two layers, the second of which alone reads what the first makes.
+    """Two layers, the second of which alone reads the output of the first.
 
     Parameters
     ----------
     first, second : Layer
-        Output channel c of the first becomes the same number of input channels of the second, next to each other.
+        The layers.
     between : sequence of str
         The operations between them, by name, in their order.
+    tensors : mapping from str to Channels
+        The output of the first layer and of each operation, and where the channels of the first layer are in it.
     """
 
     first: Layer
     second: Layer
     between: Sequence[str]
+    tensors: Mapping[str, Channels]
+
+    @property
+    def channels(self) -> Channels:
+        """Where the channels of the first layer are in the input of the second."""
+        return list(self.tensors.values())[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +67,15 @@ class Chain:
 def is_depthwise(layer: Layer) -> bool:
     """Whether each output channel reads one input channel of its own."""
     taps = math.prod(size for letter, size in zip(layer.layout, layer.weights.shape) if letter in "DHW")
-    return layer.channels == layer.input_channels and layer.weights.size == layer.channels * taps
+    return layer.channels == layer.input_channels and math.prod(layer.weights.shape) == layer.channels * taps
 
 
 def is_inner(link: Link) -> bool:
-    """Whether a chain can go on behind the second layer: each channel of the first is still one of its own."""
+    """Whether a chain can go on after the second layer: each channel of the first is still one of its own."""
     return is_depthwise(link.second) and link.second.channels == link.first.channels
 
 
-def find_links(network: Network) -> tuple[list[Link], dict[str, str]]:
+def find_links(network: Network) -> tuple[list[Link], dict[str, Reason]]:
     """All links, in the order of their first layers; and by the names of the other layers, why nothing can follow them."""
     finder = _Finder(network)
     links, reasons = [], {}
@@ -88,93 +100,92 @@ def chains_of(links: Sequence[Link]) -> Iterator[Chain]:
             yield Chain(chain)
 
 
-def unfit(layer: Layer) -> str:
-    """Why a layer cannot have other weights; empty where it can."""
+def unfit(layer: Layer) -> Reason | None:
+    """Why a layer cannot have other weights; None where it can."""
     if layer.weight_step is not None:
-        return "its weights are quantized"
+        return ReasonCode.WEIGHTS_QUANTIZED()
     if layer.shares_weights:
-        return "its weights are used elsewhere too"
-    if not layer.weights.size:
-        return "it has no weights"
-    return "" if np.isfinite(layer.weights).all() else "its weights are not finite"
+        return ReasonCode.WEIGHTS_SHARED()
+    if not math.prod(layer.weights.shape):
+        return ReasonCode.NO_WEIGHTS()
+    return None if np.isfinite(np.asarray(layer.weights)).all() else ReasonCode.WEIGHTS_INFINITE()
 
 
 class _Finder:
     def __init__(self, network: Network) -> None:
-        self._kinds = network.surroundings
         self._neighbours = Neighbours(network)
+        self._facts = self._neighbours.facts
         self._layers = {layer.name: layer for layer in network.layers}
+        self._unfit: dict[str, Reason | None] = {}
 
-    def link(self, first: Layer) -> Link | str:
-        """What follows a layer, or why nothing can."""
-        if reason := unfit(first):
+    def link(self, first: Layer) -> Link | Reason:
+        """The link that starts with a layer, or why there is none."""
+        if reason := self._unfitness(first):
             return reason
         between: list[Operation] = []
+        tensors = {first.output: self._neighbours.output_channels(first)}
         while True:
-            readers = self._neighbours.readers(between[-1].outputs[0] if between else first.output)
+            tensor = between[-1].outputs[0] if between else first.output
+            readers = self._neighbours.readers(tensor)
             if len(readers) != 1:
-                return "several operations read its output" if readers else "nothing reads its output"
-            if readers[0] is None:
-                return "its output is an output of the model"
-            if readers[0].name in self._layers:
-                return self._linked(first, between, self._layers[readers[0].name])
-            if reason := self._obstacle(first, between, readers[0]):
-                return reason
-            between.append(readers[0])
+                return ReasonCode.SEVERAL_READERS() if readers else ReasonCode.NO_READERS()
+            operation = readers[0]
+            if operation is None:
+                return ReasonCode.IS_OUTPUT()
+            if operation.name in self._layers:
+                return self._linked(Link(first, self._layers[operation.name], [each.name for each in between], tensors), tensor)
+            after = self._after(first, between, tensors[tensor], operation)
+            if isinstance(after, Reason):
+                return after
+            between.append(operation)
+            tensors[operation.outputs[0]] = after
 
-    def _linked(self, first: Layer, between: Sequence[Operation], second: Layer) -> Link | str:
-        if reason := unfit(second):
-            return f"followed by {second.name}: {reason}"
-        if not self._has_same_channels(first, between, second):
-            return f"followed by {second.name}, which reads other channels"
-        return Link(first, second, [operation.name for operation in between])
+    def _unfitness(self, layer: Layer) -> Reason | None:
+        if layer.name not in self._unfit:
+            self._unfit[layer.name] = unfit(layer)
+        return self._unfit[layer.name]
 
-    def _has_same_channels(self, first: Layer, between: Sequence[Operation], second: Layer) -> bool:
-        tensor = between[-1].outputs[0] if between else first.output
-        if tensor != second.input:
-            return False
-        if first.output_axis == second.channel_axis and not any(map(self._is_along_axis_1, between)):
-            return True
-        is_along_axis_1 = self._neighbours.is_along_axis_1
-        return is_along_axis_1(first, first.output_axis, first.output) and is_along_axis_1(
-            second, second.channel_axis, second.input
-        )
+    def _linked(self, link: Link, tensor: str) -> Link | Reason:
+        second = link.second
+        if reason := self._unfitness(second):
+            return ReasonCode.NEXT_LAYER(layer=second.name, reason=reason)
+        channels = Channels(link.channels.axis, link.channels.rank or second.rank, link.channels.order)
+        if tensor != second.input or not channels.is_along(second.channel_axis) or second.input_channels % link.first.channels:
+            return ReasonCode.OTHER_CHANNELS(layer=second.name)
+        return link
 
-    def _is_along_axis_1(self, operation: Operation) -> bool:
-        """Whether an operation is known to keep channels apart only along axis 1."""
-        return operation.name not in self._kinds.activations and operation.name not in self._kinds.leaky
+    def _after(self, first: Layer, between: Sequence[Operation], channels: Channels, operation: Operation) -> Channels | Reason:
+        """Where the channels are after an operation, or why they cannot be scaled through it."""
+        role = self._facts.roles.get(operation.name)
+        if isinstance(role, Activation) and role.type.bounds is not None:
+            return self._limited(first, between, channels, operation, role) or channels
+        if isinstance(role, Leaky):
+            return channels
+        preserving = self._facts.preserving(operation.name, *SpatialEffect)
+        if preserving is None:
+            return ReasonCode.OPERATION_MIXES(operation=operation.name)
+        if preserving.channel_axis is None or preserving.output_axis is None:
+            return channels
+        if not channels.is_along(preserving.channel_axis):
+            return ReasonCode.OPERATION_AXIS(operation=operation.name, axis=preserving.channel_axis)
+        return channels.moved(preserving.output_axis, self._facts.rank(operation.outputs[0]), preserving.order)
 
-    def _obstacle(self, first: Layer, between: Sequence[Operation], operation: Operation) -> str:
-        """Why channels cannot be scaled through an operation."""
-        kinds = self._kinds
-        activation = kinds.activations.get(operation.name)
-        if activation is not None and activation.bounds is not None:
-            return self._obstacle_to_bounds(first, between, operation) if is_scaled(activation) else ""
-        if operation.name in kinds.leaky:
-            return ""
-        passing = (kinds.identities, kinds.paddings, kinds.averages, kinds.flattens)
-        if not any(operation.name in names for names in passing):
-            return f"{operation.name} reads its output, behind which a scaled channel is not the same"
-        if self._neighbours.is_along_axis_1(first, first.output_axis, first.output):
-            return ""
-        return f"{operation.name} reads its output, whose channels are not along axis 1"
-
-    def _obstacle_to_bounds(self, first: Layer, between: Sequence[Operation], operation: Operation) -> str:
-        """Why an activation between layers cannot limit each channel to a bound of its own."""
-        if any(map(self._is_along_axis_1, between)):
-            return f"{operation.name} limits its output in another shape"
-        bounds = self._kinds.activations[operation.name].bounds or ()
-        counts = {len(bound) for bound in bounds if isinstance(bound, tuple)}
-        is_along_axis_1 = self._neighbours.is_along_axis_1(first, first.output_axis, first.output)
-        if counts and not (is_along_axis_1 and counts == {first.channels}):
-            return f"{operation.name} limits its output along another axis"
-        if operation.name not in self._kinds.limitable:
-            return f"{operation.name} cannot limit each channel to a bound of its own in this model"
-        return ""
+    def _limited(
+        self, first: Layer, between: Sequence[Operation], channels: Channels, operation: Operation, activation: Activation
+    ) -> Reason | None:
+        """Why an activation between layers cannot limit each channel to a bound of its own; None where it can, or need not."""
+        if not is_scaled(activation.type):
+            return None
+        if any(isinstance(self._facts.roles.get(each.name), ChannelPreserving) for each in between):
+            return ReasonCode.BOUND_IN_OTHER_SHAPE(operation=operation.name)
+        counts = {len(bound) for bound in activation.type.bounds or () if isinstance(bound, tuple)}
+        if counts and not (channels.is_along(activation.channel_axis) and counts == {first.channels}):
+            return ReasonCode.BOUND_AXIS(operation=operation.name)
+        return None if activation.can_limit_channels else ReasonCode.BOUND_PER_CHANNEL(operation=operation.name)
 
 
 def is_scaled(activation: ActivationType) -> bool:
-    """Whether what an activation limits values to is another number for scaled values."""
+    """Whether scaled values need other bounds."""
     return activation.bounds is not None and any(
         np.any(np.isfinite(bound) & np.not_equal(bound, 0)) for bound in activation.bounds
     )

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from biascorr.adapters.loading import network_from_model
 from biascorr.equalization.equalize import check_float, equalize
 from biascorr.equalization.folding import fold_batch_norms
-from biascorr.equalization.high_bias import absorb_high_biases, acting
+from biascorr.equalization.high_bias import acting, fold_high_biases
 from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers
-from biascorr.graph.network import Network
+from biascorr.graph.network import EditableNetwork, require_edits
+from biascorr.graph.operations import Facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class ClsSetLayerPairInfo:
     layer1, layer2 : str
         Their names.
     scale_factor : ndarray, (C,), float64
-        What each output channel of the first was divided by, and the input channel of the second multiplied by.
+        Factors: each output channel of the first was divided by one, the input channel of the second multiplied by it.
     relu_activation_between_layers : bool
         Whether there is an activation between them that does anything.
     """
@@ -65,8 +66,8 @@ def equalize_model(
     model, iterations, replace_relu6
         As there.
     conv_bn_dict : mutable mapping from str to ConvBnInfoType, optional
-        What :func:`find_all_convs_bn_with_activation` found in the model before: brought up to date, so that it says what is
-        around the layers of the equalized model.
+        The result of :func:`find_all_convs_bn_with_activation` for the model before; it is updated for the layers of the
+        equalized model.
 
     Returns
     -------
@@ -121,7 +122,7 @@ def fold_given_batch_norms(model: Any, layer_pairs: Sequence[tuple[str, str]]) -
     model : path, bytes or onnx.ModelProto
         The float model, which is not changed.
     layer_pairs : sequence of (str, str)
-        Layers and the batch normalizations behind or before them, by name. One that several layers read has a pair with each.
+        Layers and the batch normalizations after or before them, by name. One that several layers read has a pair with each.
 
     Returns
     -------
@@ -146,7 +147,7 @@ def fold_given_batch_norms(model: Any, layer_pairs: Sequence[tuple[str, str]]) -
 
 
 class CrossLayerScaling:
-    """Scales channels between layers, so that each has the same range before and behind.
+    """Scales channels between layers, so that each has the same range in both.
 
     Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721,
     section 4.1.
@@ -168,7 +169,7 @@ class CrossLayerScaling:
         model : onnx.ModelProto
             A new model, of the same function to rounding.
         cls_set_info_list : list of ClsSetInfo
-            What was scaled, and by how much.
+            The layers that were scaled, and their factors.
 
         Raises
         ------
@@ -177,7 +178,7 @@ class CrossLayerScaling:
         """
         check_iterations(iterations)
         network, chains, _ = scale(_network(model), iterations)
-        return network.model, [_info(chain, network) for chain in chains]
+        return network.model, [_info(chain, network.facts()) for chain in chains]
 
     @staticmethod
     def scale_cls_sets(model: Any, cls_sets: Sequence[Sequence[str]]) -> tuple[Any, list[tuple[NDArray[np.float64], ...]]]:
@@ -202,15 +203,15 @@ class CrossLayerScaling:
         FileNotFoundError, ImportError, TypeError
             As :func:`biascorr.equalize`.
         ValueError
-            As there; layers of a set do not follow each other, or between them is something behind which a scaled channel is
-            not the same.
+            As there; layers of a set do not follow each other, or between them is something after which a scaled channel is not
+            the same.
         """
         network, chains, _ = scale(_network(model), iterations=1, wanted=cls_sets)
         return network.model, [tuple(chain.factors) for chain in chains]
 
 
 class HighBiasFold:
-    """Moves biases that a ReLU never cuts to the layers behind.
+    """Moves biases that a ReLU never cuts to the next layers.
 
     Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721,
     section 4.1.3.
@@ -225,9 +226,9 @@ class HighBiasFold:
         model : path, bytes or onnx.ModelProto
             The scaled model, which is not changed; it knows what its folded batch normalizations said.
         folded_pairs : sequence of (str, str)
-            What :func:`fold_all_batch_norms` gave: of these layers, biases are folded.
+            The result of :func:`fold_all_batch_norms`: of these layers, biases are folded.
         cls_set_info_list : sequence of ClsSetInfo
-            What :meth:`CrossLayerScaling.scale_model` gave: to the second layers of these pairs, biases move.
+            The result of :meth:`CrossLayerScaling.scale_model`: to the second layers of these pairs, biases move.
 
         Returns
         -------
@@ -241,7 +242,7 @@ class HighBiasFold:
         """
         normalized = {layer for layer, _ in _checked_pairs("folded_pairs", folded_pairs)}
         pairs = [(pair.layer1, pair.layer2) for info in cls_set_info_list for pair in info.cls_pairs]
-        return absorb_high_biases(_network(model), [pair for pair in pairs if pair[0] in normalized])[0].model
+        return fold_high_biases(_network(model), [pair for pair in pairs if pair[0] in normalized])[0].model
 
 
 def _checked_pairs(argument: str, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -252,16 +253,16 @@ def _checked_pairs(argument: str, pairs: Sequence[tuple[str, str]]) -> Iterator[
         yield layer, norm
 
 
-def _network(model: Any) -> Network:
-    network = network_from_model(model, "model")
+def _network(model: Any) -> EditableNetwork:
+    network = require_edits(network_from_model(model, "model"), "model", "equalization")
     check_float(network)
     return network
 
 
-def _info(chain: ScaledChain, network: Network) -> ClsSetInfo:
+def _info(chain: ScaledChain, facts: Facts) -> ClsSetInfo:
     return ClsSetInfo(
         [
-            ClsSetLayerPairInfo(link.first.name, link.second.name, factors, bool(acting(network, link)))
+            ClsSetLayerPairInfo(link.first.name, link.second.name, factors, bool(acting(facts, link)))
             for link, factors in zip(chain.chain.links, chain.factors)
         ]
     )

@@ -18,18 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.calibration.samples import Progress, Samples
-from biascorr.calibration.storage import Storage, default_budget
+from biascorr.calibration.data import Progress
+from biascorr.calibration.resources import checked_threads
+from biascorr.calibration.samples import Samples
+from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.equalization.folding import Fold, fold_batch_norms
-from biascorr.equalization.high_bias import Absorption, absorb_high_biases
+from biascorr.equalization.high_bias import HighBias, fold_high_biases
 from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
-from biascorr.graph.network import ActivationType, Edits, Feeds, Network
+from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits
+from biascorr.graph.operations import Activation, ActivationType
+from biascorr.graph.reasons import Reason, ReasonCode, text_of
 
 _ROUNDING = 1e-4
 """Relative change of an output that rounding to float32 explains."""
 
 _ROUNDINGS = 8
-"""Of coarser types, so many steps."""
+"""Steps of a coarser type that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Equalization:
 
     Parameters
     ----------
-    network : Network
+    network : EditableNetwork
         The equalized network.
     folds : sequence of Fold
         The batch normalizations that became part of layers.
@@ -65,21 +69,21 @@ class Equalization:
         The ReLU6 activations that became ReLU, by name.
     chains : sequence of ScaledChain
         The layers whose channels were scaled, and by how much.
-    absorptions : sequence of Absorption
-        The high biases that moved to the layers behind.
-    left : mapping from str to str
-        Layers and batch normalizations that were left as they are, by name, and why.
+    high_biases : sequence of HighBias
+        The high biases that moved to the next layers.
+    reasons : mapping from str to tuple of Reason
+        Layers and batch normalizations that are as they were, by name, and why.
     changes : mapping from str to OutputChange
-        After each step, how far the float outputs have moved from those of the model as it came, over all of the data; empty
-        without data.
+        After each step, how far the float outputs have moved from those of the given model, over all of the data; empty without
+        data.
     """
 
-    network: Network
+    network: EditableNetwork
     folds: Sequence[Fold]
     replaced: Sequence[str]
     chains: Sequence[ScaledChain]
-    absorptions: Sequence[Absorption]
-    left: Mapping[str, str]
+    high_biases: Sequence[HighBias]
+    reasons: Mapping[str, tuple[Reason, ...]]
     changes: Mapping[str, OutputChange]
 
     @property
@@ -88,9 +92,14 @@ class Equalization:
         return self.network.model
 
     @property
+    def left(self) -> dict[str, str]:
+        """The reasons as text, by the names of layers and batch normalizations."""
+        return {name: text_of(reasons) for name, reasons in self.reasons.items()}
+
+    @property
     def is_anything_done(self) -> bool:
-        """Whether the equalized model differs from the one that came."""
-        return any((self.folds, self.replaced, self.chains, self.absorptions))
+        """Whether the equalized model differs from the given one."""
+        return any((self.folds, self.replaced, self.chains, self.high_biases))
 
     @property
     def change(self) -> OutputChange | None:
@@ -112,12 +121,13 @@ def equalize(
     iterations: int | None = None,
     replace_relu6: bool = False,
     memory_budget: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Equalization:
     """Scales channels between layers so that each layer's channels have even ranges, which quantization loses less of.
 
     Batch normalizations are folded into layers; each channel between two layers is scaled so that its weights have the same
-    range in both; high biases move to the layers behind. What is known of the folded batch normalizations stays with the model,
+    range in both; high biases move to the next layers. The statistics of the folded batch normalizations stay with the model,
     for :func:`find_all_convs_bn_with_activation` and analytical bias correction.
 
     Parameters
@@ -133,10 +143,12 @@ def equalize(
         Whether ReLU6 becomes ReLU everywhere, which changes the function. Otherwise, a ReLU6 or Clip between two scaled layers
         gets a bound for each channel where that gains more than it costs, and else ends the chain.
     memory_budget : int, optional
-        Bytes of samples and outputs held in memory; what comes beyond goes to a temporary folder that is removed at the end.
-        None: half of the memory that is free.
+        Bytes of samples and outputs held in memory; the rest goes to a temporary folder that is removed at the end.
+        None: half of the memory that is free, in the container that this process is in.
+    threads : int, optional
+        Threads that run the model, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional
-        Called with what is being done, how much of it is done, and how much there is (None if unknown).
+        Called with the step, how much of it is done, and how much there is (None if unknown).
 
     Returns
     -------
@@ -170,36 +182,44 @@ def equalize(
     [array([2. , 0.5])]
     """
     check_iterations(iterations)
-    network, report = network_from_model(model, "model"), progress or (lambda *_: None)
-    with Storage(default_budget() if memory_budget is None else memory_budget) as storage:
+    budget, threads = checked_budget(memory_budget), checked_threads(threads)
+    network, report = require_edits(network_from_model(model, "model"), "model", "equalization"), progress or (lambda *_: None)
+    with Storage(budget) as storage:
         samples = Samples(storage)
         if data is not None:
             samples.read(data, network.inputs, report)
-        result = equalized(network, samples, report, iterations=iterations, replace_relu6=replace_relu6)
+        result = equalized(network, samples, report, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)
     return result
 
 
 def equalized(
-    network: Network, samples: Samples, progress: Progress, *, iterations: int | None = None, replace_relu6: bool = False
+    network: EditableNetwork,
+    samples: Samples,
+    progress: Progress,
+    threads: int = 0,
+    *,
+    iterations: int | None = None,
+    replace_relu6: bool = False,
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
     check_float(network)
-    meter = _Meter(network, samples, progress)
+    meter = _Meter(network, samples, progress, threads)
     network, folds, left = fold_batch_norms(network)
     meter.measure("batch norm fold", network, bool(folds))
     network, replaced = _with_relu(network) if replace_relu6 else (network, [])
     meter.measure("ReLU6 to ReLU", network, bool(replaced))
     network, chains, unscaled = scale(network, iterations, lambda done, total: progress("scaling", done, total))
     meter.measure("scaling", network, bool(chains))
-    network, absorptions, kept = absorb_high_biases(network, batches=samples.feeds)
-    meter.measure("high-bias fold", network, bool(absorptions))
+    network, high_biases, kept = fold_high_biases(network, batches=samples.feeds, threads=threads)
+    meter.measure("high-bias fold", network, bool(high_biases))
     meter.forget()
-    left = {report.name: report.reason for report in network.left_alone} | left | unscaled
+    reasons = {report.name: report.reasons for report in network.unsupported}
+    reasons |= {name: (reason,) for name, reason in (left | unscaled).items()}
     for name, reason in kept.items():
-        left[name] = "; ".join(filter(None, (left.get(name), f"its high bias stays: {reason}")))
-    return Equalization(network, folds, replaced, chains, absorptions, left, meter.changes)
+        reasons[name] = (*reasons.get(name, ()), ReasonCode.HIGH_BIAS_STAYS(reason=reason))
+    return Equalization(network, folds, replaced, chains, high_biases, reasons, meter.changes)
 
 
 def check_float(network: Network) -> None:
@@ -209,9 +229,10 @@ def check_float(network: Network) -> None:
             raise ValueError(f"model: layer {layer.name} has quantized weights; equalize the float model, then quantize it")
 
 
-def _with_relu(network: Network) -> tuple[Network, list[str]]:
+def _with_relu(network: EditableNetwork) -> tuple[EditableNetwork, list[str]]:
     """A network with ReLU in place of ReLU6, and where that was."""
-    found = [name for name, each in network.surroundings.activations.items() if each == ActivationType.relu6]
+    roles = network.facts().roles.items()
+    found = [name for name, role in roles if isinstance(role, Activation) and role.type == ActivationType.relu6]
     return network.edited(Edits(limits=dict.fromkeys(found, (0.0, np.inf)))), found
 
 
@@ -221,11 +242,12 @@ def _rounding(network: Network) -> float:
 
 
 class _Meter:
-    """Measures how far outputs have moved from those of a network as it came."""
+    """Measures how far outputs have moved from those of the given network."""
 
-    def __init__(self, network: Network, samples: Samples, progress: Progress) -> None:
+    def __init__(self, network: Network, samples: Samples, progress: Progress, threads: int) -> None:
         self._samples = samples
         self._progress = progress
+        self._threads = threads
         self._largest: dict[str, float] = {}
         self.changes: dict[str, OutputChange] = {}
         for batch, outputs in self._outputs(network, "float network"):
@@ -234,7 +256,7 @@ class _Meter:
                 self._largest[name] = max(self._largest.get(name, 0.0), _largest(array))
 
     def measure(self, step: str, network: Network, is_changed: bool) -> None:
-        """Of a network after this step, where it has changed anything."""
+        """Measures a network after this step, where it has changed anything."""
         if not is_changed or not self._samples.batches:
             return
         change = OutputChange()
@@ -253,7 +275,7 @@ class _Meter:
     def _outputs(self, network: Network, step: str) -> Iterator[tuple[int, Feeds]]:
         compute: Callable[[Feeds], Feeds] | None = None
         for batch, feeds in enumerate(self._samples.feeds()):
-            compute = compute or network.part(feeds, network.outputs)
+            compute = compute or network.part(feeds, network.outputs, threads=self._threads)
             yield batch, compute(feeds)
             self._progress(step, batch + 1, self._samples.batches)
 

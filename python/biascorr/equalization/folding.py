@@ -13,7 +13,7 @@ arXiv 1712.05877, section 3.2.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,12 @@ from numpy.typing import NDArray
 from biascorr import _kernels
 from biascorr.channel_scale import scaled_channels
 from biascorr.equalization.chains import unfit
+from biascorr.graph.axes import Channels
 from biascorr.graph.batch_norms import Neighbours
-from biascorr.graph.network import BatchNorm, Edits, Layer, Network, Operation
+from biascorr.graph.layer import Layer, LazyArray
+from biascorr.graph.network import EditableNetwork, Edits
+from biascorr.graph.operations import BatchNorm, Operation
+from biascorr.graph.reasons import Reason, ReasonCode
 
 
 @dataclass(frozen=True)
@@ -34,29 +38,31 @@ class Fold:
     ----------
     layer, batch_norm : str
         Their names.
-    is_behind : bool
-        Whether the batch normalization was behind the layer; else it was before it.
+    is_after : bool
+        Whether the batch normalization was after the layer; else it was before it.
     """
 
     layer: str
     batch_norm: str
-    is_behind: bool
+    is_after: bool
 
 
 Wanted = Collection[tuple[str, str]]
 """Layers and batch normalizations, by name."""
 
 
-def fold_batch_norms(network: Network, wanted: Wanted | None = None) -> tuple[Network, list[Fold], dict[str, str]]:
+def fold_batch_norms(
+    network: EditableNetwork, wanted: Wanted | None = None
+) -> tuple[EditableNetwork, list[Fold], dict[str, Reason]]:
     """A network with these batch normalizations, or with all that can be, folded into layers.
 
     Returns
     -------
-    network : Network
+    network : EditableNetwork
         Gives out the same, to rounding.
     folds : list of Fold
         In topological order.
-    left : dict from str to str
+    left : dict from str to Reason
         By the names of the other batch normalizations, why they stay.
     """
     folds: list[Fold] = []
@@ -72,16 +78,17 @@ def fold_batch_norms(network: Network, wanted: Wanted | None = None) -> tuple[Ne
 class _Folder:
     """Folds batch normalizations that do not depend on each other."""
 
-    def __init__(self, network: Network, wanted: Wanted | None) -> None:
+    def __init__(self, network: EditableNetwork, wanted: Wanted | None) -> None:
         self._neighbours = Neighbours(network)
         self._wanted = wanted
-        self._norms = network.surroundings.batch_norms
-        self._inputs = {operation.name: operation.inputs[0] for operation in network.operations if operation.inputs}
+        facts = self._neighbours.facts
+        self._norms = {name: role for name, role in facts.roles.items() if isinstance(role, BatchNorm)}
         self._operations = [each for each in network.operations if each.name in self._norms]
-        self._known = network.surroundings.folded
+        self._inputs = {operation.name: operation.inputs[0] for operation in self._operations}
+        self._known = facts.statistics
         self._layers = {layer.name: layer for layer in network.layers}
         self._makers = {layer.output: layer for layer in network.layers}
-        self.left: dict[str, str] = {}
+        self.left: dict[str, Reason] = {}
 
     def folds(self) -> list[Fold]:
         """At most one fold of each layer."""
@@ -89,7 +96,7 @@ class _Folder:
         busy: set[str] = set()
         for operation in self._operations:
             if not self._neighbours.readers(operation.outputs[0]):
-                self.left[operation.name] = "nothing reads what it makes"
+                self.left[operation.name] = ReasonCode.NORM_UNREAD()
                 continue
             new = self._backward(operation) or self._forward(operation)
             if new:
@@ -100,69 +107,67 @@ class _Folder:
         return found
 
     def edits(self, folds: Collection[Fold]) -> Edits:
-        weights, biases, folded = {}, {}, {}
+        weights, biases, statistics = {}, {}, {}
         for fold in folds:
             layer, norm, tensor = self._layers[fold.layer], self._norms[fold.batch_norm], self._inputs[fold.batch_norm]
-            fold_in = _folded_behind if fold.is_behind else _folded_before
+            fold_in = _folded_after if fold.is_after else _folded_before
             weights[layer.name], biases[layer.name] = fold_in(layer, norm)
-            if fold.is_behind:
-                folded[tensor] = as_folded(norm.name, norm.beta, norm.gamma)
+            if fold.is_after:
+                statistics[tensor] = with_statistics(norm, norm.beta, norm.gamma)
             elif tensor not in self._known:
                 nearest = self._known.get(layer.input, norm)  # another one that became part of the layer
-                folded[tensor] = as_folded(nearest.name, norm.mean, np.sqrt(norm.variance))
-        return Edits(weights, biases, removed={fold.batch_norm for fold in folds}, folded=folded)
+                statistics[tensor] = with_statistics(replace(norm, name=nearest.name), norm.mean, np.sqrt(norm.variance))
+        return Edits(weights, biases, removed={fold.batch_norm for fold in folds}, statistics=statistics)
 
     def _backward(self, operation: Operation) -> list[Fold]:
         """Into the layer before it."""
         layer = self._makers.get(self._inputs[operation.name])
         if layer is None:
-            self.left[operation.name] = "no layer makes what it reads, or not only layers read what it makes"
+            self.left[operation.name] = ReasonCode.NORM_NOT_AFTER_LAYER()
         elif self._neighbours.readers(layer.output) != [operation]:
-            self.left[operation.name] = f"something else reads the output of {layer.name} too"
-        elif reason := self._mismatch(layer, layer.output_axis, layer.output, layer.channels, operation):
+            self.left[operation.name] = ReasonCode.NORM_OUTPUT_SHARED(layer=layer.name)
+        elif reason := self._mismatch(layer, self._neighbours.output_channels(layer), layer.channels, operation):
             self.left[operation.name] = reason
         else:
             return self._if_wanted([Fold(layer.name, operation.name, True)])
         return []
 
     def _forward(self, operation: Operation) -> list[Fold]:
-        """Into all layers behind it."""
+        """Into all layers after it."""
         folds, tensor = [], operation.outputs[0]
         for reader in self._neighbours.readers(tensor):
             layer = self._layers.get(reader.name) if reader is not None else None
             if layer is None or layer.input != tensor:
                 return []
-            if reason := self._mismatch(layer, layer.channel_axis, tensor, layer.input_channels, operation):
+            if reason := self._mismatch(layer, self._neighbours.input_channels(layer), layer.input_channels, operation):
                 self.left[operation.name] = reason
                 return []
             if not layer.sees_every_tap and np.any(_offset(self._norms[operation.name])):
-                self.left[operation.name] = f"{layer.name} behind it reads padding too, which would be shifted"
+                self.left[operation.name] = ReasonCode.NORM_BEFORE_PADDING(layer=layer.name)
                 return []
             folds.append(Fold(layer.name, operation.name, False))
         return self._if_wanted(folds)
 
-    def _mismatch(self, layer: Layer, axis: int, tensor: str, channels: int, operation: Operation) -> str:
-        """Why a layer cannot take a batch normalization in; empty where it can."""
+    def _mismatch(self, layer: Layer, channels: Channels, count: int, operation: Operation) -> Reason | None:
+        """Why a layer cannot take a batch normalization in; None where it can."""
         if reason := unfit(layer):
-            return f"{layer.name}: {reason}"
-        size = len(self._norms[operation.name].beta)
-        if not self._neighbours.is_along_axis_1(layer, axis, tensor) or channels != size:
-            return f"the channels of {layer.name} are not along axis 1"
-        if not np.isfinite([*_gain(self._norms[operation.name]), *_offset(self._norms[operation.name])]).all():
-            return "its parameters are not finite"
-        return ""
+            return ReasonCode.NORM_LAYER_UNFIT(layer=layer.name, reason=reason)
+        norm = self._norms[operation.name]
+        if not channels.is_along(norm.channel_axis) or count != len(norm.beta):
+            return ReasonCode.NORM_OTHER_AXIS(layer=layer.name, axis=norm.channel_axis)
+        return None if np.isfinite([*_gain(norm), *_offset(norm)]).all() else ReasonCode.NORM_NOT_FINITE()
 
     def _if_wanted(self, folds: list[Fold]) -> list[Fold]:
         """All of them or none: a batch normalization that is folded into some of its readers only would have to stay."""
         if self._wanted is None or all((fold.layer, fold.batch_norm) in self._wanted for fold in folds):
             return folds
-        self.left[folds[0].batch_norm] = "not among the given pairs"
+        self.left[folds[0].batch_norm] = ReasonCode.NORM_NOT_WANTED()
         return []
 
 
-def as_folded(name: str, beta: NDArray[np.float64], gamma: NDArray[np.float64]) -> BatchNorm:
-    """What a batch normalization tells of a tensor that it has become part of: it would leave the tensor as it is."""
-    return BatchNorm(name, beta, np.abs(gamma), beta, np.square(gamma), 0.0)
+def with_statistics(norm: BatchNorm, beta: NDArray[np.float64], gamma: NDArray[np.float64]) -> BatchNorm:
+    """The statistics of a tensor that a batch normalization is known of: one that would leave the tensor as it is."""
+    return BatchNorm(norm.name, beta, np.abs(gamma), beta, np.square(gamma), 0.0, norm.channel_axis)
 
 
 def _gain(norm: BatchNorm) -> NDArray[np.float64]:
@@ -175,27 +180,36 @@ def _offset(norm: BatchNorm) -> NDArray[np.float64]:
         return np.asarray(norm.beta - norm.mean * _gain(norm))
 
 
-def _folded_behind(layer: Layer, norm: BatchNorm) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _folded_after(layer: Layer, norm: BatchNorm) -> tuple[LazyArray, NDArray[np.float64]]:
     gain = _gain(norm)
-    weights = scaled_channels(layer.weights, layer.layout, groups=layer.groups, output_factors=gain)
     bias = bias_of(layer) * layer.along_channels(gain) + layer.along_channels(_offset(norm))
-    return weights, np.asarray(bias)
+    return scaled_weights(layer, output_factors=gain), np.asarray(bias)
 
 
-def _folded_before(layer: Layer, norm: BatchNorm) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    weights = scaled_channels(layer.weights, layer.layout, groups=layer.groups, input_factors=_gain(norm))
-    return weights, np.asarray(bias_of(layer) + layer.along_channels(response(layer, _offset(norm))))
+def _folded_before(layer: Layer, norm: BatchNorm) -> tuple[LazyArray, NDArray[np.float64]]:
+    bias = bias_of(layer) + layer.along_channels(response(layer, _offset(norm)))
+    return scaled_weights(layer, input_factors=_gain(norm)), np.asarray(bias)
+
+
+def scaled_weights(layer: Layer, **factors: NDArray[np.float64]) -> LazyArray:
+    """The weights of a layer with their channels scaled by `output_factors` and `input_factors`, when they are read."""
+
+    def read() -> NDArray[Any]:
+        return scaled_channels(np.asarray(layer.weights), layer.layout, groups=layer.groups, **factors)
+
+    return LazyArray(layer.weights.shape, layer.weights.dtype, read)
 
 
 def response(layer: Layer, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What a layer makes of input channels that are constant: gain * sum over i of K[o,i] * values[i], (channels,)."""
-    nothing = np.broadcast_to(np.zeros((), layer.weights.dtype), layer.weights.shape)
-    sums = _kernels.weight_error(layer.weights, nothing, values, layer.groups, layer.layout, True)
+    """The output of a layer for input channels that are constant: gain * sum over i of K[o,i] * values[i], (channels,)."""
+    weights = np.asarray(layer.weights)
+    nothing = np.broadcast_to(np.zeros((), weights.dtype), weights.shape)
+    sums = _kernels.weight_error(weights, nothing, values, layer.groups, layer.layout, True)
     return np.asarray(layer.gain * sums)
 
 
 def bias_of(layer: Layer) -> NDArray[np.float64]:
-    """Of a layer; zeros where it has none."""
+    """The bias of a layer; zeros where it has none."""
     if layer.bias is None:
         return layer.along_channels(np.zeros(layer.channels))
     return layer.bias.astype(np.float64)

@@ -9,7 +9,7 @@ where the bias divided by it would be no number of its type. Scales of one chain
 chains are repeated until nothing moves.
 
 Training leaves channels with ranges of 1e-20 or so: S would make their constant activation 1e10 times as large, and one scale
-for all activations worthless. Nothing that float32 can tell goes through them, so their r1 becomes 0.
+for all activations worthless. What passes through them is less than float32 resolves, so their r1 becomes 0.
 
 Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1
 and appendix A.
@@ -19,17 +19,22 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.channel_scale import channel_ranges, scaled_channels
+from biascorr.arguments import checked_integer
+from biascorr.channel_scale import channel_ranges
 from biascorr.equalization.chains import Chain, Link, chains_of, find_links, is_inner, is_scaled
-from biascorr.equalization.folding import as_folded
-from biascorr.graph.network import ActivationType, BatchNorm, Bound, Edits, Layer, Network
+from biascorr.equalization.folding import scaled_weights, with_statistics
+from biascorr.graph.axes import Channels
+from biascorr.graph.layer import Layer, LazyArray
+from biascorr.graph.network import EditableNetwork, Edits
+from biascorr.graph.operations import ActivationType, BatchNorm, Bound, Facts
+from biascorr.graph.reasons import Reason, ReasonCode
 
 Factors = NDArray[np.float64]
 
@@ -55,13 +60,13 @@ class ScaledChain:
     chain : Chain
         Its layers, as they were before.
     factors : sequence of ndarray, (C,), float64
-        For each link, what its channels were divided by in front of it and multiplied by behind it.
+        For each link, what its channels were divided by before it and multiplied by after it.
     bits : float
         By how much the ranges of its layers shrank, all together: a bit is half the range of one of them.
     limits : sequence of str
         The activations whose bounds were scaled, by name.
     silent : ndarray, (C,), bool
-        The channels through which something goes, but nothing that float32 could tell beside the strongest one. They are not
+        The channels through which something goes, but less than float32 resolves beside the strongest one. They are not
         scaled, and their weights in the first layer become 0.
     """
 
@@ -82,7 +87,7 @@ class _Scaled:
         self._largest_bias = self._largest_biases()
 
     def _largest_biases(self) -> Factors:
-        """Of each output channel, (C,), in magnitude."""
+        """The largest bias of each output channel, (C,), in magnitude."""
         aligned = self.layer.along_channels(np.zeros(self.layer.channels))
         biases = aligned if self.layer.bias is None else aligned + np.abs(self.layer.bias)
         return np.asarray(np.moveaxis(biases, self.layer.output_axis, 0).reshape(len(aligned), -1).max(axis=1))
@@ -92,33 +97,31 @@ class _Scaled:
         return np.asarray(self._largest_bias * self.output / factors > np.finfo(self.layer.weights.dtype).max)
 
     def ranges(self, axis: str) -> Factors:
-        """Of its output ("O") or input ("I") channels as scaled so far."""
+        """The ranges of its output ("O") or input ("I") channels as scaled so far."""
         own, other = (self.output, self.input) if axis == "O" else (self.input, self.output)
         known = self._known.get(axis)
         if known is None or not np.array_equal(known[0], other):
             layer = self.layer
-            found = channel_ranges(layer.weights, layer.layout, axis=axis, groups=layer.groups, factors=other)
+            found = channel_ranges(np.asarray(layer.weights), layer.layout, axis=axis, groups=layer.groups, factors=other)
             known = self._known[axis] = (other.copy(), found)
         return np.asarray(own * known[1])
 
     @property
-    def weights(self) -> NDArray[Any]:
-        layer = self.layer
-        factors = {"output_factors": self.output, "input_factors": self.input}
-        return scaled_channels(layer.weights, layer.layout, groups=layer.groups, **factors)
+    def weights(self) -> LazyArray:
+        return scaled_weights(self.layer, output_factors=self.output.copy(), input_factors=self.input.copy())
 
 
 def scale(
-    network: Network,
+    network: EditableNetwork,
     iterations: int | None = None,
     progress: Callable[[int, int | None], None] = lambda *_: None,
     wanted: Sequence[Sequence[str]] | None = None,
-) -> tuple[Network, list[ScaledChain], dict[str, str]]:
+) -> tuple[EditableNetwork, list[ScaledChain], dict[str, Reason]]:
     """A network with the channels of these sets of layers, or of all that follow each other, scaled.
 
     Parameters
     ----------
-    network : Network
+    network : EditableNetwork
         Float.
     iterations : int, optional
         Sweeps; None: until they change nothing.
@@ -129,11 +132,11 @@ def scale(
 
     Returns
     -------
-    network : Network
+    network : EditableNetwork
         Gives out the same, to rounding.
     chains : list of ScaledChain
-        What was done.
-    left : dict from str to str
+        The chains that were scaled.
+    left : dict from str to Reason
         By the names of layers whose output channels are as they were, why.
 
     Raises
@@ -143,10 +146,10 @@ def scale(
     """
     links, left = find_links(network)
     if wanted is None:
-        chains = list(chains_of(_worthwhile(network, links, left)))
+        chains = list(chains_of(_worthwhile(network.facts(), links, left)))
     else:
         chains = [_chain_from_names(names, links, left) for names in wanted]
-    scaler = Scaler(chains)
+    scaler = Scaler(chains, network.facts())
     if not scaler.settle(iterations, progress) and iterations is None:
         warnings.warn(f"ranges have not settled after {_MOST_SWEEPS} sweeps", stacklevel=3)
     return (*scaler.scaled(network), left)
@@ -154,28 +157,24 @@ def scale(
 
 def check_iterations(iterations: int | None) -> None:
     """Raises ValueError where these are no sweeps, nor None."""
-    if iterations is not None and (
-        not isinstance(iterations, (int, np.integer)) or isinstance(iterations, bool) or iterations < 1
-    ):
-        raise ValueError(f"iterations: {iterations!r}, expected an integer of at least 1, or None")
+    if iterations is not None:
+        checked_integer("iterations", iterations, 1, otherwise="None")
 
 
-def _worthwhile(network: Network, links: Sequence[Link], left: dict[str, str]) -> list[Link]:
+def _worthwhile(facts: Facts, links: Sequence[Link], left: dict[str, Reason]) -> list[Link]:
     """The links but those with bounds to scale in chains that gain little by it."""
     worthwhile = []
-    activations = network.surroundings.activations
     for chain in chains_of(links):
         limits = {
-            link.first.name: [name for name in _limits_of(network, link) if not _is_per_channel(activations[name])]
+            link.first.name: [name for name, each in _limits_of(facts, link).items() if not _is_per_channel(each)]
             for link in chain.links
         }
-        scaler = Scaler([chain])
+        scaler = Scaler([chain], facts)
         scaler.sweep()
         gained = sum(scaler.bits) if any(limits.values()) else np.inf
         for link in chain.links:
             if gained < _LEAST_GAIN and limits[link.first.name]:
-                clips = ", ".join(limits[link.first.name])
-                left[link.first.name] = f"{clips} would need a bound for each channel, to gain {gained:.2f} bits"
+                left[link.first.name] = ReasonCode.LITTLE_GAIN(operations=", ".join(limits[link.first.name]), bits=gained)
             else:
                 worthwhile.append(link)
     return worthwhile
@@ -186,26 +185,27 @@ def _is_per_channel(activation: ActivationType) -> bool:
     return any(isinstance(bound, tuple) for bound in activation.bounds or ())
 
 
-def _limits_of(network: Network, link: Link) -> list[str]:
-    """The activations between two layers whose bounds are to be scaled."""
-    activations = network.surroundings.activations
-    return [name for name in link.between if name in activations and is_scaled(activations[name])]
+def _limits_of(facts: Facts, link: Link) -> dict[str, ActivationType]:
+    """The activations between two layers whose bounds are to be scaled, by name."""
+    found = {name: facts.activation(name) for name in link.between}
+    return {name: each.type for name, each in found.items() if each is not None and is_scaled(each.type)}
 
 
-def _chain_from_names(names: Sequence[str], links: Sequence[Link], left: dict[str, str]) -> Chain:
+def _chain_from_names(names: Sequence[str], links: Sequence[Link], left: Mapping[str, Reason]) -> Chain:
     following = {link.first.name: link for link in links}
     chain = []
     for first, second in itertools.pairwise(names):
         link = following.get(first)
         if link is None or link.second.name != second:
-            reason = left.get(first, "no layer of this name" if link is None else f"followed by {link.second.name}")
+            reason = left.get(
+                first, "no layer of this name" if link is None else ReasonCode.FOLLOWED_BY(layer=link.second.name)
+            )
             raise ValueError(f"cls_sets: {first} and {second} cannot be scaled together: {first}: {reason}")
         chain.append(link)
     inner = [link.second.name for link in chain[:-1] if not is_inner(link)]
     if not chain or inner:
         unfit = f"{inner[0]} is no depthwise layer with the channels of the one before it" if inner else ""
-        what = unfit or "expected two layers or more"
-        raise ValueError(f"cls_sets: {', '.join(names)}: {what}")
+        raise ValueError(f"cls_sets: {', '.join(names)}: {unfit or 'expected two layers or more'}")
     return Chain(chain)
 
 
@@ -216,10 +216,13 @@ class Scaler:
     ----------
     chains : sequence of Chain
         No link is in two of them.
+    facts : Facts
+        Of the network that they are in.
     """
 
-    def __init__(self, chains: Sequence[Chain]) -> None:
+    def __init__(self, chains: Sequence[Chain], facts: Facts) -> None:
         self._chains = chains
+        self._facts = facts
         self._layers = {layer.name: _Scaled(layer) for chain in chains for layer in chain.layers}
         self._factors = {link.first.name: np.ones(link.first.channels) for chain in chains for link in chain.links}
         self._before = [self._range_in_bits(chain) for chain in chains]
@@ -229,7 +232,7 @@ class Scaler:
 
     @property
     def bits(self) -> list[float]:
-        """What each chain has gained; see :class:`ScaledChain`."""
+        """The gain of each chain; see :class:`ScaledChain`."""
         return [before - self._range_in_bits(chain) for chain, before in zip(self._chains, self._before)]
 
     def sweep(self) -> float:
@@ -246,21 +249,21 @@ class Scaler:
                 break
         return change < _SETTLED
 
-    def scaled(self, network: Network) -> tuple[Network, list[ScaledChain]]:
+    def scaled(self, network: EditableNetwork) -> tuple[EditableNetwork, list[ScaledChain]]:
         """A network with the factors found, and what became of each chain."""
         links = [link for chain in self._chains for link in chain.links]
         edits = Edits(
             {name: layer.weights for name, layer in self._layers.items()},
             {link.first.name: self._divided(link, link.first.bias) for link in links if link.first.bias is not None},
-            {name: bounds for link in links for name, bounds in self._limits(network, link)},
-            folded={name: norm for link in links for name, norm in self._statistics(network, link)},
+            {name: bounds for link in links for name, bounds in self._limits(link)},
+            statistics={name: norm for link in links for name, norm in self._statistics(link)},
         )
         done = [
             ScaledChain(
                 chain,
                 [self._factors[link.first.name] for link in chain.links],
                 bits,
-                [name for link in chain.links for name in _limits_of(network, link)],
+                [name for link in chain.links for name in _limits_of(self._facts, link)],
                 silent,
             )
             for chain, bits, silent in zip(self._chains, self.bits, self._silent)
@@ -275,36 +278,38 @@ class Scaler:
         for link, first, second, step in zip(chain.links, layers, layers[1:], steps):
             self._factors[link.first.name] *= step
             first.output /= step
-            second.input *= np.repeat(step, len(second.input) // len(step))
+            second.input *= link.channels.spread(step, len(second.input))
         return max(float(np.abs(np.log(step)).max(initial=0.0)) for step in steps)
 
     def _ranges(self, chain: Chain) -> list[Factors]:
-        """Of each layer, (C,)."""
-        first, *others = (self._layers[layer.name] for layer in chain.layers)
-        ranges = [first.ranges("O"), *(layer.ranges("I") for layer in others)]
-        return [each.reshape(len(ranges[0]), -1).max(axis=1) for each in ranges]
+        """The ranges of each layer, (C,)."""
+        ranges = [self._layers[chain.layers[0].name].ranges("O")]
+        for link in chain.links:
+            found = self._layers[link.second.name].ranges("I")
+            ranges.append(link.channels.gathered(found, link.first.channels).max(axis=1))
+        return ranges
 
     def _range_in_bits(self, chain: Chain) -> float:
-        """Of all its layers together; those without any range do not count."""
+        """The range of all its layers together; those without any range do not count."""
         largest = [float(ranges.max(initial=0.0)) for ranges in self._ranges(chain)]
         return float(sum(np.log2(each) for each in largest if each > 0))
 
     def _divided(self, link: Link, values: NDArray[Any]) -> NDArray[np.float64]:
-        """What is aligned with the output of the first layer, scaled with it."""
+        """Values that are aligned with the output of the first layer, scaled with it."""
         return np.asarray(values / link.first.along_channels(self._factors[link.first.name]))
 
-    def _limits(self, network: Network, link: Link) -> Iterator[tuple[str, tuple[NDArray[Any], NDArray[Any]]]]:
+    def _limits(self, link: Link) -> Iterator[tuple[str, tuple[NDArray[Any], NDArray[Any]]]]:
         """The bounds of the activations of a link, scaled."""
-        for name in _limits_of(network, link):
-            if bounds := network.surroundings.activations[name].bounds:
-                low, high = (self._divided(link, _aligned(link.first, bound)) for bound in bounds)
+        for name, activation in _limits_of(self._facts, link).items():
+            if activation.bounds:
+                low, high = (self._divided(link, _aligned(link.first, bound)) for bound in activation.bounds)
                 yield name, (low, high)
 
-    def _statistics(self, network: Network, link: Link) -> Iterator[tuple[str, BatchNorm]]:
-        """What is known of the tensors of a link, scaled."""
-        for name, norm in known_of(network, link):
-            factors = np.repeat(self._factors[link.first.name], len(norm.beta) // link.first.channels)
-            yield name, as_folded(norm.name, norm.beta / factors, norm.gamma / factors)
+    def _statistics(self, link: Link) -> Iterator[tuple[str, BatchNorm]]:
+        """The statistics of the tensors of a link, scaled."""
+        for name, norm, channels in known_statistics(self._facts, link):
+            factors = channels.spread(self._factors[link.first.name], len(norm.beta))
+            yield name, with_statistics(norm, norm.beta / factors, norm.gamma / factors)
 
 
 def _silent_channels(ranges: Sequence[Factors]) -> NDArray[np.bool_]:
@@ -319,13 +324,12 @@ def _aligned(layer: Layer, bound: Bound) -> NDArray[np.float64]:
     return layer.along_channels(np.asarray(bound)) if isinstance(bound, tuple) else np.asarray(bound)
 
 
-def known_of(network: Network, link: Link) -> Iterator[tuple[str, BatchNorm]]:
-    """The tensors between two layers that something is known of: of each channel, whatever else changed the model since."""
-    made = {operation.name: operation.outputs[0] for operation in network.operations if operation.name in link.between}
-    for name in (link.first.output, *made.values()):
-        norm = network.surroundings.folded.get(name)
+def known_statistics(facts: Facts, link: Link) -> Iterator[tuple[str, BatchNorm, Channels]]:
+    """The tensors between two layers whose statistics are known, and where the channels of the first layer are in them."""
+    for name, channels in link.tensors.items():
+        norm = facts.statistics.get(name)
         if norm is not None and len(norm.beta) % link.first.channels == 0:
-            yield name, norm
+            yield name, norm, channels
 
 
 def factors_from_ranges(ranges: Sequence[Factors]) -> list[Factors]:

@@ -1,20 +1,18 @@
 """Which batch normalizations and activations are around the layers of a network.
 
-BatchNorm -> [activation] -> layer          tells the mean of what the layer reads
-layer -> BatchNorm -> [activation]          tells the mean of what it makes
+BatchNorm -> [activation] -> layer          gives the mean of the layer's input
+layer -> BatchNorm -> [activation]          gives the mean of the layer's output
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from biascorr.adapters.loading import network_from_model
-from biascorr.graph.network import ActivationType, BatchNorm, Bound, Layer, Network, Operation
+from biascorr.graph.axes import Channels
+from biascorr.graph.layer import Layer
+from biascorr.graph.network import Network
+from biascorr.graph.operations import Activation, ActivationType, BatchNorm, Leaky, Operation, SpatialEffect
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +22,11 @@ class ConvBnInfoType:
     Parameters
     ----------
     input_bn, output_bn : BatchNorm or None
-        The one that makes what the layer reads, and the one that reads what the layer makes.
+        The one that makes the layer's input, and the one that reads its output.
     in_activation_type : ActivationType
-        What is between `input_bn` and the layer.
+        The activation between `input_bn` and the layer.
     out_activation_type : ActivationType
-        What reads `output_bn`: `ActivationType.other` also where its readers differ in this.
+        The activation that reads `output_bn`: `ActivationType.other` also where its readers differ in this.
     """
 
     input_bn: BatchNorm | None = None
@@ -36,59 +34,24 @@ class ConvBnInfoType:
     in_activation_type: ActivationType = ActivationType.no_activation
     out_activation_type: ActivationType = ActivationType.no_activation
 
-
-def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
-    """The batch normalizations around the convolutions and matrix products of a float model.
-
-    Parameters
-    ----------
-    model : path, bytes or onnx.ModelProto
-        The model, which is not changed.
-
-    Returns
-    -------
-    dict from str to ConvBnInfoType
-        By the name of the layer, in topological order; layers without any batch normalization around them are left out.
-
-    Raises
-    ------
-    FileNotFoundError, ImportError, TypeError, ValueError
-        As :func:`biascorr.correct`, of its model.
-
-    Notes
-    -----
-    Batch normalizations that :func:`biascorr.fold_all_batch_norms` or :func:`biascorr.equalize_model` have made part of layers
-    are found too, with the statistics that their outputs have now: scaled, and without what was absorbed.
-
-    `input_bn` is found through ReLU, Clip with constant bounds, Min and Max with constants, Identity, Dropout, an average over
-    all positions and a reshape of such averages, whatever else reads the tensors in between. Anything else in between ends the
-    search: the mean of what the layer reads would not follow from the batch normalization.
-
-    Examples
-    --------
-    >>> import onnx.parser
-    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
-    ...     network (float[N,1,8] x) => (float[N,1,8] y)
-    ...     <float[1] beta = {0.5}, float[1] gamma = {2.0}, float[1] mean = {0.0}, float[1] var = {1.0}, float[1,1,1] w = {3.0}>
-    ...     { n = BatchNormalization(x, gamma, beta, mean, var)  r = Relu(n)  [layer] y = Conv(r, w) }''')
-    >>> info = find_all_convs_bn_with_activation(model)["layer"]
-    >>> info.input_bn.beta, info.in_activation_type.name
-    (array([0.5]), 'relu')
-    """
-    return batch_norms_around_layers(network_from_model(model, "model"))
+    @property
+    def gives_input_mean(self) -> bool:
+        """Whether the mean of the layer's input follows from its statistics."""
+        return self.input_bn is not None and self.in_activation_type.bounds is not None
 
 
 def batch_norms_around_layers(network: Network) -> dict[str, ConvBnInfoType]:
-    """See :func:`find_all_convs_bn_with_activation`."""
+    """By the name of the layer, in topological order; layers without any batch normalization around them are left out."""
     neighbours = Neighbours(network)
     found = {layer.name: neighbours.around(layer) for layer in network.layers}
     return {name: info for name, info in found.items() if info.input_bn is not None or info.output_bn is not None}
 
 
-def brought_up_to_date(infos: Mapping[str, ConvBnInfoType], network: Network) -> dict[str, ConvBnInfoType]:
-    """What is around layers, by name: as it is in the network where that has the batch normalization folded, else as given."""
-    surroundings = network.surroundings
-    folded = {norm.name for norm in surroundings.folded.values()} - set(surroundings.batch_norms)
+def with_current_statistics(infos: Mapping[str, ConvBnInfoType], network: Network) -> dict[str, ConvBnInfoType]:
+    """The batch normalizations around layers, by name: those that the network has folded with their statistics there."""
+    facts = network.facts()
+    present = {name for name, role in facts.roles.items() if isinstance(role, BatchNorm)}
+    folded = {norm.name for norm in facts.statistics.values()} - present
     found = batch_norms_around_layers(network)
     return {
         name: info if info.input_bn is None or info.input_bn.name not in folded else found.get(name, ConvBnInfoType())
@@ -96,11 +59,14 @@ def brought_up_to_date(infos: Mapping[str, ConvBnInfoType], network: Network) ->
     }
 
 
+_NOTHING = (None, ActivationType.no_activation)
+
+
 class Neighbours:
-    """Who makes and who reads each tensor of a network."""
+    """The makers and readers of the tensors of a network."""
 
     def __init__(self, network: Network) -> None:
-        self._kinds = network.surroundings
+        self.facts = network.facts()
         self._outputs = set(network.outputs)
         self._maker = {tensor: operation for operation in network.operations for tensor in operation.outputs[:1]}
         self._readers: dict[str, list[Operation]] = {}
@@ -109,90 +75,90 @@ class Neighbours:
                 self._readers.setdefault(tensor, []).append(operation)
 
     def around(self, layer: Layer) -> ConvBnInfoType:
+        """The batch normalizations and activations around a layer."""
         input_bn, in_activation = self._before(layer)
-        output_bn, out_activation = self._behind(layer)
+        output_bn, out_activation = self._after(layer)
         return ConvBnInfoType(input_bn, output_bn, in_activation, out_activation)
 
     def readers(self, tensor: str) -> list[Operation | None]:
-        """What reads a tensor, None for the caller of the model."""
+        """The operations that read a tensor, and None for the caller of the model."""
         return [*([None] if tensor in self._outputs else []), *self._readers.get(tensor, ())]
 
-    def is_along_axis_1(self, layer: Layer, axis: int, tensor: str) -> bool:
-        """Whether this axis, counted from either end, has the channels of a batch normalization; no where that is not known."""
-        rank = len(self._kinds.shapes.get(tensor, ())) if layer.window is None else len(layer.window.taps) + 2
-        return 1 in (axis, axis + rank)
+    def input_channels(self, layer: Layer) -> Channels:
+        """Where the channels of a layer's input are."""
+        return Channels(layer.channel_axis, layer.rank or self.facts.rank(layer.input))
+
+    def output_channels(self, layer: Layer) -> Channels:
+        """Where the channels of a layer's output are."""
+        return Channels(layer.output_axis, layer.rank or self.facts.rank(layer.output))
 
     def _before(self, layer: Layer) -> tuple[BatchNorm | None, ActivationType]:
-        """From the layer back through activations, and averages of what they give out, not of what they read."""
-        kinds, nothing = self._kinds, (None, ActivationType.no_activation)
-        if not self.is_along_axis_1(layer, layer.channel_axis, layer.input):
-            return nothing
-        tensor, activation = layer.input, ActivationType.no_activation
-        while (maker := self._maker.get(tensor)) is not None and self._norm_of(tensor) is None:
-            if maker.name in kinds.activations:
-                activation = _composed(kinds.activations[maker.name], activation)
-            elif maker.name not in kinds.identities and (acts(activation) or maker.name not in kinds.averages):
-                return nothing
+        """From the layer back through activations, and averages of their outputs, not of their inputs."""
+        tensor, activation, channels = layer.input, ActivationType.no_activation, self.input_channels(layer)
+        while (maker := self._maker.get(tensor)) is not None and self._statistics_of(tensor) is None:
+            found = self.facts.activation(maker.name)
+            preserving = self.facts.preserving(maker.name, SpatialEffect.NONE, SpatialEffect.AVERAGE)
+            if found is not None:
+                if not _fits(found, channels):
+                    return _NOTHING
+                activation = found.type.then(activation)
+            elif preserving is None or (preserving.effect is SpatialEffect.AVERAGE and activation.acts):
+                return _NOTHING
+            elif preserving.channel_axis is not None and preserving.output_axis is not None:
+                if not channels.is_along(preserving.output_axis):
+                    return _NOTHING
+                channels = Channels(preserving.channel_axis, self.facts.rank(maker.inputs[0]))
             tensor = maker.inputs[0]
-        norm = self._norm_of(tensor)
-        return nothing if norm is None or activation == ActivationType.other else (norm, activation)
+        norm = self._statistics_of(tensor)
+        is_known = norm is not None and channels.is_along(norm.channel_axis) and activation != ActivationType.other
+        return (norm, activation) if is_known else _NOTHING
 
-    def _norm_of(self, tensor: str) -> BatchNorm | None:
-        """The batch normalization that tells what a tensor is like."""
+    def _statistics_of(self, tensor: str) -> BatchNorm | None:
+        """The batch normalization that gives the statistics of a tensor."""
         maker = self._maker.get(tensor)
-        made = None if maker is None else self._kinds.batch_norms.get(maker.name)
-        return made or self._kinds.folded.get(tensor)
+        made = None if maker is None else self.facts.batch_norm(maker.name)
+        return made or self.facts.statistics.get(tensor)
 
-    def _behind(self, layer: Layer) -> tuple[BatchNorm | None, ActivationType]:
-        nothing = (None, ActivationType.no_activation)
-        if not self.is_along_axis_1(layer, layer.output_axis, layer.output):
-            return nothing
-        if layer.output in self._kinds.folded:
-            return self._kinds.folded[layer.output], self._activation_behind(layer.output)
-        readers = [each for each in self._readers_of(layer.output) if each is not None]
-        norms = [reader for reader in readers if reader.name in self._kinds.batch_norms]
-        if len(norms) != 1:
-            return nothing
-        return self._kinds.batch_norms[norms[0].name], self._activation_behind(norms[0].outputs[0])
+    def _after(self, layer: Layer) -> tuple[BatchNorm | None, ActivationType]:
+        channels = self.output_channels(layer)
+        norm, tensor = self.facts.statistics.get(layer.output), layer.output
+        if norm is None:
+            readers = [each for each in self._value_readers(layer.output) if each is not None]
+            found = [each for each in readers if self.facts.batch_norm(each.name) is not None]
+            if len(found) != 1:
+                return _NOTHING
+            norm, tensor = self.facts.batch_norm(found[0].name), found[0].outputs[0]
+        if norm is None or not channels.is_along(norm.channel_axis):
+            return _NOTHING
+        return norm, self._activation_after(tensor)
 
-    def _activation_behind(self, tensor: str) -> ActivationType:
-        """What is applied to a tensor by all that read it."""
-        readers = list(self._readers_of(tensor))
-        activations = {ActivationType.no_activation if each is None else self._activation(each) for each in readers}
+    def _activation_after(self, tensor: str) -> ActivationType:
+        """The activation that all readers of a tensor apply to it."""
+        readers = list(self._value_readers(tensor))
+        activations = {ActivationType.no_activation if each is None else self._type_of(each) for each in readers}
         if len(activations) != 1:
             return ActivationType.other if activations else ActivationType.no_activation
         found = activations.pop()
-        if len(readers) != 1 or readers[0] is None or not acts(found):
+        if len(readers) != 1 or readers[0] is None or not found.acts:
             return found
-        return _composed(self._activation_behind(readers[0].outputs[0]), found)
+        return found.then(self._activation_after(readers[0].outputs[0]))
 
-    def _activation(self, operation: Operation) -> ActivationType:
-        return self._kinds.activations.get(operation.name, ActivationType.no_activation)
+    def _type_of(self, operation: Operation) -> ActivationType:
+        role = self.facts.roles.get(operation.name)
+        if isinstance(role, Leaky):
+            return ActivationType.other
+        return role.type if isinstance(role, Activation) else ActivationType.no_activation
 
-    def _readers_of(self, tensor: str) -> Iterator[Operation | None]:
-        """What reads the values of a tensor, None for the caller of the model."""
+    def _value_readers(self, tensor: str) -> Iterator[Operation | None]:
+        """The operations that read the values of a tensor, None for the caller of the model."""
         for operation in self.readers(tensor):
-            if operation is not None and operation.name in self._kinds.identities:
-                yield from self._readers_of(operation.outputs[0])
+            if operation is not None and self.facts.preserving(operation.name, SpatialEffect.NONE):
+                yield from self._value_readers(operation.outputs[0])
             else:
                 yield operation
 
 
-def acts(activation: ActivationType) -> bool:
-    """Whether an activation does anything."""
-    return activation != ActivationType.no_activation
-
-
-def _composed(first: ActivationType, then: ActivationType) -> ActivationType:
-    """What two activations do, one behind the other."""
-    if not acts(first) or not acts(then):
-        return first if acts(first) else then
-    if first.bounds is None or then.bounds is None:
-        return ActivationType.other
-    low, high = (np.clip(bound, *then.bounds) for bound in first.bounds)
-    return ActivationType.clip(_bound(low), _bound(high))
-
-
-def _bound(values: NDArray[np.float64]) -> Bound:
-    """One for all channels, where they have the same."""
-    return float(values.flat[0]) if np.all(values == values.flat[0]) else tuple(values.tolist())
+def _fits(activation: Activation, channels: Channels) -> bool:
+    """Whether bounds per channel are those of these channels."""
+    per_channel = any(isinstance(bound, tuple) for bound in activation.type.bounds or ())
+    return not per_channel or channels.is_along(activation.channel_axis)

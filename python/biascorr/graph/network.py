@@ -1,374 +1,183 @@
-"""What the engine knows of a model: its layers, and what can be asked of the network they are in."""
+"""The protocols that an adapter fulfils, one per ability: read and run a network, add to its biases, edit it."""
 
 from __future__ import annotations
 
-import enum
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from biascorr.calibration.data import ModelInput
-from biascorr.calibration.storage import Buffers
+from biascorr.graph.layer import Constant, Layer
+from biascorr.graph.operations import BatchNorm, Facts, Operation
+from biascorr.graph.reasons import LayerReport, Reason
 from biascorr.quantization import Quantization
-from biascorr.statistics import TransposedWindow, Window
 
-Feeds = Mapping[str, NDArray[Any]]
+Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 """Tensors of one batch by name."""
 
-
-class Kind(enum.Enum):
-    """What the engine has to know of an operation."""
-
-    QUANTIZE = enum.auto()
-    DEQUANTIZE = enum.auto()
-    """Its input is smaller than its output and says as much."""
-    POINTWISE = enum.auto()
-    """Each element of its output depends on the same elements of its inputs and on constants: activations, above all."""
-    OTHER = enum.auto()
+Shift: TypeAlias = NDArray[np.float64]
+"""A shift that is added to the bias of a layer, (channels,), in real units."""
 
 
 @dataclass(frozen=True)
-class Operation:
-    """A node of the graph that depends on the inputs of the model.
+class ModelInput:
+    """An input of a model.
 
     Parameters
     ----------
     name : str
-        Of the node, as layers are named.
-    inputs, outputs : tuple of str
-        The tensors it reads, constants left out, and makes.
-    kind : Kind
-        What is known of it.
+        Its name.
+    dtype : numpy dtype
+        Of its elements.
+    shape : tuple of int or None, or None
+        Its axes, None where one may have any size; None where even the rank is unknown.
     """
 
     name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    kind: Kind = Kind.OTHER
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A linear operator with constant weights: y = gain * (weights x input) + bias.
+class Allocator(Protocol):
+    """Gives memory for results, so that it can be used again."""
 
-    Parameters
-    ----------
-    name, op : str
-        Of the node: what the report calls it, and its operator.
-    weights : ndarray
-        What the operator multiplies with, in real units; fake-quantized ones in a quantized network.
-    layout : str
-        The axes of the weights, as :class:`~biascorr.MeanBiasCorrector` names them.
-    input : str
-        The tensor it reads.
-    input_quantization : Quantization or None
-        Where the tensor holds quantized values: what they stand for.
-    channel_axis : int
-        Axis of the input that the weights contract.
-    output : str
-        The tensor that it makes, bias included, before any activation.
-    output_axis : int
-        Axis of the output that the bias belongs to, from the end (negative).
-    groups : int
-        Groups of a convolution.
-    window : Window, TransposedWindow or None
-        How a convolution's kernel moves; None for a matrix product.
-    gain : float
-        A constant factor on the product (alpha of a Gemm).
-    weight_step : ndarray or None
-        Distance between neighbouring quantized weights, broadcastable to the weights; None where it is not known.
-    bias : ndarray or None
-        What is added to the product, in real units, its axes aligned with the last ones of the output; None where nothing is.
-    shares_weights : bool
-        Whether something else reads the same weights.
-    """
-
-    name: str
-    op: str
-    weights: NDArray[Any]
-    layout: str
-    input: str
-    input_quantization: Quantization | None
-    channel_axis: int
-    output: str
-    output_axis: int
-    groups: int = 1
-    window: Window | TransposedWindow | None = None
-    gain: float = 1.0
-    weight_step: NDArray[Any] | None = None
-    bias: NDArray[Any] | None = None
-    shares_weights: bool = False
-
-    @property
-    def channels(self) -> int:
-        """Output channels, of all groups."""
-        return self._size_of("OMGC") * (self.groups if self.layout.startswith("I") else 1)
-
-    @property
-    def input_channels(self) -> int:
-        """Channels that it reads, of all groups."""
-        return self._size_of("IGC") * (1 if self.layout.startswith("I") else self.groups)
-
-    def _size_of(self, letters: str) -> int:
-        return math.prod(size for letter, size in zip(self.layout, self.weights.shape) if letter in letters)
-
-    def along_channels(self, values: NDArray[Any]) -> NDArray[Any]:
-        """One value for each output channel, its axes aligned with the last ones of the output."""
-        return values.reshape(-1, *[1] * (-1 - self.output_axis))
-
-    @property
-    def sees_every_tap(self) -> bool:
-        """Whether each output position sums over all taps of real input: none is padding, none is left out."""
-        return self.window is None or self.window.sees_every_tap
-
-
-@dataclass(frozen=True, eq=False)
-class BatchNorm:
-    """A batch normalization with its statistics fixed: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta.
-
-    Parameters
-    ----------
-    name : str
-        Of the node, as layers are named.
-    beta, gamma, mean, variance : ndarray, (C,), float64
-        Of each channel. The output is taken to be normal, with mean beta and standard deviation abs(gamma).
-    epsilon : float
-        What the variance is increased by.
-    """
-
-    name: str
-    beta: NDArray[np.float64]
-    gamma: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    variance: NDArray[np.float64]
-    epsilon: float
-
-
-Bound: TypeAlias = float | tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ActivationType:
-    """What an activation does to each value.
-
-    `ActivationType.no_activation`, `relu` and `relu6` limit it to their bounds; :meth:`clip` makes one with any other bounds;
-    `ActivationType.other` is every other function.
-
-    Parameters
-    ----------
-    name : str
-        "no_activation", "relu", "relu6", "clip" or "other".
-    bounds : (bound, bound) or None
-        What values are limited to, infinite where there is no limit: each a number, or a tuple with one for each channel along
-        axis 1. None for "other".
-    """
-
-    name: str
-    bounds: tuple[Bound, Bound] | None
-
-    no_activation: ClassVar[ActivationType]
-    relu: ClassVar[ActivationType]
-    relu6: ClassVar[ActivationType]
-    other: ClassVar[ActivationType]
-
-    @classmethod
-    def clip(cls, low: Bound, high: Bound) -> ActivationType:
-        """What limits values to these bounds.
-
-        Examples
-        --------
-        >>> ActivationType.clip(0.0, 6.0) is ActivationType.relu6
-        True
-        >>> ActivationType.clip(-1.0, 1.0)
-        ActivationType(name='clip', bounds=(-1.0, 1.0))
-        """
-        named = (cls.no_activation, cls.relu, cls.relu6)
-        return next((each for each in named if each.bounds == (low, high)), cls("clip", (low, high)))
-
-
-ActivationType.no_activation = ActivationType("no_activation", (-math.inf, math.inf))
-ActivationType.relu = ActivationType("relu", (0.0, math.inf))
-ActivationType.relu6 = ActivationType("relu6", (0.0, 6.0))
-ActivationType.other = ActivationType("other", None)
-
-
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """The operations around the layers, by name, as far as they tell what a layer reads.
-
-    Each reads the tensor that it acts on as its first input and gives out what it makes of it as its first output.
-
-    Parameters
-    ----------
-    batch_norms : mapping from str to BatchNorm
-        Their channels are along axis 1.
-    activations : mapping from str to ActivationType
-        What limits values, and other functions of each value.
-    limitable : collection of str
-        The activations that can limit each channel along axis 1 to another value; see :class:`Edits`.
-    identities : collection of str
-        What gives out its input, each channel where it was along axis 1.
-    averages : collection of str
-        What averages over positions, each channel where it was along axis 1.
-    leaky : collection of str
-        What multiplies negative values with constants and keeps others: LeakyReLU, PReLU.
-    paddings : collection of str
-        What pads with zeros along other axes than 0 and 1.
-    flattens : collection of str
-        What makes one axis of all but the first: each channel along axis 1 becomes as many neighbours as it had positions.
-    folded : mapping from str to BatchNorm
-        What is known of tensors because batch normalizations that made or read them have become part of layers: each is one
-        that would leave the tensor as it is, with channels along axis 1.
-    shapes : mapping from str to tuple of int or None
-        Shapes of tensors, as far as they are known before the network runs; None for an axis that may have any size.
-    """
-
-    batch_norms: Mapping[str, BatchNorm]
-    activations: Mapping[str, ActivationType]
-    limitable: Collection[str]
-    identities: Collection[str]
-    averages: Collection[str]
-    leaky: Collection[str]
-    paddings: Collection[str]
-    flattens: Collection[str]
-    folded: Mapping[str, BatchNorm]
-    shapes: Mapping[str, tuple[int | None, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class Edits:
-    """What is different in a copy of a network; all else is as it was.
-
-    Parameters
-    ----------
-    weights : mapping from str to ndarray
-        Of layers, by name, in their own layouts.
-    biases : mapping from str to ndarray
-        Of layers, by name: (channels,), or of the shape of the bias that was there. A layer without one gets one.
-    limits : mapping from str to (array_like, array_like)
-        What an activation limits values to, by the name of the operation: each a number or an array that broadcasts to its
-        tensor, infinite where there is no limit.
-    removed : collection of str
-        Operations whose first output is to be their first input.
-    folded : mapping from str to BatchNorm
-        What is known of tensors, by their names before the edits; see :class:`Surroundings`. What was known of others stays.
-    """
-
-    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    limits: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
-    removed: Collection[str] = ()
-    folded: Mapping[str, BatchNorm] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What was done to one layer.
-
-    Parameters
-    ----------
-    name, op : str
-        The layer and its operator.
-    method : str or None
-        How its bias was corrected, with the strength; with "hybrid", which of its two. None: it was left alone.
-    channels : int or None
-        Output channels; None where the layer was not understood.
-    shift_before, shift_after : float or None
-        Mean over channels of the absolute shift that the method found, in real units: before it was added to the bias, and what
-        is left of it after rounding to the bias's own format. 0 where the weights are not quantized; None where it was left
-        alone for another reason.
-    reason : str
-        Why the layer was left alone, or what is worth knowing about its bias; else empty.
-    """
-
-    name: str
-    op: str
-    method: str | None = None
-    channels: int | None = None
-    shift_before: float | None = None
-    shift_after: float | None = None
-    reason: str = ""
+    def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array with any values."""
 
 
 @dataclass(frozen=True, eq=False)
 class BiasChange:
-    """What became of a shift that was added to a bias.
+    """The change of a bias by a shift.
 
     Parameters
     ----------
-    applied : ndarray, (channels,), float64
-        The change of the bias in real units, after rounding to its format.
-    note : str
-        What is worth knowing: a saturated value, a bias that did not exist before.
+    applied : ndarray, (channels,), float64, or None
+        The change in real units, after rounding to the bias's format; None where the bias cannot be changed.
+    reasons : tuple of Reason
+        Remarks: a saturated value, a bias that did not exist before; why the bias cannot be changed.
     """
 
-    applied: NDArray[Any]
-    note: str = ""
+    applied: Shift | None
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """The differences between a copy of a network and the original; all else is as it was.
+
+    Parameters
+    ----------
+    weights : mapping from str to Constant
+        Of layers, by name, in their own layouts.
+    biases : mapping from str to ndarray
+        Of layers, by name: (channels,), or of the shape of the bias that was there. A layer without one gets one.
+    limits : mapping from str to (array_like, array_like)
+        New limits of activations, by the name of the operation: each a number or an array that broadcasts to its
+        tensor, infinite where there is no limit.
+    removed : collection of str
+        Operations whose first output is to be their first input. Outputs of the model keep their names.
+    statistics : mapping from str to BatchNorm
+        Statistics of tensors, by their names before the edits; see :class:`Facts`. Those of other tensors stay.
+    """
+
+    weights: Mapping[str, Constant] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    limits: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
+    removed: Collection[str] = ()
+    statistics: Mapping[str, BatchNorm] = field(default_factory=dict)
 
 
 class Network(Protocol):
-    """A model of some framework, as the engine sees it. Layers are in topological order."""
-
-    @property
-    def model(self) -> Any:
-        """The framework's own model."""
+    """A model of some framework that can be read and run. Layers are in topological order."""
 
     @property
     def inputs(self) -> Sequence[ModelInput]:
-        """What a batch must have."""
+        """The inputs that a batch must have."""
 
     @property
-    def order(self) -> Sequence[str]:
-        """Names of layers, those left alone among them, in topological order; other names may stand between."""
+    def outputs(self) -> Sequence[str]:
+        """Names of the outputs of the model."""
 
     @property
     def layers(self) -> Sequence[Layer]:
         """The layers that can be corrected."""
 
     @property
-    def left_alone(self) -> Sequence[LayerReport]:
+    def unsupported(self) -> Sequence[LayerReport]:
         """The layers that cannot, with the reasons."""
 
     @property
-    def outputs(self) -> Sequence[str]:
-        """Names of what the model gives out."""
+    def order(self) -> Sequence[str]:
+        """Names of all layers, unsupported ones among them, in topological order; other names may stand between."""
 
     @property
     def operations(self) -> Sequence[Operation]:
         """All nodes that depend on the inputs, in topological order."""
 
-    @property
-    def surroundings(self) -> Surroundings:
-        """What is around the layers."""
+    def facts(self) -> Facts:
+        """Facts about operations and tensors; found at the first call."""
 
     def part(
-        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, buffers: Buffers | None = None
+        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, allocator: Allocator | None = None
     ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
-        """What computes the wanted tensors from given ones, of which an example is needed for their dtypes.
+        """Prepares the computation of the wanted tensors from given ones, of which an example is needed for their dtypes.
 
-        May be called from several threads at once, each call with so many threads (0: all there are). What it computes is
-        written into the buffers, where there are any.
+        The result may be called from several threads at once, each call with so many threads (0: all there are). What it
+        computes is written into memory of the allocator, where there is one.
         """
 
-    def copy(self) -> Network:
-        """A network of its own, to change its biases."""
 
-    def edited(self, edits: Edits) -> Network:
+class BiasNetwork(Network, Protocol):
+    """A network whose biases can be changed."""
+
+    @property
+    def model(self) -> Any:
+        """The framework's own model."""
+
+    def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
+        """The change that adding a shift to a layer's bias would make; a layer without one would get one."""
+
+    def with_shifts(self, shifts: Mapping[str, Shift]) -> BiasNetwork:
+        """A copy with these shifts added to the biases of layers, by name."""
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes the model, whole or not at all; an existing file is kept unless `force`."""
+
+
+class EditableNetwork(BiasNetwork, Protocol):
+    """A network whose weights, bounds and operations can be changed."""
+
+    def edited(self, edits: Edits) -> EditableNetwork:
         """A copy with these edits. Layers keep their names."""
 
-    def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> Network:
+    def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> EditableNetwork:
         """A copy in which layers, by name, read their input moved to a grid: one scale and zero point, up to 16 bits.
 
         Other readers of the same tensors are as before. The layers keep their names.
         """
 
-    def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-        """Adds a shift, (channels,) in real units, to the bias of a layer; a layer without one gets one."""
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes the model, whole or not at all; an existing file is kept unless `force`."""
+def is_network(model: Any) -> bool:
+    """Whether an adapter has made this."""
+    return all(hasattr(type(model), name) for name in ("part", "facts"))
+
+
+def require_biases(network: Network, name: str) -> BiasNetwork:
+    """The network, as one whose biases can be changed. Raises TypeError, with the name, where they cannot."""
+    return cast(BiasNetwork, _checked(network, ("with_shifts",), f"{name}: the biases of such a model cannot be changed"))
+
+
+def require_edits(network: Network, name: str, purpose: str) -> EditableNetwork:
+    """The network, as one that can be edited. Raises TypeError, with the name and the purpose, where it cannot."""
+    methods = ("edited", "with_quantizers")
+    return cast(EditableNetwork, _checked(network, methods, f"{name}: {purpose} needs a model whose weights can be changed"))
+
+
+def _checked(network: Network, methods: Sequence[str], message: str) -> Network:
+    for method in methods:
+        if not hasattr(network, method):
+            raise TypeError(f"{message}; {type(network).__name__} has no method {method!r}")
+    return network

@@ -1,1 +1,1 @@
-"""What happened, as a table."""
+"""Reports for people to read."""

@@ -1,9 +1,8 @@
-"""What was done to a model, as tables for the terminal. Needs rich."""
+"""Reports as tables for the terminal. Needs rich."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.table import Table
@@ -11,12 +10,12 @@ from rich.text import Text
 
 from biascorr.correction.scoring import Score
 from biascorr.equalization.equalize import OutputChange
-from biascorr.equalization.high_bias import Absorption
+from biascorr.equalization.high_bias import HighBias
 from biascorr.equalization.scaling import ScaledChain
-from biascorr.graph.network import LayerReport
+from biascorr.graph.reasons import LayerReport, Reason
 
 _SHOWN = 2
-"""Names in a row for all that were left for the same reason."""
+"""Names in a row for all that were left as they were for the same reason."""
 
 
 def table_from_report(report: Sequence[LayerReport]) -> Table:
@@ -30,7 +29,7 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
     for layer in report:
         numbers = (_number(layer.shift_before), _number(layer.shift_after))
         channels = "" if layer.channels is None else str(layer.channels)
-        cells = (layer.name, layer.op, layer.method or "left alone", channels, *numbers, layer.reason)
+        cells = (layer.name, layer.op, layer.method or "left as it is", channels, *numbers, layer.reason)
         table.add_row(*map(Text, cells))  # names may look like markup
     return table
 
@@ -53,16 +52,16 @@ def table_from_scores(scores: Mapping[str, Score], method: str) -> Table:
     return table
 
 
-def table_from_chains(chains: Sequence[ScaledChain], absorptions: Sequence[Absorption]) -> Table:
+def table_from_chains(chains: Sequence[ScaledChain], high_biases: Sequence[HighBias]) -> Table:
     """One row per chain of scaled layers: its factors, what it gained, what else had to change for it."""
     table = Table(title="layers scaled together", title_justify="left")
     table.add_column("layers", overflow="fold")
-    for heading in ("factors", "bits\ngained", "bounds per\nchannel", "absorbed\nbias"):
+    for heading in ("factors", "bits\ngained", "bounds per\nchannel", "folded\nbias"):
         table.add_column(heading, justify="right", no_wrap=True)
-    absorbed = {each.first: float(np.abs(each.absorbed).max()) for each in absorptions}
+    folded = {each.first: float(np.abs(each.folded).max()) for each in high_biases}
     for chain in chains:
         factors = np.concatenate(chain.factors)
-        biases = [absorbed[link.first.name] for link in chain.chain.links if link.first.name in absorbed]
+        biases = [folded[link.first.name] for link in chain.chain.links if link.first.name in folded]
         table.add_row(
             Text(" -> ".join(layer.name for layer in chain.chain.layers)),
             f"{factors.min():.3g}..{factors.max():.3g}",
@@ -73,33 +72,50 @@ def table_from_chains(chains: Sequence[ScaledChain], absorptions: Sequence[Absor
     return table
 
 
-def table_from_left(left: Mapping[str, str]) -> Table:
-    """One row for all that were left for the same reason, whatever names and numbers are in it."""
-    table = Table(title="left as it was", title_justify="left")
+def table_from_left(left: Mapping[str, tuple[Reason, ...]]) -> Table:
+    """One row for all that were left as they were for the same reason, whatever names and numbers are in it."""
+    table = Table(title="left as it is", title_justify="left")
     table.add_column("", justify="right")
     for heading in ("reason", "layer or batch normalization"):
         table.add_column(heading, overflow="fold")
-    for reason, names in _names_by_reason(left):
+    groups: dict[tuple[object, ...], dict[str, tuple[Reason, ...]]] = {}
+    for name, reasons in left.items():
+        groups.setdefault(tuple(map(_codes, reasons)), {})[name] = reasons
+    for group in groups.values():
+        names = list(group)
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        table.add_row(str(len(names)), Text(reason), Text(shown))
+        text = "; ".join(map(_common_text, zip(*group.values())))
+        table.add_row(str(len(names)), Text(text), Text(shown))
     return table
 
 
-def _names_by_reason(left: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Reasons that differ in nothing but names and numbers, dots in their place, and what was left for them."""
-    groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for name, reason in left.items():
-        words = re.split("([,:]? )", reason)
-        pattern = tuple(word if re.fullmatch("[A-Za-z'-]+|[,:]? ", word) else "" for word in words)
-        groups.setdefault(pattern, {})[name] = words
-    for group in groups.values():
-        yield "".join(word if set(others) <= {word} else "..." for word, *others in zip(*group.values())), list(group)
+def _codes(reason: Reason) -> tuple[object, ...]:
+    """The code of a reason, and those of the reasons in it."""
+    return reason.code, *(_codes(value) for _, value in reason.arguments if isinstance(value, Reason))
+
+
+class _Varies:
+    """Stands for an argument that differs between reasons."""
+
+    def __format__(self, specification: str) -> str:
+        return "..."
+
+
+def _common_text(reasons: Sequence[Reason]) -> str:
+    """The text of reasons with the same codes, dots in place of the arguments that differ."""
+    arguments: dict[str, object] = {}
+    for name, value in reasons[0].arguments:
+        values = [dict(each.arguments)[name] for each in reasons]
+        nested = [each for each in values if isinstance(each, Reason)]
+        varies: object = _common_text(nested) if nested else _Varies()
+        arguments[name] = value if all(each == value for each in values) else varies
+    return reasons[0].code.value.format(**arguments)
 
 
 def table_from_changes(changes: Mapping[str, OutputChange]) -> Table:
     """One row per step: how far the float outputs have moved after it."""
     table = Table(title="change of the float outputs", title_justify="left")
-    table.add_column("behind")
+    table.add_column("after")
     for heading in ("largest", "of the largest output"):
         table.add_column(heading, justify="right")
     for step, change in changes.items():

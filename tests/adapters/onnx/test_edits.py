@@ -8,7 +8,8 @@ import pytest
 from onnx import helper
 
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.graph.network import BatchNorm, Edits
+from biascorr.graph.network import Edits
+from biascorr.graph.operations import BatchNorm
 from networks import as_constant_nodes, biases, constants_of, model_from_text, run, samples, two_layers, weights
 
 X = samples(2, 3, 5, 4)
@@ -154,9 +155,9 @@ def test_edits_of_quantized_layers_are_real():
     model = model_from_text(text, w=w, s=steps, z=np.int8([1, 2]), b=np.int32([3, 4]), sb=np.float32(0.125))
     layer = only_layer(OnnxNetwork.load(model, "model"))
     np.testing.assert_array_equal(layer.bias.ravel(), [0.375, 0.5])
-    network = edited(model, weights={"layer": layer.weights * 0.3}, biases={"layer": np.float64([0.1, 0.2])})
+    network = edited(model, weights={"layer": np.asarray(layer.weights) * 0.3}, biases={"layer": np.float64([0.1, 0.2])})
     after = only_layer(network)
-    np.testing.assert_array_equal(after.weights, layer.weights * np.float32(0.3))
+    np.testing.assert_array_equal(after.weights, np.asarray(layer.weights) * np.float32(0.3))
     np.testing.assert_array_equal(after.bias.ravel(), np.float32([0.1, 0.2]))
     assert [node.op_type for node in network.model.graph.node] == ["Conv"]
     assert len(network.model.graph.initializer) == 2
@@ -244,13 +245,12 @@ def test_layers_keep_their_names():
 
 
 def test_a_nameless_layer_that_gets_a_bias_keeps_its_name():
-    network = OnnxNetwork.load(with_layer("MatMul(x, w)", (4, 6)), "model").copy()
-    model = network.model
+    model = with_layer("MatMul(x, w)", (4, 6))
     model.graph.node[0].name = ""
-    network = OnnxNetwork(model, "model")
+    network = OnnxNetwork.load(model, "model")
     layer = only_layer(network)
-    network.add_to_bias(layer, np.ones(6))
-    assert only_layer(network.copy()).name == layer.name == "MatMul:t"
+    network = network.with_shifts({layer.name: np.ones(6)})
+    assert only_layer(network).name == layer.name == "MatMul:t"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_weights_in_any_form(text, opset, constant_nodes):
         model = as_constant_nodes(model)
     layer = only_layer(OnnxNetwork.load(model, "model"))
     assert not layer.shares_weights
-    network = edited(model, weights={layer.name: 2 * layer.weights.astype(np.float64)})
+    network = edited(model, weights={layer.name: 2 * np.asarray(layer.weights, np.float64)})
     np.testing.assert_array_equal(only_layer(network).weights, 2 * layer.weights)
     np.testing.assert_array_equal(outputs(network.model)[0], 2 * outputs(model)[0])
     graph = network.model.graph
@@ -326,7 +326,7 @@ def test_shared_weights(text, shared):
     model = model_from_text(f"g (float[N,3,5,4] x) => (float[N,3,5,4] y, float[A,B,C,D] z) {{ {text} }}", **forms)
     first = OnnxNetwork.load(model, "model").layers[0]
     assert first.shares_weights == shared
-    network = edited(model, weights={first.name: 2 * first.weights})
+    network = edited(model, weights={first.name: 2 * np.asarray(first.weights)})
     assert not network.layers[0].shares_weights
     for found, expected, factor in zip(outputs(network.model), outputs(model), (2, 1), strict=True):
         np.testing.assert_array_equal(found, factor * expected)
@@ -434,7 +434,7 @@ def norm(name="bn", *, beta=(0.5, -1.0), gamma=(2.0, 0.25)):
 
 
 def folded_in(network):
-    return {tensor: (each.name, *each.beta, *each.gamma) for tensor, each in network.surroundings.folded.items()}
+    return {tensor: (each.name, *each.beta, *each.gamma) for tensor, each in network.facts().statistics.items()}
 
 
 CHAIN = "g (float[N,3,5,4] x) => (float[N,3,5,4] y) { [a] s = Abs(x) [b] t = Relu(s) [c] u = Identity(t) [d] y = Neg(u) }"
@@ -443,12 +443,12 @@ CHAIN = "g (float[N,3,5,4] x) => (float[N,3,5,4] y) { [a] s = Abs(x) [b] t = Rel
 def test_what_is_known_of_tensors_is_kept_in_the_model(tmp_path):
     model = model_from_text(CHAIN)
     assert folded_in(OnnxNetwork.load(model, "model")) == {}
-    network = edited(model, folded={"s": norm("one"), "y": norm("two", beta=(0.1, 1e30))})
+    network = edited(model, statistics={"s": norm("one"), "y": norm("two", beta=(0.1, 1e30))})
     network.save(tmp_path / "model.onnx")
     again = OnnxNetwork.load(tmp_path / "model.onnx", "model")
     assert folded_in(again)["s"] == ("one", 0.5, -1.0, 2.0, 0.25)
     assert folded_in(again)["y"] == ("two", *np.float32([0.1, 1e30]).astype(np.float64), 2.0, 0.25)
-    known = again.surroundings.folded["s"]
+    known = again.facts().statistics["s"]
     assert (known.epsilon, known.beta.dtype) == (0.0, np.float64)
     np.testing.assert_array_equal([known.mean, known.variance], [known.beta, known.gamma**2])
     assert [entry.key for entry in again.model.metadata_props] == ["author", "biascorr.folded"]
@@ -456,8 +456,8 @@ def test_what_is_known_of_tensors_is_kept_in_the_model(tmp_path):
 
 
 def test_what_was_known_of_other_tensors_stays():
-    network = edited(model_from_text(CHAIN), folded={"s": norm("one"), "t": norm("two")})
-    network = edited(network.model, folded={"t": norm("three")})
+    network = edited(model_from_text(CHAIN), statistics={"s": norm("one"), "t": norm("two")})
+    network = edited(network.model, statistics={"t": norm("three")})
     assert {tensor: each[0] for tensor, each in folded_in(network).items()} == {"s": "one", "t": "three"}
     assert folded_in(edited(network.model)) == folded_in(network)
 
@@ -483,7 +483,7 @@ def test_what_was_known_of_other_tensors_stays():
 @pytest.mark.parametrize("known_before", [False, True])
 def test_what_is_known_moves_with_the_tensors(given, edits, found, known_before):
     folded, model = {tensor: norm(tensor) for tensor in given}, model_from_text(CHAIN)
-    first, second = ({"folded": folded}, edits) if known_before else ({"folded": folded, **edits}, {})
+    first, second = ({"statistics": folded}, edits) if known_before else ({"statistics": folded, **edits}, {})
     network = edited(edited(model, **first).model, **second)
     assert {tensor: each[0] for tensor, each in folded_in(network).items()} == found
     kept = [entry.value for entry in network.model.metadata_props if entry.key == "biascorr.folded"]
@@ -491,9 +491,9 @@ def test_what_is_known_moves_with_the_tensors(given, edits, found, known_before)
 
 
 def test_what_is_known_of_tensors_that_are_gone_is_ignored():
-    network = edited(model_from_text(CHAIN), folded={"s": norm("one"), "t": norm("two")})
-    network.model.graph.node[0].output[0] = network.model.graph.node[1].input[0] = "other"
-    network = OnnxNetwork.load(network.model, "model")
+    model = edited(model_from_text(CHAIN), statistics={"s": norm("one"), "t": norm("two")}).model
+    model.graph.node[0].output[0] = model.graph.node[1].input[0] = "other"
+    network = OnnxNetwork.load(model, "model")
     assert list(folded_in(network)) == ["t"]
     assert '"s"' not in edited(network.model).model.metadata_props[-1].value
 
@@ -509,7 +509,7 @@ def test_metadata_that_somebody_changed(text):
     model.metadata_props.add(key="biascorr.folded", value=text)
     network = OnnxNetwork.load(model, "model")
     with pytest.raises(ValueError, match=r"^metadata 'biascorr.folded': .*; expected what biascorr writes there, or nothing$"):
-        _ = network.surroundings
+        network.facts()
     with pytest.raises(ValueError, match="metadata 'biascorr.folded'"):
         network.edited(Edits())
 

@@ -106,6 +106,50 @@ def test_corrected_model_of_external_data_is_one_file(tmp_path):
     onnx.checker.check_model(onnx.load(tmp_path / "out.onnx", load_external_data=False), full_check=True)
 
 
+def wide(folder):
+    """A model with 64 KB of weights in a file beside it."""
+    model = model_from_text("g (float[?,128] x) => (float[?,128] y) { [layer] y = MatMul(x, w) }", w=weights(128, 128, axis=1))
+    return external(folder, model)
+
+
+@pytest.mark.parametrize("change", ["truncated", "rewritten"])
+def test_external_data_that_is_changed_after_loading(change, tmp_path):
+    path, x = wide(tmp_path), samples(8, 128)
+    correction = mean_corrected(path, x)
+    with (tmp_path / "model.data").open("r+b") as file:
+        file.truncate(100) if change == "truncated" else file.write(b"other")
+    os.utime(tmp_path / "model.data", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"model\.data: changed since the model was loaded$"):
+        correction.save(tmp_path / "out.onnx")
+    with pytest.raises(ValueError, match=r"model\.data: changed since the model was loaded$"):
+        _ = correction.model
+    assert names_in(tmp_path) == ["model.data", "model.onnx"]
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_external_data_that_is_removed_or_replaced_after_loading(change, tmp_path):
+    path, x = wide(tmp_path), samples(8, 128)
+    correction = mean_corrected(path, x)
+    expected = mean_corrected(path, x).model
+    (tmp_path / "model.data").unlink()
+    if change == "replaced":
+        (tmp_path / "model.data").write_bytes(b"other")
+    correction.save(tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == expected == correction.model
+
+
+def test_saving_over_the_files_that_are_mapped(tmp_path, monkeypatch):
+    path, x = wide(tmp_path), samples(8, 128)
+    correction, expected = mean_corrected(path, x), mean_corrected(path, x).model
+    monkeypatch.setattr(files, "PROTOBUF_LIMIT", 1000)
+    (tmp_path / "model.data").rename(tmp_path / "model.onnx.data")
+    with_entry(path, "location", "model.onnx.data")
+    mean_corrected(path, x).save(path, force=True)
+    assert constants_of(onnx.load(path)).keys() == constants_of(expected).keys()
+    for name, array in constants_of(onnx.load(path)).items():
+        np.testing.assert_array_equal(array, constants_of(correction.model)[name])
+
+
 def test_missing_external_data(tmp_path):
     path = external(tmp_path)
     (tmp_path / "model.data").unlink()
@@ -396,13 +440,14 @@ NO_SPACE = """
     import resource, sys
     from pathlib import Path
     from biascorr.adapters.onnx import files
+    from biascorr.adapters.onnx.tensors import Values
     from networks import model_from_text, weights
     path, limit, protobuf_limit, force = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "force"
     model = model_from_text("g (float[?,8] x) => (float[?,64] y) { y = MatMul(x, w) }", w=weights(8, 64, axis=1))
     files.PROTOBUF_LIMIT = protobuf_limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        files.save(model, path, force=force)
+        files.save(model, Values(), path, force=force)
     except OSError as error:
         print(error)
 """
@@ -424,13 +469,14 @@ READ_ONLY = """
     import os, sys
     from pathlib import Path
     from biascorr.adapters.onnx import files
+    from biascorr.adapters.onnx.tensors import Values
     from networks import two_layers
     path = Path(sys.argv[1])
     model = two_layers()
     if os.getuid() == 0:
         os.setuid(65534)  # root may write anywhere
     try:
-        files.save(model, path)
+        files.save(model, Values(), path)
     except PermissionError as error:
         print("PermissionError", error)
 """
@@ -444,6 +490,15 @@ def test_folder_that_is_read_only_cannot_be_written_to():
         assert folder in done.stdout
         assert names_in(Path(folder)) == []
         Path(folder).chmod(0o755)
+
+
+def test_changes_of_the_corrected_model_are_saved(tmp_path):
+    correction = mean_corrected(two_layers(), X)
+    correction.model.metadata_props.add(key="version", value="3")
+    assert correction.model is correction.model
+    correction.save(tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == correction.model
+    assert {entry.key for entry in correction.model.metadata_props} == {"author", "version"}
 
 
 # Models that one protobuf message cannot hold
@@ -489,6 +544,17 @@ def test_model_over_the_limit_gives_the_same_result(request):
     expected = mean_corrected(wide_model(), X).model
     request.getfixturevalue("small_limit")
     assert mean_corrected(wide_model(), X).model == expected
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_changes_of_a_model_over_the_limit_are_saved(tmp_path):
+    correction = mean_corrected(wide_model(), X)
+    correction.model.producer_name = "me"
+    correction.save(tmp_path / "out.onnx")
+    assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert onnx.load(tmp_path / "out.onnx").producer_name == "me"
+    for name, array in constants_of(onnx.load(tmp_path / "out.onnx")).items():
+        np.testing.assert_array_equal(array, constants_of(correction.model)[name])
 
 
 @pytest.mark.usefixtures("small_limit")

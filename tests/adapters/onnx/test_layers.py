@@ -246,11 +246,15 @@ def test_result_is_valid_and_its_outputs_keep_names_and_shapes(case):
 
 @every_case
 def test_shifts_move_the_output_of_the_layer_along_its_axis(case):
-    network, feeds = OnnxNetwork(case.model(), "model"), {"x": case.samples()}
+    network, feeds = OnnxNetwork.load(case.model(), "model"), {"x": case.samples()}
     (layer,) = network.layers
     before = network.part(feeds, [layer.output])(feeds)[layer.output]
     shift = np.arange(1, layer.channels + 1) / 4
-    changes = [network.add_to_bias(layer, part) for part in (0.25 * shift, 0.75 * shift)]
+    changes = []
+    for part in (0.25 * shift, 0.75 * shift):
+        changes.append(network.bias_change(layer, part))
+        network = network.with_shifts({layer.name: part})
+        (layer,) = network.layers
     after = network.part(feeds, [layer.output])(feeds)[layer.output]
     assert layer.output_axis < 0
     aligned = shift.reshape(-1, *[1] * (-layer.output_axis - 1))

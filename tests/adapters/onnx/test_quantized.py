@@ -449,7 +449,7 @@ def test_real_weights_between_quantizers_stay_as_they_are():
     }"""
     constants = {"xs": np.float32(1 / 8), "us": np.float32(1 / 1024), "xz": np.uint16(2000), "w": weights(4, 3, 3, 3) / 3}
     model = model_from_text(text, opset=21, b=biases(4), **constants)
-    (u,) = OnnxNetwork(model, "model").part({"x": X}, ["ud"])({"x": X}).values()
+    (u,) = OnnxNetwork.load(model, "model").part({"x": X}, ["ud"])({"x": X}).values()
     np.testing.assert_allclose(u, run(model, {"x": X})[0], rtol=0, atol=1.1 / 1024)
 
 
@@ -595,7 +595,7 @@ def test_weights_in_blocks_of_few_bits(name):
         wz=zero_points.astype(getattr(ml_dtypes, dtype, dtype)),
     )
     model = model_from_text(f"g (float[{axes}] x) => (float[{axes}] y) {{ [layer] y = {op}(x, w) }}", opset=21, w=w)
-    (layer,) = OnnxNetwork(given, "model").layers
+    (layer,) = OnnxNetwork.load(given, "model").layers
     np.testing.assert_allclose(layer.weights, (q - zero_point) * step, rtol=1e-6)
     np.testing.assert_array_equal(layer.weight_step, step)
     correction = mean_corrected(model, [x], quantized=given)
@@ -722,3 +722,29 @@ def test_float_model_given_as_the_quantized_one_has_nothing_to_correct():
     correction = mean_corrected(network(), X, quantized=network())
     assert all(layer.method is None and layer.reason == "weights are not quantized" for layer in correction.report)
     assert correction.model == network()
+
+
+SHARED_BIASES = {
+    "dequantized": "b = DequantizeLinear(q, s)",
+    "behind an Identity": "r = DequantizeLinear(q, s) b = Identity(r)",
+    "behind a Reshape": "r = DequantizeLinear(q, s) b = Reshape(r, shape)",
+    "reshaped before": "p = Reshape(q, shape) b = DequantizeLinear(p, s)",
+    "real": "b = Identity(f)",
+}
+
+
+@pytest.mark.parametrize("form", SHARED_BIASES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_is_said_of_a_shared_bias_is_what_is_written(form, count):
+    layers = " ".join(f"[c{k}] y{k} = Conv(x, w{k}, b)" for k in range(count))
+    outputs = ", ".join(f"float[N,4,5,5] y{k}" for k in range(count))
+    constants = {f"w{k}": weights(4, 3, 1, 1, seed=k) for k in range(count)}
+    constants |= {"q": np.int32([3, -5, 7, 90]), "s": np.float32(0.25), "shape": np.int64([4]), "f": biases(4)}
+    text = f"g (float[N,3,5,5] x) => ({outputs}) {{ {SHARED_BIASES[form]} {layers} }}"
+    network = OnnxNetwork.load(model_from_text(text, **constants), "model")
+    shifts = {layer.name: np.linspace(-0.3, 0.4, 4) * (k + 1) for k, layer in enumerate(network.layers)}
+    said = {layer.name: network.bias_change(layer, shifts[layer.name]).applied for layer in network.layers}
+    after = {layer.name: layer for layer in network.with_shifts(shifts).layers}
+    for layer in network.layers:
+        written = after[layer.name].bias.astype(np.float64) - layer.bias
+        np.testing.assert_allclose(written.ravel(), said[layer.name], rtol=0, atol=1e-6)

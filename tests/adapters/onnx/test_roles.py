@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from biascorr.adapters.onnx.network import OnnxNetwork
+from biascorr.graph.operations import Leaky, SpatialEffect
 from networks import as_constant_nodes, model_from_text
 
 SHAPE = (2, 4, 6, 5)
 
 
-def surroundings(text, *, x="N,4,6,5", y="A,B", opset=17, constant_nodes=False, **constants):
+def facts(text, *, x="N,4,6,5", y="A,B", opset=17, constant_nodes=False, **constants):
     """Of a model with one node `op` that reads `t`, whose shape is known, and makes `y`."""
     model = model_from_text(
         f"g (float[{x}] x) => (float[{y}] y) {{ t = Abs(x) [op] y = {text} }}",
@@ -17,7 +18,14 @@ def surroundings(text, *, x="N,4,6,5", y="A,B", opset=17, constant_nodes=False, 
         ir_version=3 if opset < 9 and not constant_nodes else 8,
         **constants,
     )
-    return OnnxNetwork.load(as_constant_nodes(model) if constant_nodes else model, "model").surroundings
+    return OnnxNetwork.load(as_constant_nodes(model) if constant_nodes else model, "model").facts()
+
+
+def with_effect(known, effect):
+    """The operations that keep channels apart in this way; the axis of the channels is ONNX's."""
+    found = {name: known.preserving(name, effect) for name in known.roles}
+    assert all((each.channel_axis, each.output_axis) == (1, 1) for each in found.values() if each)
+    return {name for name, each in found.items() if each}
 
 
 @pytest.mark.parametrize(
@@ -37,9 +45,9 @@ def surroundings(text, *, x="N,4,6,5", y="A,B", opset=17, constant_nodes=False, 
 )
 @pytest.mark.parametrize("constant_nodes", [False, True])
 def test_leaky(text, found, constants, constant_nodes):
-    kinds = surroundings(text, y="A,B,C,D", constant_nodes=constant_nodes, **constants)
-    assert kinds.leaky == ({"op"} if found else set())
-    assert kinds.activations["op"].bounds == ((0.0, np.inf) if text == "Relu(t)" else None)
+    role = facts(text, y="A,B,C,D", constant_nodes=constant_nodes, **constants).roles["op"]
+    assert (role == Leaky()) == found
+    assert found or role.type.bounds == ((0.0, np.inf) if text == "Relu(t)" else None)
 
 
 PADS = np.int64([0, 0, 1, 2, 0, 0, 0, 3])
@@ -71,21 +79,21 @@ PADS = np.int64([0, 0, 1, 2, 0, 0, 0, 3])
     ids=str,
 )
 def test_paddings(text, found, options):
-    assert surroundings(text, y="A,B,C,D", **options).paddings == ({"op"} if found else set())
+    assert with_effect(facts(text, y="A,B,C,D", **options), SpatialEffect.PADDING) == ({"op"} if found else set())
 
 
 def test_a_padding_that_is_computed_at_run_time():
     model = model_from_text(
         "g (float[2,4,6,5] x, int64[8] p) => (float[A,B,C,D] y, float[A,B,C,D] z) { y = Pad(x, q) z = Pad(x, p) }", q=PADS
     )
-    assert OnnxNetwork.load(model, "model").surroundings.paddings == {"Pad:y"}
+    assert with_effect(OnnxNetwork.load(model, "model").facts(), SpatialEffect.PADDING) == {"Pad:y"}
 
 
 def test_a_padding_of_axes_from_the_end_of_an_unknown_rank():
     nodes = "r = Reshape(x, s) y = Pad(r, p, , a) z = Pad(r, p, , b)"
     text = f"g (float[N,4,6,5] x, int64[R] s) => (float[A,B,C,D] y, float[A,B,C,D] z) {{ {nodes} }}"
     model = model_from_text(text, opset=18, p=np.int64([1, 1]), a=np.int64([-1]), b=np.int64([3]))
-    assert OnnxNetwork.load(model, "model").surroundings.paddings == {"Pad:z"}
+    assert with_effect(OnnxNetwork.load(model, "model").facts(), SpatialEffect.PADDING) == {"Pad:z"}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +127,8 @@ def test_a_padding_of_axes_from_the_end_of_an_unknown_rank():
 @pytest.mark.parametrize("constant_nodes", [False, True])
 def test_flattens(text, found, options, constant_nodes):
     shape = {"s": np.int64(options["s"])} if "s" in options else {}
-    kinds = surroundings(text, constant_nodes=constant_nodes, **{**options, **shape})
-    assert kinds.flattens == ({"op"} if found else set())
+    known = facts(text, constant_nodes=constant_nodes, **{**options, **shape})
+    assert with_effect(known, SpatialEffect.FLATTEN) == ({"op"} if found else set())
 
 
 def test_a_flatten_whose_shape_is_computed():
@@ -128,7 +136,7 @@ def test_a_flatten_whose_shape_is_computed():
         s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, at) c = Concat<axis=0>(u, rest) [op] y = Reshape(x, c)
     }"""
     constants = {"zero": np.int64(0), "at": np.int64([0]), "rest": np.int64([-1])}
-    assert OnnxNetwork.load(model_from_text(text, **constants), "model").surroundings.flattens == {"op"}
+    assert with_effect(OnnxNetwork.load(model_from_text(text, **constants), "model").facts(), SpatialEffect.FLATTEN) == {"op"}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +158,7 @@ def test_a_flatten_whose_shape_is_computed():
 def test_bounds_per_channel(x, bound, found):
     low = np.arange(np.prod(bound), dtype=np.float32).reshape(bound)
     rank = x.count(",") + 1
-    activation = surroundings("Max(t, low)", x=x, y=",".join("ABCD"[:rank]), low=low).activations["op"]
+    activation = facts("Max(t, low)", x=x, y=",".join("ABCD"[:rank]), low=low).activation("op").type
     expected = tuple(low.ravel().tolist()) if low.size > 1 else low.item()
     assert activation.bounds == ((expected, np.inf) if found else None)
 
@@ -159,6 +167,6 @@ def test_bounds_of_a_tensor_of_unknown_rank():
     nodes = "r = Reshape(x, s) y = Max(r, a) z = Max(r, b)"
     text = f"g (float[N,4,6,5] x, int64[R] s) => (float[A,B,C,D] y, float[A,B,C,D] z) {{ {nodes} }}"
     model = model_from_text(text, a=np.float32(1), b=np.ones((4, 1, 1), np.float32))
-    activations = OnnxNetwork.load(model, "model").surroundings.activations
-    assert activations["Max:y"].bounds == (1.0, np.inf)
-    assert activations["Max:z"].bounds is None
+    known = OnnxNetwork.load(model, "model").facts()
+    assert known.activation("Max:y").type.bounds == (1.0, np.inf)
+    assert known.activation("Max:z").type.bounds is None

@@ -1,16 +1,18 @@
-"""Where the bias of a layer is kept, and how a shift is added to it.
+"""Where the bias of a layer is kept, and how it is read, added to and set: one class for each form of storage.
 
-A bias is an input of the layer, or the constant of an Add that alone reads the layer's output, directly or behind a
-QuantizeLinear and DequantizeLinear. Either is float, or integers behind DequantizeLinear, which are rounded again with
-their own step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized as ONNX quantizers do it where the
-layer is quantized; an Add behind a MatMul.
+A bias is an input of the layer, or the constant of an Add that alone reads the layer's output, directly or after a
+QuantizeLinear and DequantizeLinear. Either is float, or integers before DequantizeLinear, which are rounded again with their
+own step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized as ONNX quantizers do it where the layer is
+quantized; an Add after a MatMul.
 
 Operators with quantized weights inside keep theirs as they do: int32 in the steps of their products, 8 bits in a QLinearAdd.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,13 @@ from onnx import helper
 from biascorr.adapters.onnx.graph import Graph, attributes
 from biascorr.adapters.onnx.lowering import bias_steps
 from biascorr.adapters.onnx.quantizers import Dequantizer, dequantizer_of
-from biascorr.graph.network import BiasChange, Layer
+from biascorr.graph.axes import aligned
+from biascorr.graph.layer import Layer
+from biascorr.graph.network import BiasChange, Shift
+from biascorr.graph.reasons import Reason, ReasonCode
 
 _OWN_BIAS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "MatMulNBits": 5}
-"""Operators with an input for a bias of real numbers, or of integers behind DequantizeLinear."""
+"""Operators with an input for a bias of real numbers, or of integers before DequantizeLinear."""
 
 _INTEGER_BIAS = {"QLinearConv": 8, "QGemm": 6}
 """Operators with an input for a bias in int32, in the steps of their products."""
@@ -35,101 +40,85 @@ _ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
 _RESHAPES = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 """Operators that keep the values of a tensor and their order."""
 
-_CLAMPED = "left as it is: it has no bias, and its quantized output is clamped at 0"
-_ADDED = "it had no bias; one was added"
 
-
-def add_to_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-    """Adds a shift, (channels,) in real units, to the bias of a layer. See :class:`BiasChange`."""
-    if node.op_type in _INTEGER_BIAS:
-        return _add_to_products(graph, node, layer, shift)
-    factor = attributes(node).get("beta", 1.0)  # of a Gemm: y = alpha A B + beta C
-    index = _OWN_BIAS.get(node.op_type)
-    if index is not None and index < len(node.input) and node.input[index]:
-        change = _add_to_constant(graph, node, index, shift / factor)
-        return BiasChange(_per_channel(change.applied, 0) * factor, change.note)
-    if node.op_type == "Gemm":
-        change = _add_input(graph, node, layer, shift / factor)
-        return BiasChange(change.applied * factor, change.note)
-    axes_behind = -1 - layer.output_axis
-    aligned = shift.reshape(-1, *[1] * axes_behind)
-    add = _following_add(graph, node)
-    if add is not None:
-        change = _add_to_constant(graph, *add, aligned)
-        return BiasChange(_per_channel(change.applied, axes_behind), change.note)
-    if _is_clamped(graph, node):
-        return BiasChange(np.zeros(layer.channels), _CLAMPED)
-    if layer.window is None:
-        return _insert_add(graph, node, layer, aligned)
-    return _add_input(graph, node, layer, shift)
-
-
-def biased_output(graph: Graph, node: onnx.NodeProto) -> str:
-    """The output of a layer of real numbers with its bias in it."""
-    reader, _ = reader_of_bias(graph, node) or (node, None)
-    return str(reader.output[0])
-
-
-def reader_of_bias(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
-    """What adds the bias of a layer of real numbers, and as which of its inputs; None where the layer has no bias."""
-    if len(node.input) > 2 and node.input[2]:
-        return node, 2
-    return None if node.op_type == "Gemm" else _following_add(graph, node)
-
-
-def bias_of(graph: Graph, node: onnx.NodeProto, axes_behind: int) -> NDArray[Any] | None:
-    """The bias of a layer of real numbers, its axes aligned with the last ones of the output; None where it has none.
+class Bias(abc.ABC):
+    """The bias of a layer.
 
     Parameters
     ----------
     graph : Graph
-        What the layer is in.
+        The graph that the layer is in.
     node : onnx.NodeProto
         The layer.
-    axes_behind : int
-        Axes of its output behind that of the channels.
+    output_axis : int
+        Axis of its output that has the channels, from the end.
     """
-    reader, index = reader_of_bias(graph, node) or (node, None)
-    if index is None:
+
+    def __init__(self, graph: Graph, node: onnx.NodeProto, output_axis: int) -> None:
+        self._graph = graph
+        self._node = node
+        self._axis = output_axis
+
+    @property
+    def output(self) -> str:
+        """The tensor that the layer makes, bias included."""
+        return str(self._node.output[0])
+
+    def read(self) -> NDArray[Any] | None:
+        """The bias in real units, its axes aligned with the last ones of the output; None where there is none."""
         return None
-    bias = graph.value(reader.input[index])
-    if node.op_type == "Gemm":
-        return np.asarray(bias * attributes(node).get("beta", 1.0))
-    return bias.reshape(-1, *[1] * axes_behind) if reader is node else bias
+
+    @abc.abstractmethod
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:
+        """The change that adding a shift would make."""
+
+    def add(self, layer: Layer, shift: Shift) -> None:
+        """Adds a shift."""
+        self.prepare(layer, shift)()
+
+    @abc.abstractmethod
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
+        """Finds the new values and their place, before anything in the graph changes; the result writes them."""
+
+    @abc.abstractmethod
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        """Makes the bias another one, aligned with the last axes of the output."""
+
+    def _name(self, suffix: str = "") -> str:
+        return f"{self._node.output[0]}_bias{suffix}"
 
 
-def set_bias(graph: Graph, node: onnx.NodeProto, layer: Layer, bias: NDArray[Any]) -> None:
-    """Replaces the bias of a layer of real numbers by another, aligned with the last axes of its output.
-
-    Where it is smaller than what was there, it is repeated; a layer without a bias gets one.
-    """
-    adds = reader_of_bias(graph, node)
-    if adds is None and node.op_type == "MatMul":
-        _insert_add(graph, node, layer, bias)
-        return
-    reader, index = adds or (node, 2)
-    if adds is not None and (reader is not node or node.op_type == "Gemm"):
-        bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, graph.value(reader.input[index]).shape))
-    if node.op_type == "Gemm":
-        bias = bias / attributes(node).get("beta", 1.0)
-    elif reader is node:
-        bias = bias.reshape(-1)
-    graph.set_constant(reader, index, bias.astype(layer.weights.dtype), f"{node.output[0]}_bias")
-
-
-def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether the output is quantized to values of one sign: maybe in place of a Relu, before which biases belong."""
-    if node.op_type != "QLinearMatMul":
-        return False
-    zero_point = graph.value(node.input[7])
-    limits = np.iinfo(zero_point.dtype)
-    return zero_point.item() in (limits.min, limits.max)
+def bias_of(graph: Graph, node: onnx.NodeProto, output_axis: int) -> Bias:
+    """The bias of a layer, in the form that it has."""
+    if node.op_type in _INTEGER_BIAS:
+        return _ProductBias(graph, node, output_axis)
+    place = _place_of_bias(graph, node)
+    if place is None and _is_clamped(graph, node):
+        return _NoBias(graph, node, output_axis)
+    if place is None:
+        return (_NewInput if node.op_type in ("Conv", "ConvTranspose", "Gemm") else _NewAdd)(graph, node, output_axis)
+    reader, index = place
+    if reader.op_type == "QLinearAdd":
+        return _AddedBias(graph, node, output_axis, reader, index)
+    source, at = _source(graph, reader, index)
+    dequantizer = dequantizer_of(graph, source.input[at])
+    if dequantizer is not None and _holds_integers(graph, dequantizer.quantized):
+        return _QuantizedBias(graph, node, output_axis, reader, index)
+    return _RealBias(graph, node, output_axis, reader, index)
 
 
-def _per_channel(change: NDArray[Any], axes_behind: int) -> NDArray[Any]:
-    """The change of each channel, where a bias has other axes too."""
-    channels = np.moveaxis(change, -1 - axes_behind, 0)
-    return np.asarray(channels.reshape(len(channels), -1).mean(axis=1))
+def _place_of_bias(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
+    """The node that adds the bias of a layer, and which of its inputs the bias is; None where there is none."""
+    index = _OWN_BIAS.get(node.op_type)
+    if index is not None and index < len(node.input) and node.input[index]:
+        return node, index
+    return None if node.op_type == "Gemm" else _following_add(graph, node)
+
+
+def constant_bias(graph: Graph, node: onnx.NodeProto) -> str | None:
+    """The constant tensor that a bias is read from; None where there is none."""
+    reader, index = _place_of_bias(graph, node) or (node, None)
+    return None if index is None or not graph.is_constant(reader.input[index]) else str(reader.input[index])
 
 
 def _following_add(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
@@ -147,78 +136,291 @@ def _following_add(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, 
     return (reader, index) if graph.is_constant(reader.input[index]) else None
 
 
-def _add_to_constant(graph: Graph, node: onnx.NodeProto, index: int, shift: NDArray[Any]) -> BiasChange:
-    if node.op_type == "QLinearAdd":
-        values, steps = (graph.value(node.input[k]) for k in (index, index + 1))
-        corrected, change = _rounded(values, steps.astype(np.float64).reshape(()), shift)
-        graph.set_constant(node, index, corrected, f"{node.output[0]}_bias")
-        return change
-    reader, at = _reader_of_source(graph, node, index, shift)
-    dequantizer = dequantizer_of(graph, reader.input[at])
-    values = graph.value(node.input[index])
-    if dequantizer is not None and _holds_integers(graph, dequantizer.quantized):
-        return _add_to_integers(graph, reader, at, dequantizer, shift, values.shape)
-    corrected = (values + shift).astype(values.dtype)
-    shape = corrected.shape if reader is node else graph.value(reader.input[at]).shape
-    graph.set_constant(reader, at, corrected.reshape(shape), f"{node.output[0]}_bias")
-    return BiasChange(np.subtract(corrected, values, dtype=np.float64))
+def _source(graph: Graph, reader: onnx.NodeProto, index: int) -> tuple[onnx.NodeProto, int]:
+    """The node that reads a constant before it is reshaped for one that alone reads it, and which of its inputs it is."""
+    while graph.only_reader(reader.input[index]) is reader:
+        source = graph.producer.get(reader.input[index])
+        if source is None or source.op_type not in _RESHAPES:
+            break
+        reader, index = source, 0
+    return reader, index
 
 
 def _holds_integers(graph: Graph, name: str) -> bool:
     return graph.is_constant(name) and graph.value(name).dtype.kind in "iu"
 
 
-def _reader_of_source(graph: Graph, node: onnx.NodeProto, index: int, shift: NDArray[Any]) -> tuple[onnx.NodeProto, int]:
-    """What reads a constant of a node before it is reshaped for it, and as which of its inputs.
+def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether the output is quantized to values of one sign: maybe in place of a Relu, before which biases belong."""
+    if node.op_type != "QLinearMatMul":
+        return False
+    zero_point = graph.value(node.input[7])
+    limits = np.iinfo(zero_point.dtype)
+    return zero_point.item() in (limits.min, limits.max)
 
-    The node itself where others read the constant too, or where it must grow to hold a shift.
+
+def _per_channel(change: NDArray[Any], axis: int) -> Shift:
+    """The change of each channel, where a bias has other axes too."""
+    channels = np.moveaxis(change, axis, 0)
+    return np.asarray(channels.reshape(len(channels), -1).mean(axis=1), dtype=np.float64)
+
+
+class _ConstantBias(Bias):
+    """A constant input of the layer, or of an Add after it."""
+
+    def __init__(self, graph: Graph, node: onnx.NodeProto, output_axis: int, reader: onnx.NodeProto, index: int) -> None:
+        super().__init__(graph, node, output_axis)
+        self._reader = reader
+        self._index = index
+        self._is_own = reader is node
+        self._factor = attributes(node).get("beta", 1.0)  # of a Gemm: y = alpha A B + beta C
+
+    @property
+    def output(self) -> str:
+        return str(self._reader.output[0])
+
+    def _values(self) -> NDArray[Any]:
+        return self._graph.value(self._reader.input[self._index])
+
+    def read(self) -> NDArray[Any] | None:
+        if self._node.op_type == "Gemm":
+            return np.asarray(self._values() * self._factor)
+        return aligned(self._values(), self._axis) if self._is_own else self._values()
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:  # noqa: ARG002
+        _, applied, reasons = self._moved(self._as_stored(shift))
+        return BiasChange(_per_channel(applied, -1 if self._is_own else self._axis) * self._factor, reasons)
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:  # noqa: ARG002
+        stored = self._as_stored(shift)
+        return self._writer(self._moved(stored)[0], stored)
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        if not self._is_own or self._node.op_type == "Gemm":  # where it is smaller than the one before, it is repeated
+            bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, self._values().shape))
+        stored = bias / self._factor if self._node.op_type == "Gemm" else bias.reshape(-1) if self._is_own else bias
+        self._graph.set_constant(self._reader, self._index, stored.astype(layer.weights.dtype), self._name())
+
+    def _as_stored(self, shift: Shift) -> Shift:
+        return shift / self._factor if self._is_own else aligned(shift, self._axis)
+
+    @abc.abstractmethod
+    def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        """The values after a shift, in the shape in which they are added; the change in real units; remarks."""
+
+    @abc.abstractmethod
+    def _writer(self, values: NDArray[Any], shift: Shift) -> Callable[[], None]:
+        """Writes new values where the old ones are; at the node that adds them where they have grown."""
+
+    def _source(self, shift: Shift) -> tuple[onnx.NodeProto, int]:
+        shape = self._values().shape
+        if np.broadcast_shapes(shape, shift.shape) != shape:
+            return self._reader, self._index
+        return _source(self._graph, self._reader, self._index)
+
+
+class _RealBias(_ConstantBias):
+    """Real numbers."""
+
+    def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        values = self._values()
+        moved = (values + shift).astype(values.dtype)
+        return moved, np.subtract(moved, values, dtype=np.float64), ()
+
+    def _writer(self, values: NDArray[Any], shift: Shift) -> Callable[[], None]:
+        source, at = self._source(shift)
+        shape = values.shape if source is self._reader else self._graph.value(source.input[at]).shape
+        name = f"{self._reader.output[0]}_bias"
+        return lambda: self._graph.set_constant(source, at, values.reshape(shape), name)
+
+
+class _QuantizedBias(_RealBias):
+    """Integers before DequantizeLinear."""
+
+    def _dequantizer(self, shift: Shift) -> Dequantizer | None:
+        """None where the values must grow, to hold the shift, after they are reshaped: they become real numbers."""
+        source, at = self._source(shift)
+        return dequantizer_of(self._graph, source.input[at])
+
+    def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        dequantizer = self._dequantizer(shift)
+        if dequantizer is None:
+            return super()._moved(shift)
+        shape, values = self._values().shape, self._graph.value(dequantizer.quantized)
+        steps = dequantizer.steps_of(np.atleast_1d(values).shape)
+        if shape != values.shape:
+            steps = np.broadcast_to(steps, values.shape).reshape(shape)
+        return _rounded(values.reshape(shape), steps, shift)
+
+    def _writer(self, values: NDArray[Any], shift: Shift) -> Callable[[], None]:
+        dequantizer = self._dequantizer(shift)
+        if dequantizer is None:
+            return super()._writer(values, shift)
+        graph, (source, at), node = self._graph, self._source(shift), dequantizer.node
+        before = graph.value(dequantizer.quantized)
+        kept = values if values.size != before.size else values.reshape(before.shape)
+
+        def write() -> None:
+            own = node if graph.only_reader(source.input[at]) is source else _copy_of(graph, node, source, at)
+            graph.set_constant(own, 0, kept, f"{source.output[0]}_bias_quantized")
+
+        return write
+
+
+class _AddedBias(_ConstantBias):
+    """Integers of a QLinearAdd, with a step of their own."""
+
+    def read(self) -> NDArray[Any]:
+        zero_point = self._graph.value(self._reader.input[self._index + 2]).astype(np.float64)
+        return np.asarray((self._values() - zero_point) * self._step())
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        self.add(layer, _per_channel(np.asarray(bias - self.read()), self._axis))
+
+    def _step(self) -> NDArray[Any]:
+        return self._graph.value(self._reader.input[self._index + 1]).astype(np.float64).reshape(())
+
+    def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        return _rounded(self._values(), self._step(), shift)
+
+    def _writer(self, values: NDArray[Any], shift: Shift) -> Callable[[], None]:  # noqa: ARG002
+        name = f"{self._reader.output[0]}_bias"
+        return lambda: self._graph.set_constant(self._reader, self._index, values, name)
+
+
+class _ProductBias(Bias):
+    """int32 in the steps of the products that an operator sums, or none yet."""
+
+    def _values(self, layer: Layer) -> tuple[NDArray[Any], bool]:
+        index = _INTEGER_BIAS[self._node.op_type]
+        exists = index < len(self._node.input) and bool(self._node.input[index])
+        return self._graph.value(self._node.input[index]) if exists else np.zeros(layer.channels, np.int32), exists
+
+    def _moved(self, layer: Layer, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        values, exists = self._values(layer)
+        moved, applied, reasons = _rounded(values, bias_steps(self._graph, self._node), shift)
+        return moved, applied, reasons if exists else (ReasonCode.BIAS_ADDED(), *reasons)
+
+    def read(self) -> NDArray[Any] | None:
+        index = _INTEGER_BIAS[self._node.op_type]
+        if index >= len(self._node.input) or not self._node.input[index]:
+            return None
+        return aligned(self._graph.value(self._node.input[index]) * bias_steps(self._graph, self._node), self._axis)
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:
+        _, applied, reasons = self._moved(layer, shift)
+        return BiasChange(_per_channel(applied, -1), reasons)
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
+        (moved, *_), index = self._moved(layer, shift), _INTEGER_BIAS[self._node.op_type]
+        return lambda: self._graph.set_constant(self._node, index, moved, self._name("_quantized"))
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        before = self.read()
+        self.add(layer, np.asarray(bias if before is None else bias - before, dtype=np.float64).reshape(-1))
+
+
+class _NewInput(Bias):
+    """None yet, of an operator with an input for it: real, or int32 before DequantizeLinear where the layer is quantized."""
+
+    def __init__(self, graph: Graph, node: onnx.NodeProto, output_axis: int) -> None:
+        super().__init__(graph, node, output_axis)
+        self._factor = attributes(node).get("beta", 1.0)
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:
+        values, step = self._values(layer, shift)
+        return BiasChange(values.astype(np.float64) * step * self._factor, (ReasonCode.BIAS_ADDED(),))
+
+    def _values(self, layer: Layer, shift: Shift) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Values and the step that they are multiplied by; 1 where they are real."""
+        step = self._step(layer)
+        if step is None:
+            return (shift / self._factor).astype(layer.weights.dtype), np.ones(())
+        limits = np.iinfo(np.int32)
+        values = np.rint(shift / self._factor / step.astype(np.float64))
+        return np.clip(values, limits.min, limits.max).astype(np.int32), step.astype(np.float64)
+
+    def _step(self, layer: Layer) -> NDArray[Any] | None:
+        """The product of the steps of both operands, () or (channels,), float32; None where one is not quantized so."""
+        dequantizers = [dequantizer_of(self._graph, each) for each in self._node.input[:2]]
+        steps = [None if each is None else _steps_of_channels(each, layer) for each in dequantizers]
+        known = [step for step in steps if step is not None]
+        return None if len(known) < len(steps) else np.asarray(functools.reduce(np.multiply, known), dtype=np.float32)
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
+        step, (values, _) = self._step(layer), self._values(layer, shift)
+        return lambda: self._write(values, step)
+
+    def _write(self, values: NDArray[Any], step: NDArray[Any] | None) -> None:
+        graph, node = self._graph, self._node
+        if step is None:
+            graph.set_input(node, 2, graph.add_initializer(self._name(), values))
+            return
+        constants = {"_quantized": values, "_scale": step, "_zero_point": np.zeros(step.shape, np.int32)}
+        inputs = [graph.add_initializer(self._name(suffix), array) for suffix, array in constants.items()]
+        output = graph.fresh_name(self._name())
+        dequantize = helper.make_node("DequantizeLinear", inputs, [output], f"{output}_DequantizeLinear")
+        if step.size > 1:
+            dequantize.attribute.append(helper.make_attribute("axis", 0))
+        graph.set_input(node, 2, output)
+        graph.insert(dequantize, node, after=False)
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        stored = bias / self._factor if self._node.op_type == "Gemm" else bias.reshape(-1)
+        self._graph.set_constant(self._node, 2, stored.astype(layer.weights.dtype), self._name())
+
+
+class _NewAdd(Bias):
+    """None yet, of an operator without an input for it: an Add after the layer.
+
+    It takes over the name of the output, so that nothing else changes. After an operator with a quantized output it stands
+    between quantizers with that output's own step.
     """
-    shape = graph.value(node.input[index]).shape
-    reader, at = node, index
-    while np.broadcast_shapes(shape, shift.shape) == shape and graph.only_reader(reader.input[at]) is reader:
-        source = graph.producer.get(reader.input[at])
-        if source is None or source.op_type not in _RESHAPES:
-            break
-        reader, at = source, 0
-    return reader, at
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:
+        return BiasChange(shift.astype(layer.weights.dtype).astype(np.float64), (ReasonCode.BIAS_ADDED(),))
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
+        return lambda: self.set(layer, aligned(shift, self._axis))
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        graph, node, output = self._graph, self._node, self._node.output[0]
+        constant = graph.add_initializer(self._name(), bias.astype(layer.weights.dtype))
+        node.name = layer.name  # of a node without one, the layer would change its name with the output
+        graph.give_up_output(node, f"{output}_before_bias")
+        add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
+        new = [add]
+        if node.op_type == "QLinearMatMul":
+            add.input[0], add.output[0] = (graph.fresh_name(f"{output}_{what}") for what in ("real", "biased"))
+            dequantize = helper.make_node("DequantizeLinear", [node.output[0], *node.input[6:8]], [add.input[0]])
+            new = [dequantize, add, helper.make_node("QuantizeLinear", [add.output[0], *node.input[6:8]], [output])]
+        for each in new:
+            node = graph.insert(each, node, after=True)
 
 
-def _add_to_integers(
-    graph: Graph, node: onnx.NodeProto, index: int, dequantizer: Dequantizer, shift: NDArray[Any], shape: tuple[int, ...]
-) -> BiasChange:
-    """Adds to integers that the node reads dequantized, and that are added in this shape."""
-    values = graph.value(dequantizer.quantized)
-    steps = dequantizer.steps_of(np.atleast_1d(values).shape)
-    if shape != values.shape:
-        steps = np.broadcast_to(steps, values.shape).reshape(shape)
-    corrected, change = _rounded(values.reshape(shape), steps, shift)
-    own = dequantizer.node
-    if graph.only_reader(node.input[index]) is not node:
-        own = _copy_of(graph, own, node, index)
-    kept = corrected if corrected.size != values.size else corrected.reshape(values.shape)
-    graph.set_constant(own, 0, kept, f"{node.output[0]}_bias_quantized")
-    return change
+class _NoBias(Bias):
+    """None, and none can be added."""
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:  # noqa: ARG002
+        return BiasChange(None, (ReasonCode.CLAMPED(),))
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:  # noqa: ARG002
+        return lambda: None
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:  # noqa: ARG002
+        raise ValueError(f"layer {layer.name}: {ReasonCode.CLAMPED()}")
 
 
-def _add_to_products(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-    """Adds to the int32 bias of an operator that sums products of integers."""
-    index = _INTEGER_BIAS[node.op_type]
-    exists = index < len(node.input) and node.input[index]
-    values = graph.value(node.input[index]) if exists else np.zeros(layer.channels, np.int32)
-    corrected, change = _rounded(values, bias_steps(graph, node), shift)
-    graph.set_constant(node, index, corrected, f"{node.output[0]}_bias_quantized")
-    note = change.note if exists else "; ".join(filter(None, (_ADDED, change.note)))
-    return BiasChange(_per_channel(change.applied, 0), note)
-
-
-def _rounded(values: NDArray[Any], steps: NDArray[Any], shift: NDArray[Any]) -> tuple[NDArray[Any], BiasChange]:
-    """Integers after a shift in real units, within the limits of their type."""
+def _rounded(
+    values: NDArray[Any], steps: NDArray[Any], shift: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+    """Integers after a shift in real units, within the limits of their type; their change in real units; if any saturate."""
     limits = np.iinfo(values.dtype)
     wanted = values + np.rint(shift / steps)
-    corrected = np.clip(wanted, limits.min, limits.max)
-    saturated = np.count_nonzero(wanted != corrected)
-    note = f"{values.dtype} bias saturates in {saturated} of {corrected.size} channels" if saturated else ""
-    return corrected.astype(values.dtype), BiasChange((corrected - values) * steps, note)
+    moved = np.clip(wanted, limits.min, limits.max)
+    saturated = np.count_nonzero(wanted != moved)
+    reason = ReasonCode.BIAS_SATURATES(dtype=values.dtype.name, count=saturated, channels=moved.size)
+    return moved.astype(values.dtype), (moved - values) * steps, (reason,) if saturated else ()
 
 
 def _copy_of(graph: Graph, dequantizer: onnx.NodeProto, node: onnx.NodeProto, index: int) -> onnx.NodeProto:
@@ -231,28 +433,6 @@ def _copy_of(graph: Graph, dequantizer: onnx.NodeProto, node: onnx.NodeProto, in
     return graph.insert(copy, node, after=False)
 
 
-def _add_input(graph: Graph, node: onnx.NodeProto, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-    name = f"{node.output[0]}_bias"
-    dequantizers = [dequantizer_of(graph, each) for each in node.input[:2]]
-    steps = [step for each in dequantizers if each is not None and (step := _steps_of_channels(each, layer)) is not None]
-    if len(steps) < 2:
-        bias = shift.astype(layer.weights.dtype)
-        graph.set_input(node, 2, graph.add_initializer(name, bias))
-        return BiasChange(bias.astype(np.float64), _ADDED)
-    step = np.asarray(functools.reduce(np.multiply, steps), dtype=np.float32)
-    limits = np.iinfo(np.int32)
-    values = np.clip(np.rint(shift / step.astype(np.float64)), limits.min, limits.max).astype(np.int32)
-    constants = {"_quantized": values, "_scale": step, "_zero_point": np.zeros(step.shape, np.int32)}
-    inputs = [graph.add_initializer(name + suffix, array) for suffix, array in constants.items()]
-    output = graph.fresh_name(name)
-    dequantize = helper.make_node("DequantizeLinear", inputs, [output], f"{output}_DequantizeLinear")
-    if step.size > 1:
-        dequantize.attribute.append(helper.make_attribute("axis", 0))
-    graph.set_input(node, 2, output)
-    graph.insert(dequantize, node, after=False)
-    return BiasChange(values * step.astype(np.float64), _ADDED)
-
-
 def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] | None:
     """One step, or one for each output channel of all groups; None where the steps belong to something else."""
     if dequantizer.block_size:
@@ -261,23 +441,3 @@ def _steps_of_channels(dequantizer: Dequantizer, layer: Layer) -> NDArray[Any] |
         return dequantizer.step.reshape(())
     times, rest = divmod(layer.channels, dequantizer.step.size)
     return np.tile(dequantizer.step, times) if rest == 0 and times in (1, layer.groups) else None
-
-
-def _insert_add(graph: Graph, node: onnx.NodeProto, layer: Layer, bias: NDArray[Any]) -> BiasChange:
-    """An Add behind a node: it takes over the name of the output, so that nothing else changes.
-
-    Behind an operator with a quantized output it stands between quantizers with that output's own step.
-    """
-    output, bias = node.output[0], bias.astype(layer.weights.dtype)
-    constant = graph.add_initializer(f"{output}_bias", bias)
-    node.name = layer.name  # of a node without one, the layer would change its name with the output
-    graph.give_up_output(node, f"{output}_before_bias")
-    add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
-    new = [add]
-    if node.op_type == "QLinearMatMul":
-        add.input[0], add.output[0] = (graph.fresh_name(f"{output}_{what}") for what in ("real", "biased"))
-        dequantize = helper.make_node("DequantizeLinear", [node.output[0], *node.input[6:8]], [add.input[0]])
-        new = [dequantize, add, helper.make_node("QuantizeLinear", [add.output[0], *node.input[6:8]], [output])]
-    for each in new:
-        node = graph.insert(each, node, after=True)
-    return BiasChange(bias.astype(np.float64).ravel(), _ADDED)

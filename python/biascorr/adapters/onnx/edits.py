@@ -1,6 +1,6 @@
 """A graph with other constants in its layers, and without operations that have become part of them.
 
-What only served what an edit replaced is taken out: constants, and the nodes that computed them.
+Nodes and initializers that became dead are removed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import helper
 
-from biascorr.adapters.onnx.bias import set_bias
+from biascorr.adapters.onnx.bias import bias_of
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.graph import Graph, named_nodes, weight_index
 from biascorr.adapters.onnx.limits import limited, set_limits
 from biascorr.adapters.onnx.shapes import inferred_types
-from biascorr.graph.network import BatchNorm, Edits, Layer
+from biascorr.graph.axes import aligned
+from biascorr.graph.layer import Constant, Layer
+from biascorr.graph.network import Edits
+from biascorr.graph.operations import BatchNorm
 
 _ACTIVATIONS = ("Clip", "LeakyRelu", "Max", "Min", "PRelu", "Relu")
-"""What may be before an activation that limits values, and makes the type that it reads."""
+"""Operators that may be before an activation that limits values, and keep the type of what they read."""
 
 
 def edit(
@@ -32,7 +35,7 @@ def edit(
     Parameters
     ----------
     graph : Graph
-        What is edited.
+        The graph that is edited.
     nodes : mapping
         Its nodes by name. They keep their names.
     layers : sequence of Layer
@@ -40,7 +43,7 @@ def edit(
     limiting : collection of str
         Its activations that limit values.
     edits : Edits
-        What is to be different.
+        The edits to make.
 
     Raises
     ------
@@ -59,14 +62,14 @@ def edit(
     for name, weights in edits.weights.items():
         _set_weights(graph, nodes[name], known[name], weights)
     for name, bias in edits.biases.items():
-        set_bias(graph, nodes[name], known[name], _aligned(known[name], bias))
+        bias_of(graph, nodes[name], known[name].output_axis).set(known[name], _aligned(known[name], bias))
     unlimited = [name for name, limits in edits.limits.items() if not _set_limits(graph, nodes[name], name, limits, types)]
     renamed: dict[str, str] = {}
     for name in dict.fromkeys([*unlimited, *edits.removed]):
         renamed |= _remove(graph, nodes[name], name)
-    graph.remove_unread(read)
+    graph.remove_dead(read)
     _keep_names(graph, nodes)
-    _keep_folded(graph, edits.folded, renamed, position)
+    _keep_statistics(graph, edits.statistics, renamed, position)
 
 
 def _check_names(what: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -75,32 +78,34 @@ def _check_names(what: str, names: Iterable[str], known: Collection[str], kind: 
             raise ValueError(f"{what}: {name!r} is no {kind} of the model")
 
 
-def _set_weights(graph: Graph, node: onnx.NodeProto, layer: Layer, weights: NDArray[Any]) -> None:
-    if weights.shape != layer.weights.shape:
+def _set_weights(graph: Graph, node: onnx.NodeProto, layer: Layer, weights: Constant) -> None:
+    if tuple(weights.shape) != layer.weights.shape:
         raise ValueError(f"layer {layer.name}: weights of shape {weights.shape}, expected {layer.weights.shape}")
+    if layer.weight_step is not None and node.op_type == "MatMulNBits":
+        raise ValueError(f"layer {layer.name}: its weights are quantized, expected a float layer")
     index = weight_index(node, graph)
     name = node.input[index]
-    array = weights.astype(layer.weights.dtype).reshape(graph.value(name).shape)
+    array = np.asarray(weights).astype(layer.weights.dtype, copy=False).reshape(graph.constant(name).shape)
     graph.set_constant(node, index, array, f"{name}_edited")
 
 
 def _aligned(layer: Layer, bias: NDArray[Any]) -> NDArray[Any]:
     """A bias of real numbers whose axes are the last ones of the output."""
-    channels = (layer.channels, *[1] * (-1 - layer.output_axis))
+    channels = aligned(np.empty(layer.channels), layer.output_axis).shape
     own = channels if layer.bias is None else layer.bias.shape
     if bias.shape == (layer.channels,):
-        return bias.reshape(channels)
+        return aligned(bias, layer.output_axis)
     if bias.shape not in (own, np.broadcast_shapes(own, channels)):
         raise ValueError(f"layer {layer.name}: bias of shape {bias.shape}, expected {(layer.channels,)} or {own}")
     return bias
 
 
 def _types(graph: Graph, layers: Sequence[Layer]) -> dict[str, np.dtype[Any]]:
-    """Of tensors, as far as they are known."""
+    """The types of tensors, as far as they are known."""
     types = {name: tensor.elem_type for name, tensor in inferred_types(graph.model).items() if tensor.elem_type}
     dtypes = {name: np.dtype(helper.tensor_dtype_to_np_dtype(each)) for name, each in types.items()}
     dtypes |= {layer.output: layer.weights.dtype for layer in layers}
-    for node in graph.model.graph.node:
+    for node in graph.nodes:
         known = [dtypes[name] for name in node.input if name in dtypes]
         if node.op_type in _ACTIVATIONS and known:
             dtypes.setdefault(node.output[0], known[0])
@@ -117,10 +122,10 @@ def _set_limits(
 
 
 def _remove(graph: Graph, node: onnx.NodeProto, name: str) -> dict[str, str]:
-    """Lets what reads the first output of a node read its input; returns the tensor that is gone, and what it is called now."""
+    """Lets the readers of a node's first output read its input; returns the name that is gone, and the one in its place."""
     source, output = limited(graph, node), node.output[0]
     for other in filter(None, node.output[1:]):
-        if other in graph.read():
+        if graph.is_read(other):
             raise ValueError(f"{name}: it cannot be removed: its output {other} is read too")
     graph.redirect(output, source)
     if output not in graph.outputs and not graph.is_captured(output):
@@ -136,18 +141,18 @@ def _remove(graph: Graph, node: onnx.NodeProto, name: str) -> dict[str, str]:
 
 def _keep_names(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> None:
     """Names those without a name that would be called otherwise than before: by another operator or output."""
-    found = {id(node): name for name, node in named_nodes(graph.model).items()}
+    found = {id(node): name for name, node in named_nodes(graph.nodes).items()}
     for name, node in nodes.items():
         if found.get(id(node), name) != name:
             node.name = name
 
 
-def _keep_folded(
-    graph: Graph, folded: Mapping[str, BatchNorm], renamed: Mapping[str, str], position: Mapping[str, int]
+def _keep_statistics(
+    graph: Graph, statistics: Mapping[str, BatchNorm], renamed: Mapping[str, str], position: Mapping[str, int]
 ) -> None:
-    """Adds what is known of tensors; where two have become one, what the nodes behind them knew is kept."""
+    """Adds statistics of tensors; where two have become one, those of the later one are kept."""
     known = {}
-    for entries in (folded_of(graph.model), folded):
+    for entries in (folded_of(graph.model), statistics):
         for tensor in sorted(entries, key=lambda name: position.get(name, -1)):
             name = tensor
             while name in renamed:

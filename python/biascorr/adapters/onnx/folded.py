@@ -1,4 +1,4 @@
-"""What the metadata of a model keeps of batch normalizations that became part of layers.
+"""The metadata of a model that keeps the statistics of batch normalizations that became part of layers.
 
     metadata_props["biascorr.folded"] = {"<tensor>": ["<name of the normalization>", "<beta>", "<gamma>"], ...}
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from biascorr.graph.network import BatchNorm
+from biascorr.graph.operations import BatchNorm
 
 _KEY = "biascorr.folded"
 
@@ -24,7 +24,7 @@ _STORED = np.dtype("<f4")
 
 
 def folded_of(model: onnx.ModelProto) -> dict[str, BatchNorm]:
-    """What is known of tensors, by name. Raises ValueError where the metadata is not as it is written here."""
+    """Statistics of tensors, by name. Raises ValueError where the metadata is not as it is written here."""
     text = next((entry.value for entry in model.metadata_props if entry.key == _KEY), "{}")
     try:
         return {tensor: _batch_norm(entry) for tensor, entry in json.loads(text).items()}
@@ -33,7 +33,7 @@ def folded_of(model: onnx.ModelProto) -> dict[str, BatchNorm]:
 
 
 def keep_folded(model: onnx.ModelProto, folded: Mapping[str, BatchNorm]) -> None:
-    """Writes what is known of tensors in place of what the metadata said of them."""
+    """Writes statistics of tensors in place of those in the metadata."""
     others = [entry for entry in model.metadata_props if entry.key != _KEY]
     if folded:
         entries = {tensor: [norm.name, _text(norm.beta), _text(norm.gamma)] for tensor, norm in folded.items()}

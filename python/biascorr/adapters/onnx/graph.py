@@ -1,4 +1,8 @@
-"""An ONNX graph: who makes and who reads a tensor, what is constant; edits that keep every name."""
+"""An ONNX graph: who makes and who reads a tensor, what is constant; edits that keep every name.
+
+Edits take a time that does not depend on the size of the graph: nodes are put into their order when the edited model is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from biascorr.adapters.onnx.runtime import run_constants
+from biascorr.adapters.onnx.runtime import Session
+from biascorr.adapters.onnx.tensors import Values, array_of, bytes_of, key_of, tensor_of
+from biascorr.graph.layer import Constant, LazyArray
 
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+_KEPT = 1 << 16
+"""Bytes of a computed constant up to which its value is kept; larger ones are computed each time they are read."""
 
 
 class Graph:
@@ -21,110 +30,242 @@ class Graph:
     Parameters
     ----------
     model : onnx.ModelProto
-        Edited in place.
+        The model, edited in place.
+    values : mapping
+        The values of its detached tensors, edited in place.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, values: Values) -> None:
+        self.values = values
+        self._model = model
+        self._ordered: list[onnx.NodeProto] = list(model.graph.node)
+        self._position = {id(node): k for k, node in enumerate(self._ordered)}
+        self._before: dict[int, list[onnx.NodeProto]] = {}
+        self._after: dict[int, list[onnx.NodeProto]] = {}
+        self._removed: set[int] = set()
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.producer = {output: node for node in model.graph.node for output in node.output if output}
-        self._readers: dict[str, int] = {}
-        self._nodes_reading: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            self._add_reader(node)
-        for name in (name for node in model.graph.node for name in captured(node)):
-            self._readers[name] = self._readers.get(name, 0) + 1
+        self.inputs = {value.name for value in model.graph.input}
         self.outputs = {output.name for output in model.graph.output}
-        self._names = {*self.producer, *self.initializers, *(each.name for each in model.graph.input)}
-        self._names |= {node.name for node in model.graph.node}
+        self.producer = {output: node for node in self._ordered for output in node.output if output}
+        self._readers: dict[str, dict[int, list[Any]]] = {}  # tensor -> node by id: [node, how often it reads it]
+        self._captured: dict[str, int] = {}
+        for node in self._ordered:
+            self._add_reader(node)
+            for name in captured(node):
+                self._captured[name] = self._captured.get(name, 0) + 1
+        self._names = {*self.producer, *self.initializers, *self.inputs, *(node.name for node in self._ordered)}
         self._constant = self._find_constants()
-        self._values: dict[str, NDArray[Any]] = {}
+        self._kept: dict[str, NDArray[Any]] = {}
         self._gone: set[str] = set()
+        self._functions = {(each.domain, each.name): each for each in model.functions}
+        self._called: dict[tuple[str, str], set[str]] = {}
+        self._declared: dict[str, list[onnx.ValueInfoProto]] = {}
+        for value in (*model.graph.input, *model.graph.value_info):
+            self._declared.setdefault(value.name, []).append(value)
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The model with all edits; nodes are copied where any came or went."""
+        if self._is_edited:
+            nodes = [_copy(node) for node in self.nodes]
+            self._model.graph.ClearField("node")
+            self._model.graph.node.extend(nodes)
+        return self._model
+
+    @property
+    def _is_edited(self) -> bool:
+        """Whether nodes came or went."""
+        return bool(self._before or self._after or self._removed)
+
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        """In topological order."""
+        return list(self._in_order(self._ordered))
+
+    def _in_order(self, nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        for node in nodes:
+            yield from self._in_order(self._before.get(id(node), ()))
+            if id(node) not in self._removed:
+                yield node
+            yield from self._in_order(reversed(self._after.get(id(node), ())))
 
     def _add_reader(self, node: onnx.NodeProto) -> None:
         for name in node.input:
-            self._readers[name] = self._readers.get(name, 0) + 1
-            self._nodes_reading.setdefault(name, []).append(node)
+            entry = self._readers.setdefault(name, {}).setdefault(id(node), [node, 0])
+            entry[1] += 1
+
+    def _remove_reader(self, node: onnx.NodeProto, name: str) -> None:
+        entry = self._readers[name][id(node)]
+        entry[1] -= 1
+        if not entry[1]:
+            del self._readers[name][id(node)]
 
     def _find_constants(self) -> set[str]:
         """Tensors that follow from initializers and constants alone."""
         constant = set(self.initializers)
-        for node in self.model.graph.node:
+        for node in self._ordered:
             pure = node.op_type not in _RANDOM and not any(_subgraphs(node))
             if pure and all(not name or name in constant for name in node.input):
                 constant.update(node.output)
         return constant
 
-    def function_nodes(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        """The nodes of the model's own function that a node calls, and of those that it calls."""
-        for function in self.model.functions:
-            if (function.domain, function.name) == (node.domain, node.op_type):
-                for inner in function.node:
-                    yield inner
-                    yield from self.function_nodes(inner)
+    def called_operators(self, node: onnx.NodeProto) -> set[str]:
+        """The operators in the model's own function that a node calls, and in those that it calls."""
+        return self._operators_of((node.domain, node.op_type), ())
+
+    def _operators_of(self, function: tuple[str, str], callers: tuple[tuple[str, str], ...]) -> set[str]:
+        if function not in self._functions or function in callers:
+            return set()
+        if function not in self._called:
+            found = set()
+            for node in self._functions[function].node:
+                found |= {node.op_type} | self._operators_of((node.domain, node.op_type), (*callers, function))
+            self._called[function] = found
+        return self._called[function]
 
     @property
     def opset(self) -> int:
         """The version of ONNX's own operators; 0 where the model uses none."""
-        return max((each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0)
-
-    @property
-    def nodes(self) -> Sequence[onnx.NodeProto]:
-        nodes: Sequence[onnx.NodeProto] = self.model.graph.node
-        return nodes
+        return max((each.version for each in self._model.opset_import if each.domain in ("", "ai.onnx")), default=0)
 
     def has(self, name: str) -> bool:
         """Whether a node makes a tensor of this name, or the model's caller gives it."""
-        return name in self.producer or any(each.name == name for each in self.model.graph.input)
+        return name in self.producer or name in self.inputs
 
     def is_constant(self, name: str) -> bool:
         return name in self._constant
 
-    def values(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """The values of constant tensors."""
-        wanted = {name for name in names if name not in self._values}
-        for name in wanted & set(self.initializers):
-            self._values[name] = numpy_helper.to_array(self.initializers[name])
-        computed = sorted(wanted - set(self.initializers))
-        self._values.update(zip(computed, run_constants(self.part([], computed))) if computed else ())
-        return {name: self._values[name] for name in names}
+    def is_read(self, name: str) -> bool:
+        """Whether a node, a subgraph or the model's caller reads a tensor."""
+        return bool(self._readers.get(name)) or self._captured.get(name, 0) > 0 or name in self.outputs
+
+    def tensor(self, name: str) -> onnx.TensorProto | None:
+        """The tensor that has the values of a constant; None where they are computed."""
+        found: onnx.TensorProto | None = self.initializers.get(name)
+        if found is not None:
+            return found
+        node = self.producer.get(name)
+        is_tensor = node is not None and node.op_type == "Constant" and node.attribute[0].name == "value"
+        if node is not None and is_tensor:
+            found = node.attribute[0].t
+        return found
 
     def value(self, name: str) -> NDArray[Any]:
-        return self.values([name])[name]
+        """The value of a constant tensor."""
+        return self.compute([name])[name]
+
+    def compute(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """The values of constant tensors, those that have to be computed all at once."""
+        found, computed = {}, []
+        for name in dict.fromkeys(names):
+            tensor = self.tensor(name)
+            if tensor is not None:
+                found[name] = array_of(tensor, self.values)
+            elif name in self._kept:
+                found[name] = self._kept[name]
+            elif (real := self._dequantized(name)) is not None:
+                found[name] = real
+            else:
+                computed.append(name)
+        if computed:
+            session = Session(self.part([], computed), self.values, "constant weights")
+            found |= dict(zip(computed, session.run(computed, {})))
+            sparse = [name for name in computed if not isinstance(found[name], np.ndarray)]
+            if sparse:
+                raise ValueError(f"constant weights: {sparse[0]} is no dense tensor, expected one")
+        self._kept |= {name: array for name, array in found.items() if self.tensor(name) is None and array.nbytes <= _KEPT}
+        return found
+
+    def constant(self, name: str) -> Constant:
+        """The value of a constant tensor, read when it is needed."""
+        tensor = self.tensor(name)
+        if tensor is not None and bytes_of(tensor) <= _KEPT:
+            return self.value(name)
+        if tensor is not None:
+            shape, dtype = tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        elif (described := self._described(name)) is not None:
+            shape, dtype = described
+        else:
+            value = self.value(name)
+            if name in self._kept:
+                return value
+            shape, dtype = value.shape, value.dtype
+        return LazyArray(shape, dtype, lambda: self.value(name))
+
+    def _parameters_of_dequantizer(self, name: str) -> tuple[onnx.NodeProto, onnx.TensorProto] | None:
+        """The DequantizeLinear of a tensor that is in the model, per tensor or along an axis, and that tensor."""
+        node = self.producer.get(name)
+        if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+            return None
+        quantized = self.tensor(node.input[0])
+        given = {attribute.name for attribute in node.attribute}
+        has_parameters = all(self.tensor(each) is not None for each in node.input[1:] if each)
+        if quantized is None or not has_parameters or not given <= {"axis"}:
+            return None
+        return node, quantized
+
+    def _described(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+        found = self._parameters_of_dequantizer(name)
+        return None if found is None else (tuple(found[1].dims), self.value(found[0].input[1]).dtype)
+
+    def _dequantized(self, name: str) -> NDArray[Any] | None:
+        """The value of a tensor that is dequantized, as onnxruntime computes it: in float32; None for other tensors."""
+        found = self._parameters_of_dequantizer(name)
+        if found is None:
+            return None
+        node, _ = found
+        codes, step = self.value(node.input[0]), self.value(node.input[1])
+        if codes.dtype.kind not in "iu" or step.ndim > 1 or step.dtype.kind != "f":
+            return None
+        shape = [1] * codes.ndim
+        if step.size > 1:
+            shape[attributes(node).get("axis", 1)] = -1
+        has_zero_point = len(node.input) > 2 and node.input[2]
+        offset = self.value(node.input[2]).astype(np.int32).reshape(shape) if has_zero_point else np.int32(0)
+        real = np.subtract(codes, offset, dtype=np.int32).astype(np.float32)
+        real *= step.astype(np.float32).reshape(shape)
+        return np.asarray(real, dtype=step.dtype)
 
     def part(self, given: Sequence[onnx.ValueInfoProto], wanted: Sequence[str]) -> onnx.ModelProto:
         """A model that computes the wanted tensors from given ones."""
         known = {value.name for value in given}
-        needed = set(wanted)
-        nodes = []
-        for node in reversed(self.nodes):
-            if any(name in needed and name not in known for name in node.output):
-                needed.update(node.input, captured(node))
-                nodes.append(node)
+        needed, following = set(wanted), list(wanted)
+        nodes: dict[int, onnx.NodeProto] = {}
+        while following:
+            name = following.pop()
+            node = None if name in known else self.producer.get(name)
+            if node is not None and id(node) not in nodes:
+                nodes[id(node)] = node
+                new = [each for each in (*node.input, *captured(node)) if each not in needed]
+                needed.update(new)
+                following += new
+        place = {id(node): k for k, node in enumerate(self.nodes)} if self._is_edited else self._position
+        initializers = [self.initializers[name] for name in needed if name in self.initializers and name not in known]
         graph = helper.make_graph(
-            nodes[::-1],
+            sorted(nodes.values(), key=lambda node: place[id(node)]),
             "part",
             list(given),
             [onnx.ValueInfoProto(name=name) for name in wanted],
-            [tensor for name, tensor in self.initializers.items() if name in needed and name not in known],
+            sorted(initializers, key=lambda tensor: tensor.name),
         )
+        model = self._model
         return helper.make_model(
-            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
+            graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
         )
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads a tensor; None where others do, a subgraph or the model's caller among them."""
-        alone = self._readers.get(name, 0) == 1 and name not in self.outputs
-        nodes = self._nodes_reading.get(name, [])
-        return nodes[0] if alone and len(nodes) == 1 else None
+        readers = list(self._readers.get(name, {}).values())
+        alone = len(readers) == 1 and readers[0][1] == 1 and not self._captured.get(name) and name not in self.outputs
+        return readers[0][0] if alone else None
 
     def read(self) -> set[str]:
         """The tensors that something reads, the model's caller among them."""
-        return {name for name, count in self._readers.items() if name and count} | self.outputs
+        return {name for name in (*self._readers, *self._captured) if name and self.is_read(name)} | self.outputs
 
     def is_captured(self, name: str) -> bool:
         """Whether a subgraph reads a tensor."""
-        return self._readers.get(name, 0) > len(self._nodes_reading.get(name, ()))
+        return self._captured.get(name, 0) > 0
 
     def fresh_name(self, base: str) -> str:
         name, k = base, 1
@@ -136,72 +277,60 @@ class Graph:
     def set_constant(self, node: onnx.NodeProto, index: int, array: NDArray[Any], base: str) -> None:
         """Makes an input of a node this constant: in place where it is the node's own, else under a fresh name."""
         name = node.input[index] if index < len(node.input) else ""
-        if name and self.only_reader(name) is node:
-            own = self._own_tensor(name)
-            if own is not None:
-                own.CopyFrom(_tensor(array, own))
-                self._forget(name)
-                self._set_declared_shape(name, array.shape)
-                return
-        self.set_input(node, index, self.add_initializer(base, array))
+        own = self.tensor(name) if name and self.only_reader(name) is node else None
+        if own is None:
+            self.set_input(node, index, self.add_initializer(base, array))
+            return
+        self.values.pop(key_of(own) or "", None)
+        tensor = tensor_of(array, own.name, self.values)
+        if own.doc_string:
+            tensor.doc_string = own.doc_string
+        own.CopyFrom(tensor)
+        self._forget(name)
+        for value in self._declared.get(name, ()):
+            if value.type.tensor_type.HasField("shape"):
+                value.CopyFrom(helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, array.shape))
 
     def _forget(self, name: str) -> None:
         """Drops the value of a constant that changed, and of what is computed from it."""
-        self._values.pop(name, None)
-        readers = self._nodes_reading.get(name, [])
+        self._kept.pop(name, None)
+        readers = [node for node, _ in self._readers.get(name, {}).values()]
         for output in (output for node in readers for output in node.output if output in self._constant):
             self._forget(output)
 
-    def _own_tensor(self, name: str) -> onnx.TensorProto | None:
-        """Where the values of a constant are kept; None where they are computed."""
-        if name in self.initializers:
-            initializer: onnx.TensorProto = self.initializers[name]
-            return initializer
-        node = self.producer[name]
-        is_tensor = node.op_type == "Constant" and node.attribute[0].name == "value"
-        tensor: onnx.TensorProto | None = node.attribute[0].t if is_tensor else None
-        return tensor
-
-    def _set_declared_shape(self, name: str, shape: Sequence[int]) -> None:
-        for value in (*self.model.graph.input, *self.model.graph.value_info):
-            if value.name == name and value.type.tensor_type.HasField("shape"):
-                value.CopyFrom(helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape))
-
     def add_initializer(self, base: str, array: NDArray[Any]) -> str:
-        tensor = numpy_helper.from_array(np.asarray(array), self.fresh_name(base))
-        self.model.graph.initializer.append(tensor)
-        self.initializers[tensor.name] = self.model.graph.initializer[-1]
+        tensor = tensor_of(array, self.fresh_name(base), self.values)
+        self._model.graph.initializer.append(tensor)
+        self.initializers[tensor.name] = self._model.graph.initializer[-1]
         self._constant.add(tensor.name)
-        if self.model.ir_version < 4:  # there, initializers are defaults of inputs
+        if self._model.ir_version < 4:  # there, initializers are defaults of inputs
             value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            self.model.graph.input.append(value)
-        return tensor.name
+            self._model.graph.input.append(value)
+        return str(tensor.name)
 
     def set_input(self, node: onnx.NodeProto, index: int, name: str) -> None:
         while len(node.input) <= index:
             node.input.append("")
-        old = node.input[index]
-        if old:
-            self._readers[old] -= 1
-            self._nodes_reading[old].remove(node)
+            self._readers.setdefault("", {}).setdefault(id(node), [node, 0])[1] += 1
+        self._remove_reader(node, node.input[index])
+        for output in self._constant.intersection(node.output):
+            self._forget(output)
         node.input[index] = name
-        self._readers[name] = self._readers.get(name, 0) + 1
-        self._nodes_reading.setdefault(name, []).append(node)
+        self._readers.setdefault(name, {}).setdefault(id(node), [node, 0])[1] += 1
 
     def insert(self, node: onnx.NodeProto, beside: onnx.NodeProto, *, after: bool) -> onnx.NodeProto:
-        """Puts a node next to another; returns it as it is in the graph."""
-        index = next(k for k, each in enumerate(self.nodes) if each is beside) + after
-        self.model.graph.node.insert(index, node)
-        inserted: onnx.NodeProto = self.model.graph.node[index]
-        self._add_reader(inserted)
-        self.producer.update(dict.fromkeys(inserted.output, inserted))
-        if all(name in self._constant for name in inserted.input):
-            self._constant.update(inserted.output)
-        return inserted
+        """Puts a node next to another; returns it."""
+        places = self._after if after else self._before
+        places.setdefault(id(beside), []).append(node)
+        self._add_reader(node)
+        self.producer.update(dict.fromkeys(node.output, node))
+        if all(name in self._constant for name in node.input):
+            self._constant.update(node.output)
+        return node
 
     def redirect(self, name: str, to: str) -> None:
         """Lets the nodes that read a tensor read another one; what subgraphs and the model's caller read stays."""
-        for node in list(self._nodes_reading.get(name, ())):
+        for node, _ in list(self._readers.get(name, {}).values()):
             for index, each in enumerate(node.input):
                 if each == name:
                     self.set_input(node, index, to)
@@ -222,22 +351,23 @@ class Graph:
 
     def replace(self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **given: Any) -> None:
         """Makes a node compute its first output otherwise: by another operator of ONNX, from other inputs."""
-        for index in range(len(inputs), len(node.input)):
-            self.set_input(node, index, "")
-        for index, name in enumerate(inputs):
-            self.set_input(node, index, name)
+        for name in node.input:
+            self._remove_reader(node, name)
+        del node.input[:]
+        node.input.extend(inputs)
+        self._add_reader(node)
         self._lose(node.output[1:])
-        del node.input[len(inputs) :], node.output[1:], node.attribute[:]
+        del node.output[1:], node.attribute[:]
         node.op_type, node.domain = op, ""
         node.attribute.extend(helper.make_attribute(key, value) for key, value in given.items())
 
     def remove(self, node: onnx.NodeProto) -> None:
-        """Takes out a node whose outputs nothing has to make any more."""
-        del self.model.graph.node[next(k for k, each in enumerate(self.nodes) if each is node)]
-        for name in (*node.input, *captured(node)):
-            self._readers[name] -= 1
+        """Removes a node whose outputs nothing has to make any more."""
+        self._removed.add(id(node))
         for name in node.input:
-            self._nodes_reading[name].remove(node)
+            self._remove_reader(node, name)
+        for name in captured(node):
+            self._captured[name] -= 1
         self._lose(node.output)
 
     def _lose(self, names: Iterable[str]) -> None:
@@ -245,21 +375,24 @@ class Graph:
             self.producer.pop(name, None)
             self._gone.add(name)
 
-    def remove_unread(self, names: Collection[str]) -> None:
-        """Takes out what makes only tensors that nothing reads, some of these among them; then what nothing says more about."""
-        for node in list(self.nodes)[::-1]:
-            if any(name in names for name in node.output) and not any(map(self._is_read, filter(None, node.output))):
+    def remove_dead(self, read: Collection[str]) -> None:
+        """Removes nodes and initializers that became dead: whose outputs were read, and are not any more."""
+        for node in self.nodes[::-1]:
+            if any(name in read for name in node.output) and not any(map(self.is_read, filter(None, node.output))):
                 self.remove(node)
-        for name in [name for name in self.initializers if name in names and not self._is_read(name)]:
-            self.initializers.pop(name)
+        for name in [name for name in self.initializers if name in read and not self.is_read(name)]:
+            self.values.pop(key_of(self.initializers.pop(name)) or "", None)
             self._gone.add(name)
-        graph = self.model.graph
+        graph = self._model.graph
         for fields in (graph.initializer, graph.input, graph.value_info):
             _remove_where(fields, lambda each: each.name in self._gone)
         _remove_where(graph.quantization_annotation, lambda each: each.tensor_name in self._gone)
 
-    def _is_read(self, name: str) -> bool:
-        return self._readers.get(name, 0) > 0 or name in self.outputs
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
 
 
 def _remove_where(fields: Any, is_gone: Callable[[Any], bool]) -> None:
@@ -269,13 +402,13 @@ def _remove_where(fields: Any, is_gone: Callable[[Any], bool]) -> None:
             del fields[index]
 
 
-def named_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+def named_nodes(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.NodeProto]:
     """Nodes by name; by operator and output where they have none of their own."""
-    nodes: dict[str, onnx.NodeProto] = {}
-    for node in model.graph.node:
-        own = node.name if node.name and node.name not in nodes else f"{node.op_type}:{node.output[0]}"
-        nodes[own] = node
-    return nodes
+    named: dict[str, onnx.NodeProto] = {}
+    for node in nodes:
+        own = node.name if node.name and node.name not in named else f"{node.op_type}:{node.output[0]}"
+        named[own] = node
+    return named
 
 
 def weight_index(node: onnx.NodeProto, graph: Graph) -> int:
@@ -309,10 +442,3 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
         yield from inner.input
     for subgraph in (subgraph for each in (node, *subgraph_nodes(node)) for subgraph in _subgraphs(each)):
         yield from (output.name for output in subgraph.output)
-
-
-def _tensor(array: NDArray[Any], like: onnx.TensorProto) -> onnx.TensorProto:
-    tensor = numpy_helper.from_array(np.asarray(array, order="C"), like.name)
-    if like.doc_string:
-        tensor.doc_string = like.doc_string
-    return tensor

@@ -29,7 +29,7 @@ _BROADCASTING = 8
 """The opset that let Max and Min broadcast."""
 
 Operators = list[tuple[str, Sequence[NDArray[Any]]]]
-"""Operators with their bounds, each behind the one before it."""
+"""Operators with their bounds, each after the one before it."""
 
 
 def limits_channels(graph: Graph) -> bool:
@@ -50,11 +50,11 @@ def set_limits(
     Parameters
     ----------
     graph : Graph
-        What it is in.
+        The graph that it is in.
     node : onnx.NodeProto
         The activation, which becomes the first of the operators; the last makes the tensor that it made.
     name : str
-        What errors call it.
+        The name that errors give it.
     limits : (array_like, array_like)
         Numbers, or arrays that broadcast to the tensor; infinite where there is no limit.
     dtype : dtype
@@ -75,8 +75,8 @@ def set_limits(
     for k, (op, bounds) in enumerate(operators):
         if k:
             graph.give_up_output(node, f"{output}_limited")
-            behind = helper.make_node(op, [node.output[0]], [output], graph.fresh_name(f"{name}_{op}"))
-            source, node = node.output[0], graph.insert(behind, node, after=True)
+            following = helper.make_node(op, [node.output[0]], [output], graph.fresh_name(f"{name}_{op}"))
+            source, node = node.output[0], graph.insert(following, node, after=True)
         _write(graph, node, op, source, bounds)
     return bool(operators)
 

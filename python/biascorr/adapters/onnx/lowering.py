@@ -1,10 +1,9 @@
-"""Operators with quantized weights inside, written as what they compute: quantizers around a layer of real numbers.
+"""Operators with quantized weights inside, written as their arithmetic: quantizers around a layer of real numbers.
 
     QLinearConv                  DequantizeLinear, Conv, QuantizeLinear
     QLinearMatMul                DequantizeLinear, MatMul, QuantizeLinear
     QGemm                        DequantizeLinear, Gemm, QuantizeLinear unless its output is real
     QLinearAdd of a constant     DequantizeLinear, Add, QuantizeLinear, where it holds the bias of a QLinearMatMul
-    MatMulNBits                  MatMul, Add where it has a bias
 
 The tensors between operators keep their names, and a layer has the name of the operator that it is written for.
 """
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx.graph import Graph, attributes, named_nodes
+from biascorr.adapters.onnx.tensors import Values
 
 _AXIS_OF_DEQUANTIZER = 13
 """The opset that gave DequantizeLinear a step per channel."""
@@ -27,24 +27,25 @@ _AXIS_OF_DEQUANTIZER = 13
 _Operand = tuple[list[onnx.NodeProto], str]
 """The nodes that make a real tensor, and its name."""
 
-_PACKED_BITS = (2, 4, 8)
+PACKED_BITS = (2, 4, 8)
 """Bits of MatMulNBits that divide a byte."""
 
 
-def lowered(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def lowered(model: onnx.ModelProto, values: Values) -> Graph | None:
     """A copy of a model without operators that can be written in others; None where it has none."""
     if not any(node.op_type in _LOWERINGS for node in model.graph.node):
         return None
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    lowering = _Lowering(Graph(copy))
-    nodes = {name: lowering.nodes_for(name, node) for name, node in named_nodes(model).items()}
+    graph = Graph(copy, Values(values))
+    lowering = _Lowering(graph)
+    nodes = {name: lowering.nodes_for(name, node) for name, node in named_nodes(graph.nodes).items()}
     if all(written is None for written in nodes.values()):
         return None
     copy.graph.ClearField("node")
     for node, written in zip(model.graph.node, nodes.values()):
         copy.graph.node.extend([node] if written is None else written)
-    return copy
+    return Graph(copy, graph.values)
 
 
 class _Lowering:
@@ -54,7 +55,7 @@ class _Lowering:
         self._graph = graph
 
     def nodes_for(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        """What a node is written as; None where it stays as it is."""
+        """The nodes that a node is written as; None where it stays as it is."""
         lowering = _LOWERINGS.get(node.op_type)
         return None if lowering is None else lowering(self, name, node)
 
@@ -103,19 +104,6 @@ class _Lowering:
             return None
         return self._layer(name, "Add", {}, [self._real(each) for each in sides], node, y)
 
-    def _matmul_n_bits(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        given, bias = attributes(node), _input(node, 5)
-        unknown = given.setdefault("bits", 4) not in _PACKED_BITS or given.get("weight_prepacked", 0) or _input(node, 4)
-        if unknown or not self._are_constant(*node.input[1:4], bias):
-            return None
-        packed, scales, *zero_points = (self._graph.value(each) for each in node.input[1:4] if each)
-        weights = weights_of_n_bits(given, packed, scales, zero_points[0] if zero_points else None)
-        operands: list[_Operand] = [([], node.input[0]), ([], self._graph.add_initializer(f"{node.input[1]}_real", weights))]
-        if not bias:
-            return self._layer(name, "MatMul", {}, operands, node, ())
-        product = helper.make_node("MatMul", [each for _, each in operands], [self._fresh(node, "product")], name)
-        return [product, helper.make_node("Add", [product.output[0], bias], [node.output[0]])]
-
     def _layer(
         self,
         name: str,
@@ -136,7 +124,7 @@ class _Lowering:
         return [*dequantizers, layer, quantize]
 
     def _real(self, quantized: Sequence[str], axis: int | None = None) -> _Operand:
-        """What dequantizes a tensor given with its step and zero point; the axis that several steps belong to."""
+        """The dequantizer of a tensor given with its step and zero point; the axis that several steps belong to."""
         tensor, *parameters = quantized
         step = self._graph.value(parameters[0])
         if step.size > 1 and self._graph.opset < _AXIS_OF_DEQUANTIZER:
@@ -186,7 +174,6 @@ _LOWERINGS = {
     "QLinearMatMul": _Lowering._matmul,
     "QGemm": _Lowering._gemm,
     "QLinearAdd": _Lowering._add,
-    "MatMulNBits": _Lowering._matmul_n_bits,
 }
 
 
@@ -204,18 +191,24 @@ def weights_of_n_bits(
 
     Each row of the packed ones is an output channel: blocks along K, padded to whole ones, the first value in the lowest bits.
     """
-    rows, bits = given["N"], given["bits"]
-    values = _unpacked(packed.reshape(rows, -1), bits).reshape(rows, -1, given["block_size"])
-    blocks = values.shape[1]
+    rows, bits, block = given["N"], given["bits"], given["block_size"]
+    codes = _unpacked(packed.reshape(rows, -1), bits).reshape(rows, -1, block)
+    blocks = codes.shape[1]
     if zero_points is None:
-        middles = np.full((rows, blocks), 2 ** (bits - 1))
+        middles = np.full((1, 1, 1), 2 ** (bits - 1), np.float32)
     elif zero_points.dtype == np.uint8:
-        middles = _unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks]
+        middles = _unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks, None].astype(np.float32)
     else:
-        middles = zero_points.reshape(rows, blocks)
-    steps = scales.reshape(rows, blocks, 1).astype(np.float32)
-    real = (values - middles[..., None].astype(np.float32)) * steps
-    return np.asarray(real.reshape(rows, -1)[:, : given["K"]].T, dtype=scales.dtype, order="C")
+        middles = zero_points.reshape(rows, blocks, 1).astype(np.float32)
+    real = codes.astype(np.float32)
+    real -= middles
+    real *= scales.reshape(rows, blocks, 1).astype(np.float32)
+    return real.reshape(rows, -1)[:, : given["K"]].T.astype(scales.dtype, copy=False)
+
+
+def steps_of_n_bits(given: Mapping[str, Any], scales: NDArray[Any]) -> NDArray[Any]:
+    """The largest distance between neighbouring weights of each output channel of a MatMulNBits node, (1, N)."""
+    return np.asarray(np.abs(scales).reshape(given["N"], -1).max(axis=1)[None])
 
 
 def _unpacked(packed: NDArray[Any], bits: int) -> NDArray[Any]:

@@ -1,8 +1,7 @@
-"""An ONNX model as a :class:`~biascorr.graph.network.Network`."""
+"""An ONNX model as a network; see :mod:`biascorr.graph.network`."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -13,18 +12,20 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx import files
-from biascorr.adapters.onnx.bias import add_to_bias, bias_of, biased_output, reader_of_bias
+from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes, weight_index
-from biascorr.adapters.onnx.lowering import lowered
+from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
-from biascorr.adapters.onnx.runtime import Runner, session
-from biascorr.adapters.onnx.surroundings import surroundings_of
-from biascorr.calibration.data import ModelInput
-from biascorr.calibration.storage import Buffers
-from biascorr.graph.network import BiasChange, Edits, Feeds, Kind, Layer, LayerReport, Operation, Surroundings
+from biascorr.adapters.onnx.roles import facts_of
+from biascorr.adapters.onnx.runtime import Runner, Session, check
+from biascorr.adapters.onnx.tensors import Values, whole_model
+from biascorr.graph.layer import Constant, Layer, LazyArray
+from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
+from biascorr.graph.operations import Facts, Kind, Operation
+from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.quantization import Quantization
-from biascorr.statistics import TransposedWindow, Window
+from biascorr.windows import TransposedWindow, Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
 
@@ -40,7 +41,7 @@ _POINTWISE = {
 _COPIES = {
     "Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
-"""Operators behind which weights are the same in another form."""
+"""Operators after which weights are the same in another form."""
 
 _WEIGHTED = {
     "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
@@ -54,69 +55,82 @@ _WEIGHTED = {
 class OnnxNetwork:
     """A model, indexed, with its layers.
 
-    What computes is the model with quantizers around layers of real numbers in place of operators that have quantized weights
+    The model that runs has quantizers around layers of real numbers in place of operators that have quantized activations
     inside; what is corrected and saved is the model as it was given.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Owned by this object, which edits its biases.
+        The model; owned by this object, which does not change it.
+    values : mapping
+        The values of its detached tensors.
     name : str
-        What errors call the model.
+        The name that errors give the model.
     """
 
-    def __init__(self, model: onnx.ModelProto, name: str) -> None:
-        self._original = Graph(model)
-        self._original_nodes = named_nodes(model)
-        rewritten = lowered(model)
-        self._graph = self._original if rewritten is None else Graph(rewritten)
-        self._nodes = named_nodes(self._graph.model)
+    def __init__(self, model: onnx.ModelProto, values: Values, name: str) -> None:
+        self._original = Graph(model, values)
+        self._graph = lowered(model, values) or self._original
+        self._original_nodes = named_nodes(self._original.nodes)
+        self._nodes = named_nodes(self._graph.nodes)
         self._name = name
+        self._facts: Facts | None = None
+        self._whole: onnx.ModelProto | None = None
         self.inputs = _inputs(model, name)
         self.outputs = [value.name for value in model.graph.output]
         self.operations = _operations(self._nodes, self._graph)
         self.layers: list[Layer] = []
-        self.left_alone: list[LayerReport] = []
-        self._graph.values(name for node in self._nodes.values() for name in _constants_of(node, self._graph))
+        self.unsupported: list[LayerReport] = []
+        self._graph.compute(name for node in self._nodes.values() for name in self._small_constants(node))
         for node_name, node in self._nodes.items():
             found = self._layer(node_name, node)
             if isinstance(found, Layer):
                 self.layers.append(found)
             elif found is not None:
-                self.left_alone.append(LayerReport(node_name, node.op_type, reason=found))
+                self.unsupported.append(LayerReport(node_name, node.op_type, reasons=(found,)))
 
     @classmethod
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.adapters.onnx.files.load` for the errors."""
-        loaded = files.load(model, name)
-        session(loaded, name)  # refuses what is no valid model before anything is read from it
-        return cls(loaded, name)
+        loaded, values = files.load(model, name)
+        check(loaded, values, name)  # refuses what is no valid model before anything is read from it
+        return cls(loaded, values, name)
 
     @property
     def model(self) -> onnx.ModelProto:
-        return self._original.model
+        """The model with all its tensors in it, made when it is first asked for."""
+        if self._whole is None:
+            self._whole = whole_model(self._original.model, self._original.values)
+        return self._whole
 
     @property
     def order(self) -> Sequence[str]:
         """Names of all nodes, in topological order."""
         return list(self._nodes)
 
-    @functools.cached_property
-    def surroundings(self) -> Surroundings:
-        return surroundings_of(self._graph, self._nodes)
+    def facts(self) -> Facts:
+        """Facts about operations and tensors; inferred at the first call."""
+        if self._facts is None:
+            self._facts = facts_of(self._graph, self._nodes)
+        return self._facts
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        files.save(self.model, path, force=force)
+        """Writes the model, whole or not at all; with what was changed in :attr:`model` since."""
+        if self._whole is None:
+            files.save(self._original.model, self._original.values, path, force=force)
+        else:
+            files.save(self._whole, Values(), path, force=force)
 
     def part(
-        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, buffers: Buffers | None = None
+        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, allocator: Allocator | None = None
     ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
-        computed = [name for name in wanted if name not in given]
+        """Prepares a session that computes the wanted tensors."""
+        computed = [name for name in dict.fromkeys(wanted) if name not in given]
         if not computed:
             return lambda feeds: {name: feeds[name] for name in wanted}
-        values = [helper.make_tensor_value_info(name, _element_type(array), None) for name, array in given.items()]
-        running = session(self._graph.part(values, computed), self._name, threads=threads)
-        runner = Runner(running, computed, self._name, buffers)
+        inputs = [helper.make_tensor_value_info(name, _element_type(array), None) for name, array in given.items()]
+        session = Session(self._graph.part(inputs, computed), self._graph.values, self._name, threads=threads)
+        runner = Runner(session, computed, allocator)
 
         def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
             results = dict(zip(computed, runner(feeds)))
@@ -124,110 +138,146 @@ class OnnxNetwork:
 
         return compute
 
+    def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
+        """The change that adding a shift to the bias of a layer would make."""
+        return bias_of(self._original, self._original_nodes[layer.name], layer.output_axis).change(layer, shift)
+
+    def with_shifts(self, shifts: Mapping[str, Shift]) -> OnnxNetwork:
+        """A copy with these shifts added to the biases of layers."""
+        graph, nodes = _copy(self._original)
+        biases = {layer: bias_of(graph, nodes[layer.name], layer.output_axis) for layer in self.layers if layer.name in shifts}
+        writers = [bias.prepare(layer, shifts[layer.name]) for layer, bias in biases.items()]
+        for write in writers:
+            write()
+        return OnnxNetwork(graph.model, graph.values, self._name)
+
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
-        graph, nodes = self._copy_of_what_computes()
-        position = {name: k for k, name in enumerate(nodes)}
+        """A copy in which layers read their input moved to a grid."""
+        graph, nodes = _copy(self._graph)
         moved: dict[tuple[str, Quantization], str] = {}
-        for name in sorted(quantizations, key=position.__getitem__):
-            node, index = nodes[name], _activation_index(nodes[name], graph)
-            key = node.input[index], quantizations[name]
-            if key not in moved:
-                dtype = graph.value(_weights_of(node, graph)).dtype
-                moved[key] = insert_fake_quantizer(graph, key[0], dtype, key[1], node)
-            graph.set_input(node, index, moved[key])
-        return OnnxNetwork(graph.model, self._name)
+        for name, node in nodes.items():
+            if name in quantizations:
+                index = 1 - weight_index(node, graph)
+                key = node.input[index], quantizations[name]
+                if key not in moved:
+                    dtype = graph.constant(node.input[1 - index]).dtype
+                    moved[key] = insert_fake_quantizer(graph, key[0], dtype, key[1], node)
+                graph.set_input(node, index, moved[key])
+        return OnnxNetwork(graph.model, graph.values, self._name)
 
     def edited(self, edits: Edits) -> OnnxNetwork:
-        graph, nodes = self._copy_of_what_computes()
+        """A copy with these edits."""
+        graph, nodes = _copy(self._graph)
         limiting = [name for name in edits.limits if self._limits(name)]
         edit(graph, nodes, self.layers, limiting, edits)
-        return OnnxNetwork(graph.model, self._name)
+        return OnnxNetwork(graph.model, graph.values, self._name)
 
     def _limits(self, name: str) -> bool:
-        activation = self.surroundings.activations.get(name)
-        return activation is not None and activation.bounds is not None
+        activation = self.facts().activation(name)
+        return activation is not None and activation.type.bounds is not None
 
-    def copy(self) -> OnnxNetwork:
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        return OnnxNetwork(model, self._name)
+    def _small_constants(self, node: onnx.NodeProto) -> Iterator[str]:
+        """The constants of a layer that are read at once, where they are computed."""
+        if node.op_type in _LAYERS and self._graph.is_constant(_weights_of(node, self._graph)):
+            bias = constant_bias(self._graph, node)
+            if bias is not None:
+                yield bias
 
-    def _copy_of_what_computes(self) -> tuple[Graph, dict[str, onnx.NodeProto]]:
-        """To be edited, and its nodes by name."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._graph.model)
-        return Graph(model), named_nodes(model)
-
-    def add_to_bias(self, layer: Layer, shift: NDArray[Any]) -> BiasChange:
-        change = add_to_bias(self._original, self._original_nodes[layer.name], layer, shift)
-        if self._graph is not self._original:
-            add_to_bias(self._graph, self._nodes[layer.name], layer, change.applied)
-        return change
-
-    def _layer(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
+    def _layer(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
         layers = {*_LAYERS, *_WEIGHTED}
         if any(inner.op_type in layers for inner in subgraph_nodes(node)):
-            return "its subgraphs have layers, which are not corrected"
-        if any(inner.op_type in layers for inner in self._graph.function_nodes(node)):
-            return "its function has layers, which are not corrected"
+            return ReasonCode.LAYERS_IN_SUBGRAPH()
+        if not layers.isdisjoint(self._graph.called_operators(node)):
+            return ReasonCode.LAYERS_IN_FUNCTION()
         if self._graph.is_constant(node.output[0]):
             return None
+        if node.op_type == "MatMulNBits":
+            return self._matmul_n_bits(name, node)
         if node.op_type in _WEIGHTED:
-            return "operator is not supported"
+            return ReasonCode.OPERATOR_UNSUPPORTED()
         if node.op_type == "MatMul":
             return self._matmul(name, node)
         if node.op_type not in _LAYERS:
             return None
-        for what, given in zip(("weights are", "its bias is"), node.input[1:3]):
+        for reason, given in zip((ReasonCode.WEIGHTS_COMPUTED(), ReasonCode.BIAS_COMPUTED()), node.input[1:3]):
             if given and not self._graph.is_constant(given):
-                return f"{what} computed at run time"
+                return reason
         return self._gemm(name, node) if node.op_type == "Gemm" else self._conv(name, node)
 
-    def _conv(self, name: str, node: onnx.NodeProto) -> Layer | str:
-        weights = self._graph.value(node.input[1])
-        rank = weights.ndim - 2
+    def _conv(self, name: str, node: onnx.NodeProto) -> Layer | Reason:
+        weights = self._graph.constant(node.input[1])
+        rank = len(weights.shape) - 2
         if rank not in _SPACE:
-            return f"{rank} spatial axes, expected 1 to 3"
+            return ReasonCode.SPATIAL_AXES(count=rank)
         given = attributes(node)
         transposed = node.op_type == "ConvTranspose"
         layout = f"{'IO' if transposed else 'OI'}{_SPACE[rank]}"
         window = (_transposed_window if transposed else _window)(given, weights.shape[2:])
         return self._found(name, node, weights, layout, 1, -rank - 1, groups=given.get("group", 1), window=window)
 
-    def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | str:
+    def _gemm(self, name: str, node: onnx.NodeProto) -> Layer | Reason:
         given = attributes(node)
         if given.get("beta", 1.0) == 0.0:
-            return "its bias has no effect (beta is 0)"
+            return ReasonCode.BIAS_WITHOUT_EFFECT()
         layout = "OI" if given.get("transB", 0) else "IO"
         axis = 0 if given.get("transA", 0) else 1
-        return self._found(name, node, self._graph.value(node.input[1]), layout, axis, -1, gain=given.get("alpha", 1.0))
+        weights = self._graph.constant(node.input[1])
+        return self._found(name, node, weights, layout, axis, -1, gain=given.get("alpha", 1.0))
 
-    def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | str | None:
+    def _matmul(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """x W contracts the last axis of x, W x the one before."""
         index = weight_index(node, self._graph)
         if not self._graph.is_constant(node.input[index]):
             return None
-        weights = self._graph.value(node.input[index])
-        if weights.ndim < 2 or any(size != 1 for size in weights.shape[:-2]):
-            return f"weights of shape {weights.shape} are not one matrix"
-        weights = weights.reshape(weights.shape[-2:])
+        weights = self._graph.constant(node.input[index])
+        shape = weights.shape
+        if len(shape) < 2 or any(size != 1 for size in shape[:-2]):
+            return ReasonCode.NOT_ONE_MATRIX(shape=shape)
+        if len(shape) > 2:
+            batched = weights
+            weights = LazyArray(shape[-2:], weights.dtype, lambda: np.asarray(batched).reshape(shape[-2:]))
         layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
         return self._found(name, node, weights, layout, axis, axis)
 
+    def _matmul_n_bits(self, name: str, node: onnx.NodeProto) -> Layer | Reason:
+        """Runs as it is; its weights are dequantized where they are read."""
+        graph, given = self._graph, attributes(node)
+        inputs = [*node.input, *[""] * (6 - len(node.input))]
+        is_unknown = given.setdefault("bits", 4) not in PACKED_BITS or given.get("weight_prepacked", 0) or inputs[4]
+        constants = [each for each in (*inputs[1:4], inputs[5]) if each]
+        if is_unknown or not all(map(graph.is_constant, constants)):
+            return ReasonCode.OPERATOR_UNSUPPORTED()
+        scales = graph.constant(inputs[2])
+
+        def read() -> NDArray[Any]:
+            zero_points = graph.value(inputs[3]) if inputs[3] else None
+            return weights_of_n_bits(given, graph.value(inputs[1]), graph.value(inputs[2]), zero_points)
+
+        shape = given["K"], given["N"]
+        bias = bias_of(graph, node, -1)
+        return Layer(
+            name,
+            "MatMul",
+            LazyArray(shape, scales.dtype, read),
+            "IO",
+            node.input[0],
+            None,
+            -1,
+            bias.output,
+            -1,
+            weight_step=LazyArray((1, given["N"]), scales.dtype, lambda: steps_of_n_bits(given, graph.value(inputs[2]))),
+            bias=bias.read(),
+            shares_weights=graph.only_reader(inputs[1]) is not node,
+        )
+
     def _found(
-        self,
-        name: str,
-        node: onnx.NodeProto,
-        weights: NDArray[Any],
-        layout: str,
-        channel_axis: int,
-        output_axis: int,
-        **more: Any,
+        self, name: str, node: onnx.NodeProto, weights: Constant, layout: str, channel_axis: int, output_axis: int, **more: Any
     ) -> Layer:
         """A layer, with what is found the same way for all operators."""
         index = weight_index(node, self._graph)
         tensor, quantization = self._read(node.input[1 - index])
+        bias = bias_of(self._graph, node, output_axis)
         return Layer(
             name,
             node.op_type,
@@ -236,23 +286,28 @@ class OnnxNetwork:
             tensor,
             quantization,
             channel_axis,
-            biased_output(self._graph, node),
+            bias.output,
             output_axis,
             weight_step=self._weight_step(node.input[index], weights),
-            bias=bias_of(self._graph, node, -1 - output_axis),
+            bias=bias.read(),
             shares_weights=_shares_weights(node, self._graph),
             **more,
         )
 
-    def _weight_step(self, name: str, weights: NDArray[Any]) -> NDArray[Any] | None:
+    def _weight_step(self, name: str, weights: Constant) -> Constant | None:
         dequantizer = dequantizer_of(self._graph, name)
         if dequantizer is None:
             return None
-        steps = dequantizer.steps_of(self._graph.value(name).shape)
-        return steps.reshape(steps.shape[steps.ndim - weights.ndim :])
+        shape = self._graph.constant(name).shape
+        axes = len(weights.shape)
+        if not dequantizer.block_size:
+            steps = dequantizer.steps_of(shape)
+            return steps.reshape(steps.shape[steps.ndim - axes :])
+        blocks = dequantizer
+        return LazyArray(shape[-axes:], blocks.step.dtype, lambda: blocks.steps_of(shape).reshape(shape[-axes:]))
 
     def _read(self, name: str) -> tuple[str, Quantization | None]:
-        """What a layer reads: quantized values and what they stand for where they are dequantized just before it."""
+        """The tensor that a layer reads: quantized values and their quantization where they are dequantized just before it."""
         dequantizer = dequantizer_of(self._graph, name)
         if dequantizer is None or dequantizer.step.size != 1 or self._graph.is_constant(name):
             return name, None
@@ -322,18 +377,12 @@ def _input(value: onnx.ValueInfoProto) -> ModelInput:
     return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
 
 
-def _activation_index(node: onnx.NodeProto, graph: Graph) -> int:
-    return 1 - weight_index(node, graph)
-
-
-def _constants_of(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
-    """The weights of a layer and its bias, where they are constant."""
-    if node.op_type not in _LAYERS or not graph.is_constant(_weights_of(node, graph)):
-        return
-    yield _weights_of(node, graph)
-    adds = reader_of_bias(graph, node)
-    if adds is not None and graph.is_constant(adds[0].input[adds[1]]):
-        yield adds[0].input[adds[1]]
+def _copy(graph: Graph) -> tuple[Graph, dict[str, onnx.NodeProto]]:
+    """To be edited, and its nodes by name."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    copy = Graph(model, Values(graph.values))
+    return copy, named_nodes(copy.nodes)
 
 
 def _shares_weights(node: onnx.NodeProto, graph: Graph) -> bool:

@@ -76,7 +76,7 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
 def insert_fake_quantizer(
     graph: Graph, tensor: str, dtype: np.dtype[Any], quantization: Quantization, before: onnx.NodeProto
 ) -> str:
-    """The tensor moved to a grid, round(clip(x * scale)) / scale, by nodes in front of one that reads it.
+    """The tensor moved to a grid, round(clip(x * scale)) / scale, by nodes before one that reads it.
 
     They take any number of bits in any opset, where QuantizeLinear and Round have fewer. The clip has the bounds of
     q - zero_point. Adding 1.5 * 2^23 leaves float32 no room for a fraction, so that it rounds to integers, half to even.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from onnx import helper
 
-from biascorr.adapters.onnx.files import fits_in_a_message, write_with_external_data
-from biascorr.calibration.storage import Buffers
+from biascorr.adapters.onnx.tensors import Values, array_of, is_packed, key_of, whole_tensor
+from biascorr.graph.network import Allocator
 
 _FATAL = 4
 
@@ -22,31 +21,125 @@ _WORTH_BINDING = 128 << 10
 """Bytes of outputs below which new memory costs less than to say where else they go (measured)."""
 
 
-def session(model: onnx.ModelProto, name: str, *, threads: int = 0) -> Any:
-    """A session on the CPU. Raises ValueError, naming the model, where onnxruntime does not take it.
+class Session:
+    """A session on the CPU.
 
     No optimization merges a quantizer into its neighbours, whose integer arithmetic may saturate on some CPUs, or rounds real
     weights between quantizers to 8 bits: what runs is the graph, in floating point, on every machine.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        The model; owned by this object.
+    values : mapping
+        The values of its detached tensors.
+    name : str
+        The name that errors give it.
+    threads : int
+        Threads of each run; 0: all there are.
+
+    Raises
+    ------
+    ValueError
+        onnxruntime does not take the model, which is named.
     """
+
+    def __init__(self, model: onnx.ModelProto, values: Values, name: str, *, threads: int = 0) -> None:
+        self._name = name
+        options = _options()
+        options.intra_op_num_threads = threads
+        _make_initializers(model)
+        self._held = _shared(model, values)  # onnxruntime may read them as long as it runs
+        options.add_external_initializers(list(self._held), list(self._held.values()))
+        with _one_line(name):
+            self._session = _made(model, options)
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The named outputs. Raises ValueError, naming what ran, where onnxruntime fails."""
+        with _one_line(self._name):
+            outputs: list[NDArray[Any]] = self._session.run(list(names), dict(feeds))
+        return outputs
+
+    def run_into(self, arrays: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Writes outputs into these arrays, which have their types and shapes."""
+        binding = self._session.io_binding()
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # has to live as long as it runs
+        for name, array in contiguous.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in arrays.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+
+def check(model: onnx.ModelProto, values: Values, name: str) -> None:
+    """Raises ValueError, naming the model, where onnxruntime does not take it.
+
+    Its large tensors are declared as inputs, so that none of them is read or copied; an operator that insists on constants is
+    given them.
+    """
+    declared = onnx.ModelProto()
+    declared.CopyFrom(model)
+    _make_initializers(declared)
+    large = [tensor for tensor in declared.graph.initializer if key_of(tensor) is not None]
+    inputs = {value.name for value in declared.graph.input}
+    for tensor in large:
+        if tensor.name not in inputs:
+            declared.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    kept = [tensor for tensor in declared.graph.initializer if key_of(tensor) is None]
+    options = _options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if large:
+        del declared.graph.initializer[:]
+        declared.graph.initializer.extend(kept)
+    try:
+        with _one_line(name):
+            _made(declared, options)
+    except ValueError:
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        Session(whole, values, name)
+
+
+def _options() -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    providers = ["CPUExecutionProvider"]
-    with _one_line(name):
-        if fits_in_a_message(model):
-            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
-        with tempfile.TemporaryDirectory(prefix="biascorr-") as folder:
-            path = Path(folder) / "model.onnx"
-            write_with_external_data(model, path)
-            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    return options
 
 
-def run(running: Any, names: Sequence[str], feeds: Any, name: str) -> list[NDArray[Any]]:
-    """One run of a session. Raises ValueError, naming what ran, where onnxruntime fails."""
-    with _one_line(name):
-        outputs: list[NDArray[Any]] = running.run(list(names), dict(feeds))
-    return outputs
+def _made(model: onnx.ModelProto, options: Any) -> Any:
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _make_initializers(model: onnx.ModelProto) -> None:
+    """Makes initializers of Constant nodes with detached values."""
+    nodes = model.graph.node
+    for k in reversed([k for k, node in enumerate(nodes) if node.op_type == "Constant"]):
+        if len(nodes[k].attribute) == 1 and key_of(nodes[k].attribute[0].t) is not None:
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(nodes[k].attribute[0].t)
+            tensor.name = nodes[k].output[0]
+            del nodes[k]
+
+
+def _shared(model: onnx.ModelProto, values: Values) -> dict[str, Any]:
+    """The values of detached initializers, as onnxruntime takes them; those that it does not take go into the model."""
+    shared = {}
+    for tensor in model.graph.initializer:
+        if key_of(tensor) is None:
+            continue
+        if is_packed(tensor.data_type):
+            tensor.CopyFrom(whole_tensor(tensor, values))
+            continue
+        array = np.require(array_of(tensor, values), requirements=["A", "C"])
+        if array.dtype.char in "?bBhHiIlLqQefd":
+            shared[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        elif hasattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type"):  # types that numpy has not
+            bits = array.view(f"u{array.dtype.itemsize}")
+            shared[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type)
+        else:  # before onnxruntime 1.20
+            tensor.CopyFrom(whole_tensor(tensor, values))
+    return shared
 
 
 class Runner:
@@ -54,51 +147,34 @@ class Runner:
 
     Parameters
     ----------
-    running : onnxruntime.InferenceSession
-        What runs; several threads may call.
+    session : Session
+        The session; several threads may call.
     names : sequence of str
         Its outputs.
-    name : str
-        What errors call it.
-    buffers : Buffers or None
-        Where outputs are written; None: each run has new memory.
+    allocator : Allocator or None
+        Gives the memory.
     """
 
-    def __init__(self, running: Any, names: Sequence[str], name: str, buffers: Buffers | None) -> None:
-        self._running = running
+    def __init__(self, session: Session, names: Sequence[str], allocator: Allocator | None) -> None:
+        self._session = session
         self._names = list(names)
-        self._name = name
-        self._buffers = buffers
+        self._allocator = allocator
         self._outputs: dict[Any, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}  # by the shapes of the inputs
 
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         key = tuple(array.shape for array in feeds.values())
-        if self._buffers is not None and key in self._outputs:
+        if self._allocator is not None and key in self._outputs:
             try:
-                return self._bound(feeds, [self._buffers.take(*each) for each in self._outputs[key]])
+                arrays = [self._allocator.take(*each) for each in self._outputs[key]]
+                self._session.run_into(dict(zip(self._names, arrays)), feeds)
+                return arrays
             except Exception:  # sizes may depend on values; what else is wrong fails below too
-                self._buffers = None
-        arrays = run(self._running, self._names, feeds, self._name)
+                self._allocator = None
+        arrays = self._session.run(self._names, feeds)
         plain = all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.size for array in arrays)
         if plain and sum(array.nbytes for array in arrays) >= _WORTH_BINDING:
             self._outputs[key] = [(array.shape, array.dtype) for array in arrays]
         return arrays
-
-    def _bound(self, feeds: Mapping[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        binding = self._running.io_binding()
-        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # has to live as long as it runs
-        for name, array in contiguous.items():
-            binding.bind_cpu_input(name, array)
-        for name, array in zip(self._names, arrays):
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._running.run_with_iobinding(binding)
-        return arrays
-
-
-def run_constants(model: onnx.ModelProto) -> list[NDArray[Any]]:
-    """The outputs of a model without inputs."""
-    name = "constant weights"
-    return run(session(model, name), [output.name for output in model.graph.output], {}, name)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What onnx infers of the tensors of a model without running it."""
+"""Types and shapes of tensors that onnx infers without running the model."""
 
 from __future__ import annotations
 

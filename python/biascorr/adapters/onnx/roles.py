@@ -1,10 +1,9 @@
-"""What is around the layers of an ONNX graph: normalizations, activations, what passes values or their means on."""
+"""The roles of ONNX operators between layers: normalizations, activations, what passes channels on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -13,7 +12,21 @@ from biascorr.adapters.onnx.folded import folded_of
 from biascorr.adapters.onnx.graph import Graph, attributes
 from biascorr.adapters.onnx.limits import limits_channels
 from biascorr.adapters.onnx.shapes import Shapes, Types, first_size, inferred_types, known_shapes
-from biascorr.graph.network import ActivationType, BatchNorm, Bound, Surroundings
+from biascorr.graph.axes import Order
+from biascorr.graph.operations import (
+    Activation,
+    ActivationType,
+    BatchNorm,
+    Bound,
+    ChannelPreserving,
+    Facts,
+    Leaky,
+    Role,
+    SpatialEffect,
+)
+
+_CHANNEL_AXIS = 1
+"""Where ONNX has the channels of whatever has some."""
 
 _OTHER = {
     "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "PRelu", "Selu", "Shrink",
@@ -25,39 +38,48 @@ _OF_ANY_ORDER = ("Max", "Min")
 """Operators whose constant may be before the tensor that they limit to it."""
 
 _WITH_PARAMETERS = ("BatchNormalization", "Clip", "Max", "Min", "PRelu", "Pad", "Reshape")
-"""Operators whose constants tell what they are."""
+"""Operators whose role depends on their constants."""
 
 _RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 _UNLIMITED = float(np.finfo(np.float32).max)
-"""What a bound is by default where it is an attribute: beyond it, values are not limited."""
+"""The default bound where it is an attribute: beyond it, values are not limited."""
 
 
-def surroundings_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Surroundings:
-    """Of the named nodes of a graph."""
+def facts_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Facts:
+    """The facts about the named nodes of a graph."""
     acting = {name: node for name, node in nodes.items() if _acts_on_a_tensor(node, graph)}
     parameters = (_parameters(node, graph) for node in acting.values() if node.op_type in _WITH_PARAMETERS)
-    graph.values(name for names in parameters if names is not None for name in names if name)
+    graph.compute(name for names in parameters if names is not None for name in names if name)
     types = inferred_types(graph.model)
     shapes = known_shapes(types)
-    activations = _recognised(acting, lambda _, node: _activation(node, graph, shapes))
-    return Surroundings(
-        batch_norms=_recognised(acting, lambda name, node: _batch_norm(name, node, graph)),
-        activations=activations,
-        limitable=list(activations) if limits_channels(graph) else [],
-        identities={name for name, node in acting.items() if _is_identity(node, graph, shapes)},
-        averages={name for name, node in acting.items() if _is_average(node, graph, shapes)},
-        leaky={name for name, node in acting.items() if _is_leaky(node, graph)},
-        paddings={name for name, node in acting.items() if _is_padding(node, graph, shapes)},
-        flattens={name for name, node in acting.items() if _is_flatten(node, graph, types, shapes)},
-        folded={name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
-        shapes=shapes,
+    found = {name: _role(name, node, graph, types, shapes) for name, node in acting.items()}
+    return Facts(
+        {name: role for name, role in found.items() if role is not None},
+        shapes,
+        {name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
     )
 
 
-def _recognised(nodes: Mapping[str, onnx.NodeProto], recognise: Callable[[str, onnx.NodeProto], Any]) -> dict[str, Any]:
-    found = ((name, recognise(name, node)) for name, node in nodes.items())
-    return {name: each for name, each in found if each is not None}
+def _role(name: str, node: onnx.NodeProto, graph: Graph, types: Types, shapes: Shapes) -> Role | None:
+    if node.op_type == "BatchNormalization":
+        return _batch_norm(name, node, graph)
+    if _is_leaky(node, graph):
+        return Leaky()
+    activation = _activation(node, graph, shapes)
+    if activation is not None:
+        return Activation(activation, _CHANNEL_AXIS, limits_channels(graph))
+    if node.op_type in ("Dropout", "Identity") and _is_identity(node, graph, shapes):
+        return ChannelPreserving(SpatialEffect.NONE)
+    if _is_identity(node, graph, shapes):
+        return ChannelPreserving(SpatialEffect.NONE, _CHANNEL_AXIS, _CHANNEL_AXIS)
+    if _is_average(node, graph, shapes):
+        return ChannelPreserving(SpatialEffect.AVERAGE, _CHANNEL_AXIS, _CHANNEL_AXIS)
+    if _is_padding(node, graph, shapes):
+        return ChannelPreserving(SpatialEffect.PADDING, _CHANNEL_AXIS, _CHANNEL_AXIS)
+    if _is_flatten(node, graph, types, shapes):
+        return ChannelPreserving(SpatialEffect.FLATTEN, _CHANNEL_AXIS, _CHANNEL_AXIS, Order.REPEATED)
+    return None
 
 
 def _acts_on_a_tensor(node: onnx.NodeProto, graph: Graph) -> bool:
@@ -67,14 +89,12 @@ def _acts_on_a_tensor(node: onnx.NodeProto, graph: Graph) -> bool:
 
 
 def _parameters(node: onnx.NodeProto, graph: Graph) -> list[str] | None:
-    """The inputs of a node behind its first; None where they are not all constant."""
+    """The inputs of a node after its first; None where they are not all constant."""
     names = list(node.input[1:])
     return names if all(not name or graph.is_constant(name) for name in names) else None
 
 
 def _batch_norm(name: str, node: onnx.NodeProto, graph: Graph) -> BatchNorm | None:
-    if node.op_type != "BatchNormalization":
-        return None
     given, parameters = attributes(node), _parameters(node, graph)
     trains = given.get("training_mode", 0) or any(node.output[1:])  # up to opset 13 only its outputs tell
     if trains or not given.get("spatial", 1) or parameters is None:
@@ -107,7 +127,7 @@ def _clip_bounds(node: onnx.NodeProto, graph: Graph) -> tuple[float, float] | No
 
 
 def _bound(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> Bound | None:
-    """What a Max or Min limits one tensor to: a number, or one for each channel along axis 1; None for anything else."""
+    """The limit that a Max or Min sets one tensor: a number, or one for each channel along axis 1; None for anything else."""
     constants = [name for name in node.input if graph.is_constant(name)]
     if len(node.input) != 2 or len(constants) != 1:
         return None
@@ -132,7 +152,7 @@ def _is_padding(node: onnx.NodeProto, graph: Graph, shapes: Shapes) -> bool:
     if node.op_type != "Pad" or names is None or given.get("mode", b"constant") != b"constant":
         return False
     given |= {key: graph.value(name) for key, name in zip(("pads", "value", "axes"), names) if name}
-    pads = np.reshape(given["pads"], (2, -1))  # in front and behind
+    pads = np.reshape(given["pads"], (2, -1))  # before and after
     axes = np.asarray(given.get("axes", range(pads.shape[1])))
     rank = len(shapes.get(node.input[0], ()))
     outer = np.where(axes < 0, axes + rank, axes) < 2  # where the rank is not known, any from the end may be one of these
@@ -154,7 +174,7 @@ def _is_flatten(node: onnx.NodeProto, graph: Graph, types: Types, shapes: Shapes
 
 
 def _product(sizes: Sequence[int | None]) -> int:
-    """Of sizes that are all known, else 0."""
+    """The product of sizes that are all known, else 0."""
     return math.prod(size or 0 for size in sizes)
 
 

@@ -1,0 +1,51 @@
+"""Checks of arguments that several functions take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def checked_integer(name: str, value: Any, least: int, most: int | None = None, *, otherwise: str = "") -> int:
+    """The value as an int.
+
+    Parameters
+    ----------
+    name : str
+        The name that the error gives it.
+    value : int or numpy integer
+        The argument; booleans are none.
+    least, most : int
+        The limits; None: no upper one.
+    otherwise : str
+        Another value that is allowed, for the error.
+
+    Raises
+    ------
+    ValueError
+        The value is no integer, or not within the limits.
+
+    Examples
+    --------
+    >>> checked_integer("bits", 8, 2, 32)
+    8
+    >>> checked_integer("iterations", 0, 1, otherwise="None")
+    Traceback (most recent call last):
+    ...
+    ValueError: iterations: 0, expected an integer of at least 1, or None
+    """
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_integer and value >= least and (most is None or value <= most):
+        return int(value)
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name}: {value!r}, expected an integer {limits}" + (f", or {otherwise}" if otherwise else ""))
+
+
+def checked_groups(groups: Any) -> int:
+    """The groups of a layer as an int. Raises TypeError where they are none, ValueError below 1 and from 2^31 on."""
+    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool):
+        raise TypeError(f"groups: {type(groups).__name__}, expected an integer")
+    if not 1 <= groups < 2**31:
+        raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
+    return int(groups)

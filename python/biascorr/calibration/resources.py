@@ -1,0 +1,92 @@
+"""The memory and the CPUs that this process may use: those of its container, not of its host.
+
+Read from the files of control groups, version 1 and 2, from the group of the process up to the root of what it can see; the
+tightest limit counts. Caches of files that can be dropped do not count as used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from biascorr.arguments import checked_integer
+
+_ROOT = Path("/")
+_UNLIMITED = 1 << 60
+"""Version 1 says so much, or a little more, where there is no limit."""
+
+
+def free_memory(root: Path = _ROOT) -> int:
+    """Bytes that can still be had."""
+    return max(0, min(_free_on_host(root), *_free_in_groups(root), _UNLIMITED))
+
+
+def available_cpus(root: Path = _ROOT) -> int:
+    """CPUs that threads of this process can keep busy, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *(math.ceil(share) for share in _cpu_shares(root))]))
+
+
+def checked_threads(threads: int | None) -> int:
+    """Threads to use; None: one for each CPU that there is. Raises ValueError where it is below 1."""
+    return available_cpus() if threads is None else checked_integer("threads", threads, 1, otherwise="None")
+
+
+def _free_on_host(root: Path) -> int:
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    for folder in _groups(root, ""):
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None:
+            yield limit - used + _droppable(folder, "inactive_file")
+    for folder in _groups(root, "memory"):
+        limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            yield limit - used + _droppable(folder, "total_inactive_file")
+
+
+def _droppable(folder: Path, key: str) -> int:
+    entries = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    return next((int(entry[1]) for entry in entries if len(entry) == 2 and entry[0] == key), 0)
+
+
+def _cpu_shares(root: Path) -> Iterator[float]:
+    for folder in _groups(root, ""):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.strip().isdigit():
+            yield int(quota) / int(period)
+    for folder in _groups(root, "cpu"):
+        quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota_us is not None and period_us and quota_us > 0:
+            yield quota_us / period_us
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the group of this process and of those around it; version 2 where the controller is empty."""
+    mounted = root / "sys/fs/cgroup" / controller
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            group = mounted / path.lstrip("/")
+            inside = [group, *group.parents]
+            yield from dict.fromkeys([*inside[: inside.index(mounted)], mounted] if mounted in inside else [mounted])
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _text(path: Path) -> str:
+    """The contents of a file; empty where it is not there or must not be read."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,118 @@
+"""Measurements of the layers of a stage: means of outputs per sample, means of inputs; parts of the batches are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+from biascorr.calibration.samples import SampleMeans, Samples
+from biascorr.graph.layer import Layer
+from biascorr.graph.network import Feeds
+from biascorr.statistics import ChannelMean, TapMean
+
+InputMean: TypeAlias = ChannelMean | TapMean
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Measurements of a layer, all layers before it corrected.
+
+    Parameters
+    ----------
+    output : SampleMeans
+        Of its output.
+    activated : SampleMeans or None
+        Of the tensor after its activation; None where that was not asked for.
+    input : ndarray or None
+        Its mean input over the fitted samples, (C,) or (*K, C); None where that was not asked for, or no sample has elements.
+    """
+
+    output: SampleMeans
+    activated: SampleMeans | None
+    input: NDArray[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The measurements that are wanted of the layers of a stage.
+
+    Parameters
+    ----------
+    outputs, inputs : bool
+        Their mean outputs, their mean inputs.
+    activated : mapping from str to str
+        The tensors after their activations, by layer name.
+    """
+
+    outputs: bool = True
+    inputs: bool = False
+    activated: Mapping[str, str] = field(default_factory=dict)
+
+    def axes(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """The tensors whose means are wanted, and the axes of their channels."""
+        axes = {layer.output: layer.output_axis for layer in layers if self.outputs}
+        after = [layer for layer in layers if layer.name in self.activated]
+        return axes | {self.activated[layer.name]: layer.output_axis for layer in after}
+
+    def tensors(self, layers: Sequence[Layer]) -> list[str]:
+        """The tensors that are measured."""
+        return [*self.axes(layers), *(layer.input for layer in layers if self.inputs)]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """Measurements of some batches.
+
+    Parameters
+    ----------
+    means : dict from str to list of SampleMeans
+        Of tensors by name, in the order of the batches.
+    inputs : dict
+        Means of inputs, by what is averaged: several layers may read one tensor in the same way.
+    """
+
+    means: dict[str, list[SampleMeans]] = field(default_factory=dict)
+    inputs: dict[Any, InputMean] = field(default_factory=dict)
+
+    @classmethod
+    def of_batch(cls, layers: Sequence[Layer], wanted: Wanted, tensors: Feeds, samples: Samples, batch: int) -> Measurements:
+        """Measures one batch."""
+        found = cls({name: [samples.means(tensors[name], axis, batch)] for name, axis in wanted.axes(layers).items()})
+        averaged = {_averaged(layer): layer for layer in layers if wanted.inputs}
+        for key, layer in averaged.items():
+            for array in samples.fitted(tensors[layer.input], batch):
+                if array.size:
+                    found.inputs.setdefault(key, empty_mean(layer)).update(array)
+        return found
+
+    def merge(self, later: Measurements) -> None:
+        """Adds those of the batches that follow."""
+        for name, means in later.means.items():
+            self.means.setdefault(name, []).extend(means)
+        for key, mean in later.inputs.items():
+            known: Any = self.inputs.setdefault(key, mean)
+            if known is not mean:
+                known.merge(mean)
+
+    def of(self, layer: Layer, wanted: Wanted) -> Measured:
+        """The measurements of a layer."""
+        activated, mean = wanted.activated.get(layer.name), self.inputs.get(_averaged(layer))
+        return Measured(
+            SampleMeans.joined(self.means[layer.output]),
+            None if activated is None else SampleMeans.joined(self.means[activated]),
+            None if mean is None else mean.mean(layer.input_quantization),
+        )
+
+
+def empty_mean(layer: Layer) -> InputMean:
+    """An accumulator of the mean input of a layer."""
+    if layer.window is None:
+        return ChannelMean(channel_axis=layer.channel_axis)
+    return TapMean(layer.window, channel_axis=layer.channel_axis)
+
+
+def _averaged(layer: Layer) -> tuple[Any, ...]:
+    return layer.input, layer.channel_axis, layer.window

@@ -1,0 +1,144 @@
+"""Memory and CPUs are those of the container: files of control groups, version 1 and 2, laid out as the kernel does it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from biascorr import correct, equalize
+from biascorr.calibration.resources import available_cpus, checked_threads, free_memory
+from biascorr.calibration.storage import checked_budget
+from networks import samples, two_layers
+
+GB = 1 << 30
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Of a host with 64 GB free."""
+    write(tmp_path, "proc/meminfo", f"MemTotal: {128 * GB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {64 * GB // 1024} kB\n")
+    return tmp_path
+
+
+def write(root, path, text):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text, encoding="ascii")
+
+
+def test_a_host_without_groups(root):
+    assert free_memory(root) == 64 * GB
+    assert available_cpus(root) == CPUS
+
+
+def test_no_files_at_all(tmp_path):
+    assert free_memory(tmp_path) > 0
+    assert available_cpus(tmp_path) == CPUS
+
+
+def version_2(root, group="/", *, at="", limit=None, used=0, inactive=0, cpus=None):
+    write(root, "proc/self/cgroup", f"0::{group}\n")
+    folder = f"sys/fs/cgroup/{at}"
+    write(root, f"{folder}/memory.max", f"{limit or 'max'}\n")
+    write(root, f"{folder}/memory.current", f"{used}\n")
+    write(root, f"{folder}/memory.stat", f"anon 5\ninactive_file {inactive}\n")
+    write(root, f"{folder}/cpu.max", f"{cpus or 'max 100000'}\n")
+
+
+def version_1(root, group="/", *, at="", limit=2**63 - 4096, used=0, inactive=0, quota=-1, period=100000):
+    write(root, "proc/self/cgroup", f"11:memory:{group}\n4:cpu,cpuacct:{group}\n1:name=systemd:/x\n")
+    write(root, f"sys/fs/cgroup/memory/{at}/memory.limit_in_bytes", f"{limit}\n")
+    write(root, f"sys/fs/cgroup/memory/{at}/memory.usage_in_bytes", f"{used}\n")
+    write(root, f"sys/fs/cgroup/memory/{at}/memory.stat", f"cache 7\ntotal_inactive_file {inactive}\n")
+    write(root, f"sys/fs/cgroup/cpu/{at}/cpu.cfs_quota_us", f"{quota}\n")
+    write(root, f"sys/fs/cgroup/cpu/{at}/cpu.cfs_period_us", f"{period}\n")
+
+
+both_versions = pytest.mark.parametrize("version", [version_1, version_2])
+
+
+@both_versions
+def test_without_limits_memory_is_that_of_the_host(version, root):
+    version(root)
+    assert free_memory(root) == 64 * GB
+    assert available_cpus(root) == CPUS
+
+
+@both_versions
+def test_a_limit_counts_less_what_is_used_and_cannot_be_dropped(version, root):
+    version(root, limit=4 * GB, used=3 * GB, inactive=GB // 2)
+    assert free_memory(root) == 3 * GB // 2
+
+
+@both_versions
+def test_a_limit_above_what_the_host_has_changes_nothing(version, root):
+    version(root, limit=100 * GB)
+    assert free_memory(root) == 64 * GB
+
+
+@both_versions
+def test_more_used_than_allowed_leaves_nothing(version, root):
+    version(root, limit=GB, used=2 * GB)
+    assert free_memory(root) == 0
+
+
+@both_versions
+def test_the_tightest_group_on_the_path_counts(version, root):
+    version(root, "/pod/container", at="pod/container", limit=8 * GB, used=GB)
+    assert free_memory(root) == 7 * GB
+    version(root, "/pod/container", at="pod", limit=2 * GB, used=GB)
+    assert free_memory(root) == GB
+
+
+@both_versions
+def test_groups_beside_the_path_do_not_count(version, root):
+    version(root, "/pod/other", at="pod/container", limit=GB)
+    assert free_memory(root) == 64 * GB
+
+
+@both_versions
+def test_a_group_that_is_mounted_as_the_root_is_found_there(version, root):
+    """As in a container without a namespace of its own: the path is that of the host."""
+    version(root, "/docker/0123abc", limit=2 * GB)
+    assert free_memory(root) == 2 * GB
+
+
+def test_shares_of_cpus_are_rounded_up(root):
+    version_2(root, cpus="50000 100000")
+    assert available_cpus(root) == 1
+    version_2(root, cpus="150000 100000")
+    assert available_cpus(root) == min(2, CPUS)
+    version_1(root, quota=1, period=100000)
+    assert available_cpus(root) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="there is no affinity to set")
+def test_cpus_are_those_of_the_affinity_mask():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from biascorr.calibration.resources import available_cpus; print(available_cpus())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+def test_arguments():
+    assert checked_threads(3) == 3
+    assert checked_threads(np.int64(2)) == 2
+    assert checked_threads(None) == available_cpus()
+    assert checked_budget(0) == 0
+    assert 0 < checked_budget(None) <= free_memory() + GB
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("function", [correct, equalize])
+def test_wrong_numbers_of_threads(function, threads):
+    with pytest.raises(ValueError, match=r"^threads: .*, expected an integer of at least 1, or None$"):
+        function(two_layers(), samples(4, 3, 6, 6), threads=threads)
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5, True, "2GB"])
+@pytest.mark.parametrize("function", [correct, equalize])
+def test_wrong_budgets(function, budget):
+    with pytest.raises(ValueError, match=r"^memory_budget: .*, expected an integer of at least 0, or None$"):
+        function(two_layers(), samples(4, 3, 6, 6), memory_budget=budget)

@@ -1,0 +1,86 @@
+"""The layout of the package: folders import what is below them, adapters import graph/ alone, the core needs numpy alone."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "python" / "biascorr"
+
+ARRAYS = "array interface"
+BELOW = {
+    ARRAYS: set(),
+    "graph": {ARRAYS},
+    "adapters": {"graph", ARRAYS},
+    "calibration": {"graph", ARRAYS},
+    "sweep": {"calibration", "graph", ARRAYS},
+    "equalization": {"adapters", "calibration", "graph", ARRAYS},
+    "correction": {"adapters", "calibration", "equalization", "graph", "sweep", ARRAYS},
+    "report": {"calibration", "correction", "equalization", "graph", ARRAYS},
+    "cli": {"calibration", "correction", "equalization", "graph", "report", ARRAYS},
+}
+"""What each folder may import besides itself, lowest first."""
+
+EXTRAS = {"adapters": {"onnx", "onnxruntime", "google"}, "report": {"rich"}, "cli": {"typer", "rich"}}
+"""What each folder may import of what an extra brings."""
+
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py") or path.parent != PACKAGE
+)
+
+
+def folder_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ARRAYS
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The modules that a file imports, those inside functions among them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" if node.module == "biascorr" else node.module for alias in node.names)
+
+
+def folder_imported(module: str) -> str | None:
+    """The folder of this package that a module is in; None for modules of others."""
+    name, *rest = module.split(".")
+    if name != "biascorr":
+        return None
+    return rest[0] if rest and (PACKAGE / rest[0]).is_dir() else ARRAYS
+
+
+def test_every_folder_has_its_place():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(BELOW) - {ARRAYS}
+
+
+def test_what_is_below_is_below_only():
+    order = list(BELOW)
+    assert all(order.index(lower) < order.index(folder) for folder, below in BELOW.items() for lower in below)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    folder = folder_of(path)
+    imported = {folder_imported(module) for module in imports_of(path)} - {None, folder}
+    assert imported <= BELOW[folder]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_folder_of_an_extra_imports_it(path):
+    others = {module.split(".")[0] for module in imports_of(path)} - {"biascorr"} - sys.stdlib_module_names
+    assert others - {"numpy"} <= EXTRAS.get(folder_of(path), set())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "adapters").glob("*/*.py")), ids=lambda path: path.parent.name + "/" + path.name
+)
+def test_an_adapter_imports_no_other(path):
+    modules = [module for module in imports_of(path) if module.startswith("biascorr.adapters")]
+    assert all(module.startswith(f"biascorr.adapters.{path.parent.name}") for module in modules)
