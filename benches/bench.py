@@ -1,13 +1,15 @@
-"""How fast the kernels are beside the machine's memory and beside numpy, as ratios measured in one run.
+"""Compares the kernels with the machine's memory and with numpy, as ratios measured in one run.
 
     make bench                                            all rows
     make bench BENCH="--only mean int8 C=64"              rows whose name has all these words
     make bench BENCH="--quick --only contraction OIHW"    fewer bursts, smaller samples
+    make bench BENCH="--only decoder"                     whole networks: see decoders.py and big_graphs.py
 
-Each row first checks that all expressions agree. `of read` is the part of the bandwidth that one gets who only reads as many
-bytes, with as many threads, in the same turns. `twin` is the plain numpy code that a user would write; `best` is the fastest
-numpy expression known here that is accurate enough, named in the last column; `torch` is timed where it is installed (group
-`bench` of pyproject.toml). These ratios are those of the last number of threads; above 1 biascorr is faster.
+Each row first checks that all expressions agree. `of read` is the part of the memory bandwidth reached: the time of reading the
+same bytes and doing nothing else, with as many threads, measured in turns with the row. `twin` is the plain numpy code that a
+user would write. `best` is the fastest numpy expression known here that is accurate enough, named in the last column. `torch`
+is timed where it is installed (group `bench` of pyproject.toml). The ratios are for the last number of threads; above 1,
+biascorr is faster.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import subprocess
 import sys
 from itertools import chain
 
+import big_graphs
+import decoders
 from biascorr import get_num_threads
 from contractions import contractions, fused_contractions, small_contractions
 from means import channel_means, small_means, tap_means
@@ -68,7 +72,7 @@ def ratio(theirs: float, ours: float) -> str:
 
 
 def import_cost() -> str:
-    """What importing biascorr adds to importing numpy, by processes that take turns."""
+    """The milliseconds that importing biascorr adds to importing numpy, in processes that take turns."""
     names = ("numpy", "biascorr")
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # from bytecode, as an installation does
     runs: dict[str, list[float]] = {name: [] for name in names}
@@ -80,11 +84,17 @@ def import_cost() -> str:
     return f"{'import biascorr over import numpy':<46}{f'{ours - numpy:.1f} ms':>12}  ({numpy:.0f} ms with numpy alone)"
 
 
+def print_networks(words: set[str]) -> None:
+    """Rows of whole networks, which print themselves: they have other columns."""
+    for module in (decoders, big_graphs):
+        module.print_rows([row for row in module.ROWS if words <= set(f"{module.SECTION} {row.name}".split())])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has all these words")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, get_num_threads()], help="numbers of threads")
-    parser.add_argument("--quick", action="store_true", help="fewer bursts, smaller samples")
+    parser.add_argument("--quick", action="store_true", help="fewer bursts, smaller samples, no networks")
     options = parser.parse_args()
     large, bursts = (QUICK_BYTES, QUICK_BURSTS) if options.quick else (LARGE_BYTES, BURSTS)
     threads, torch, words = sorted(set(options.threads)), importlib.util.find_spec("torch") is not None, set(options.only)
@@ -98,6 +108,8 @@ def main() -> None:
                 title = ""
     if words <= {"import", "biascorr", "numpy"}:
         print("\n" + import_cost())
+    if not options.quick:
+        print_networks(words)
 
 
 if __name__ == "__main__":
