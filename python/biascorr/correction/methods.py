@@ -13,6 +13,7 @@ method matches the mean that is seen. s is found by the secant method from the e
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ _SECANT_STEPS = 2
 """More change nothing that matters (measured)."""
 
 
-class Method:
+class Method(abc.ABC):
     """Finds the shifts of the layers of a stage: first ones, which may be refined by their effect, and what is left of them."""
 
     wanted = Wanted()
@@ -41,9 +42,9 @@ class Method:
     refinements = 0
     """How often shifts are refined."""
 
+    @abc.abstractmethod
     def shift(self, layer: Layer, measured: Measured) -> Shift:
         """The first shift of a quantized layer, (channels,) in real units; nan where it is not known."""
-        raise NotImplementedError
 
     def refined(self, layer: Layer, measured: Measured, shift: Shift, after: SampleMeans) -> Shift:  # noqa: ARG002
         """A better shift, from the means after the activation of the layer with this one."""
