@@ -210,7 +210,9 @@ class CandidateBuilder:
                 if change is not None:
                     sweep.shift(layer, change)
             self._progress(choice.label, done, len(sweep.stages))
-        return self._finished(candidate, sweep)
+        scored = replace(candidate, score=self._score(sweep.outputs()))
+        sweep.finish()
+        return scored
 
     def _with_known(self, choice: Choice, shifts: Mapping[str, Shift], otherwise: Reason) -> Candidate:
         """The network with shifts that are known, which only has to run to be scored; why other layers have none."""
@@ -224,12 +226,6 @@ class CandidateBuilder:
             return candidate
         corrected = self._quantized.with_shifts(candidate.shifts)
         return replace(candidate, score=self._score(self._outputs(corrected)))
-
-    def _finished(self, candidate: Candidate, sweep: Sweep) -> Candidate:
-        """Scored, where candidates are."""
-        scored = replace(candidate, score=self._score(sweep.outputs()))
-        sweep.finish()
-        return scored
 
     def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
         """Adds a layer to a candidate; returns the change of its bias, None where it stays as it is."""

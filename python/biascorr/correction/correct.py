@@ -282,7 +282,7 @@ def _simulated_attempts(options: _Options, params: QuantParams, equalize: bool) 
     equalization = equalized(reference, samples, progress, options.threads) if equalize else None
     networks = {False: reference}
     if equalization is not None and equalization.is_anything_done:
-        networks[True] = require_edits(equalization.network, "model", "simulated quantization")
+        networks[True] = equalization.network
     attempts = []
     for is_equalized, network in networks.items():
         measured = simulated(network, params, samples.feeds(), options.threads)
