@@ -5,8 +5,7 @@ A candidate is shifts and a score, never a copy of a model. What candidates shar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,27 +14,15 @@ from biascorr.calibration.data import Progress
 from biascorr.calibration.samples import Samples
 from biascorr.correction.analytical import analytical_shift
 from biascorr.correction.methods import Activation, Empirical, Hybrid, Mean, Method, mean_shift
-from biascorr.correction.scoring import NOT_SCORED, OutputErrors, Score
+from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.graph.activations import activated_pairs
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers
 from biascorr.graph.layer import Layer
 from biascorr.graph.matching import Match
-from biascorr.graph.network import BiasNetwork, Feeds, Network, Shift
+from biascorr.graph.network import BiasNetwork, Network, Shift
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
-from biascorr.sweep.sweep import Sweep, local_shards
-
-_LARGE = 256 << 20
-"""Bytes of weights beyond which a network is not run at once: onnxruntime keeps a copy of those that run."""
-
-_MANY = 2000
-"""Operations beyond which a network is not run at once: what onnxruntime takes to prepare them grows faster than they do."""
-
-_WITH_REFERENCE = ("empirical", "activation", "hybrid")
-"""Methods that measure the float network."""
-
-_DEPTH = 8
-"""Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
+from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 
 
 @dataclass(frozen=True)
@@ -116,10 +103,8 @@ class CandidateBuilder:
         See :data:`Progress`.
     threads : int
         Threads that it may use.
-    is_scored : bool
-        Whether candidates are scored, which takes a pass through the rest of each network.
-    expected_by : Network, optional
-        The float network whose outputs candidates are scored against, where that is another than `reference`.
+    expected : FloatOutputs, optional
+        The float outputs that candidates are scored against; None: they are not scored.
     norms : mapping, optional
         The batch normalizations around the layers of the float network; None: those found there.
     """
@@ -134,8 +119,7 @@ class CandidateBuilder:
         progress: Progress,
         *,
         threads: int,
-        is_scored: bool = False,
-        expected_by: Network | None = None,
+        expected: FloatOutputs | None = None,
         norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
         self._reference = reference
@@ -144,14 +128,12 @@ class CandidateBuilder:
         self._samples = samples
         self._progress = progress
         self._threads = threads
-        self._is_scored = is_scored
-        self._expected_by = expected_by or reference
+        self._expected = expected
         self._norms = norms
         self._layers = [match.quantized for match in matches.values()]
         pairs = {name: (match.reference, match.quantized) for name, match in matches.items()}
         methods = {choice.method for choice in choices}
         self._activated = activated_pairs(reference, quantized, pairs) if "activation" in methods else {}
-        self._uses_reference = not methods.isdisjoint(_WITH_REFERENCE)
         self._reference_measured: dict[str, Measured] | None = None
         self._known_analytical: dict[str, Shift] | None = None
 
@@ -162,15 +144,13 @@ class CandidateBuilder:
 
     def uncorrected(self, choice: Choice) -> Candidate:
         """The network as it is."""
-        self._expect_outputs()
         candidate = Candidate(choice)
         for layer in self._layers:
             candidate.keep(layer, ReasonCode.NOT_BETTER())
-        return replace(candidate, score=self._score(self._outputs(self._quantized)) if self._is_scored else NOT_SCORED)
+        return self._scored(candidate)
 
     def candidate(self, choice: Choice) -> Candidate:
         """The candidate that is made so."""
-        self._expect_outputs()
         if choice.method == "mean":
             return self._with_known(choice, self._mean_shifts(), ReasonCode.NO_VALUES())
         if choice.method == "analytical":
@@ -210,9 +190,8 @@ class CandidateBuilder:
                 if change is not None:
                     sweep.shift(layer, change)
             self._progress(choice.label, done, len(sweep.stages))
-        scored = replace(candidate, score=self._score(sweep.outputs()))
         sweep.finish()
-        return scored
+        return self._scored(candidate)
 
     def _with_known(self, choice: Choice, shifts: Mapping[str, Shift], otherwise: Reason) -> Candidate:
         """The network with shifts that are known, which only has to run to be scored; why other layers have none."""
@@ -222,10 +201,14 @@ class CandidateBuilder:
                 self._corrected(candidate, layer, shifts[layer.name])
             else:
                 candidate.keep(layer, otherwise)
-        if not self._is_scored:
+        return self._scored(candidate)
+
+    def _scored(self, candidate: Candidate) -> Candidate:
+        """With the score of the network as it would be saved, which a sweep does not know to the last rounding."""
+        if self._expected is None:
             return candidate
-        corrected = self._quantized.with_shifts(candidate.shifts)
-        return replace(candidate, score=self._score(self._outputs(corrected)))
+        network = self._quantized.with_shifts(candidate.shifts) if candidate.shifts else self._quantized
+        return replace(candidate, score=self._expected.score(network))
 
     def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
         """Adds a layer to a candidate; returns the change of its bias, None where it stays as it is."""
@@ -258,21 +241,17 @@ class CandidateBuilder:
     def _measure_reference(self) -> dict[str, Measured]:
         layers = list({match.reference.name: match.reference for match in self._matches.values()}.values())
         activated = {self._matches[name].reference.name: tensor for name, (tensor, _) in self._activated.items()}
-        sweep = self._sweep(self._reference, layers, Wanted(activated=activated), depth=_DEPTH)
+        sweep = self._sweep(self._reference, layers, Wanted(activated=activated), depth=DEPTH)
         found: dict[str, Measured] = {}
         for done, stage in enumerate(sweep.stages, start=1):
             found |= sweep.measure(stage)
             self._progress("float network", done, len(sweep.stages))
-        if self._is_scored and self._expected_by is self._reference:
-            for batch, outputs in sweep.outputs():
-                if self._samples.is_scored(batch).any():
-                    self._keep_expected(outputs, batch)
         sweep.finish()
         return {name: found[match.reference.name] for name, match in self._matches.items()}
 
     def _mean_shifts(self) -> dict[str, Shift]:
         """The weight error of each layer times its mean input in the uncorrected network."""
-        sweep = self._sweep(self._quantized, self._layers, Wanted(inputs=True), depth=_DEPTH)
+        sweep = self._sweep(self._quantized, self._layers, Wanted(inputs=True), depth=DEPTH)
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
         shifts: dict[str, Shift] = {}
         for done, stage in enumerate(sweep.stages, start=1):
@@ -315,57 +294,17 @@ class CandidateBuilder:
         inputs = {each.name for each in self._reference.inputs}
         first = {name: match for name, match in self._matches.items() if match.reference.input in inputs}
         means: dict[str, InputMean] = {}
-        for batch, feeds in enumerate(self._samples.feeds()):
+        for feeds in self._samples.feeds(self._samples.fitted_batches):
             for name, match in first.items():
-                for array in self._samples.fitted(feeds[match.reference.input], batch):
-                    if array.size:
-                        means.setdefault(name, empty_mean(match.reference)).update(array)
+                if feeds[match.reference.input].size:
+                    means.setdefault(name, empty_mean(match.reference)).update(feeds[match.reference.input])
         return {
             name: mean_shift(match.quantized, match.reference.weights, means[name].mean(match.reference.input_quantization))
             for name, match in first.items()
             if name in means
         }
 
-    def _sweep(
-        self, network: Network, layers: Sequence[Layer], wanted: Wanted, batches: Sequence[int] | None = None, *, depth: int = 1
-    ) -> Sweep:
-        shards = local_shards(network, self._samples, self._threads, batches)
+    def _sweep(self, network: Network, layers: Sequence[Layer], wanted: Wanted, *, depth: int = 1) -> Sweep:
+        """A sweep over the batches with fitted samples."""
+        shards = local_shards(network, self._samples, self._threads, self._samples.fitted_batches)
         return Sweep(network, layers, shards, wanted, depth=depth)
-
-    def _score(self, outputs: Iterable[tuple[int, Feeds]]) -> Score:
-        """The score of outputs by batch, which are only computed where they are scored."""
-        if not self._is_scored:
-            return NOT_SCORED
-        errors, names = OutputErrors(), self._expected_by.outputs
-        for batch, computed in outputs:
-            if self._samples.is_scored(batch).any():
-                for name, array in zip(names, computed.values()):
-                    expected = self._samples.storage["float", name, batch]
-                    errors.add(name, self._samples.held_out(expected, batch), self._samples.held_out(array, batch))
-        return errors.score
-
-    def _expect_outputs(self) -> None:
-        """Computes the float outputs before anything else runs, along with what candidates need of the float network."""
-        if not self._is_scored:
-            return
-        if self._uses_reference and self._layers:
-            self._reference_measurements()
-        if ("float", self._expected_by.outputs[0], self._scored_batches()[0]) not in self._samples.storage:
-            for batch, outputs in self._outputs(self._expected_by):
-                self._keep_expected(outputs, batch)
-
-    def _keep_expected(self, outputs: Feeds, batch: int) -> None:
-        for name, array in outputs.items():
-            self._samples.storage["float", name, batch] = array
-
-    def _scored_batches(self) -> list[int]:
-        return [batch for batch in range(self._samples.batches) if self._samples.is_scored(batch).any()]
-
-    def _outputs(self, network: Network) -> Iterator[tuple[int, Feeds]]:
-        """Outputs of a network for the batches that are scored; in stages where it is too large to run at once."""
-        weights = sum(math.prod(layer.weights.shape) * layer.weights.dtype.itemsize for layer in network.layers)
-        layers = network.layers if weights > _LARGE or len(network.operations) > _MANY else []
-        sweep = self._sweep(network, layers, Wanted(outputs=False), self._scored_batches(), depth=_DEPTH)
-        for stage in sweep.stages:
-            sweep.measure(stage)
-        yield from sweep.outputs()

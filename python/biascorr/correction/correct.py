@@ -15,7 +15,7 @@ from biascorr.calibration.samples import ONE_OF, Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
-from biascorr.correction.scoring import NOT_SCORED, Score
+from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.graph.layer import Layer
@@ -210,12 +210,14 @@ def correct(
         report_progress = progress or (lambda *_: None)
         if data is not None:
             samples.read(data, (given or reference).inputs, report_progress)
-        options = _Options(wanted, samples, report_progress, threads, reference, method == "auto")
+        expected = FloatOutputs(reference, samples, threads)
+        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto")
         if given is not None and matches is not None:
             made = _candidates(options, reference, given, matches, False, True)
             equalization, attempts = None, [_Attempt(given, matches, made)]
         else:
-            equalization, attempts = _simulated_attempts(options, quant_params or QuantParams(), equalize)
+            equalization, attempts = _simulated_attempts(options, reference, quant_params or QuantParams(), equalize)
+        is_random = not expected.are_repeatable()
     candidates = [candidate for each in attempts for candidate in each.candidates]
     best = _best(candidates) if method == "auto" else candidates[-1]
     chosen = next(each for each in attempts if best in each.candidates)
@@ -224,9 +226,9 @@ def correct(
         best.choice,
         _report(chosen, best),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
-        _notes(best, candidates[0], samples),
+        _notes(best, candidates[0], samples, is_random),
         samples.count,
-        samples.batches,
+        samples.batches_read,
         equalization,
     )
 
@@ -241,8 +243,8 @@ class _Options:
         The candidates to make.
     samples, progress, threads
         See :class:`CandidateBuilder`.
-    expected_by : Network
-        The float network whose outputs candidates are scored against.
+    expected : FloatOutputs
+        The float outputs that candidates are scored against.
     is_auto : bool
         Whether to try the analytical method too, where there are statistics for it.
     """
@@ -251,7 +253,7 @@ class _Options:
     samples: Samples
     progress: Progress
     threads: int
-    expected_by: Network
+    expected: FloatOutputs
     is_auto: bool
 
 
@@ -275,9 +277,11 @@ class _Attempt:
     candidates: Sequence[Candidate]
 
 
-def _simulated_attempts(options: _Options, params: QuantParams, equalize: bool) -> tuple[Equalization | None, list[_Attempt]]:
+def _simulated_attempts(
+    options: _Options, network: Network, params: QuantParams, equalize: bool
+) -> tuple[Equalization | None, list[_Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
-    reference = require_edits(options.expected_by, "model", "simulated quantization")
+    reference = require_edits(network, "model", "simulated quantization")
     samples, progress = options.samples, options.progress
     equalization = equalized(reference, samples, progress, options.threads) if equalize else None
     networks = {False: reference}
@@ -310,8 +314,7 @@ def _candidates(
         options.samples,
         options.progress,
         threads=options.threads,
-        is_scored=options.samples.batches > 0,
-        expected_by=options.expected_by,
+        expected=options.expected,
     )
     made = []
     if is_corrected and builder.has_layers:
@@ -355,15 +358,17 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
     return max((each for each in candidates if not each.score.is_worse_than(before)), key=lambda each: each.score.order)
 
 
-def _notes(best: Candidate, before: Candidate, samples: Samples) -> list[str]:
+def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool) -> list[str]:
     """Remarks about the scores; warns where the model got worse."""
     if before.score is NOT_SCORED:
         return ["nothing was scored, which needs " + ("real outputs" if samples.count else "data")]
     notes = []
     kind = ("held-out sample" if samples.holds_out else "fitted sample") + ("" if samples.scored == 1 else "s")
+    if is_random:
+        notes.append("the float model does not give the same outputs twice: scores, and what is chosen by them, are chance")
     if samples.scored < _FEW:
         notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
-    if best.score.is_worse_than(before.score):
+    if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
         warnings.warn(notes[-1], stacklevel=3)

@@ -4,19 +4,33 @@ SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB, averaged over the outputs of th
 KL   = mean over positions of sum_c r_c log(r_c / q_c) - r_c + q_c, where an output is probabilities
 
 The last two terms cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
+
+Values that a network gives out in another shape than its reference, boxes more or less, are lost: their noise is as much as
+their signal, in any unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.calibration.samples import Samples
+from biascorr.graph.network import Feeds, Network
+from biascorr.sweep.sweep import outputs_of
+
 _CEILING = 300.0
 """dB of an output without any error: beyond what float64 resolves."""
+
+_REPEATED = 60.0
+"""dB that outputs of the same network have at least, by which threads may round differently: a random one has some 10."""
+
+_TRIES = 8
+"""Batches that tell a random network: one that drops a few channels may drop the same ones by chance."""
 
 _LEAST_PROBABILITY = 1e-9
 """Less is taken for this much, so that one class that vanishes does not outweigh all others."""
@@ -63,17 +77,20 @@ class _Output:
         self.probabilities = True
 
     def add(self, reference: NDArray[Any], computed: NDArray[Any]) -> None:
-        is_real = reference.dtype.kind == "f"
-        if reference.shape != computed.shape or not is_real:
+        if reference.dtype.kind != "f":
             alike = reference.shape == computed.shape and reference == computed
             self.signal += reference.size
             self.noise += reference.size - np.count_nonzero(alike)
             self.probabilities = False
             return
         r, q = reference.astype(np.float64), computed.astype(np.float64)
-        known = np.isfinite(r)
-        self.signal += float(np.square(r, where=known, out=np.zeros_like(r)).sum())
-        self.noise += float(np.square(np.subtract(q, r, where=known, out=np.zeros_like(r))).sum())
+        signal = _energy(r)
+        self.signal += signal
+        if r.shape != q.shape:
+            self.noise += signal or _energy(q)
+            self.probabilities = False
+            return
+        self.noise += float(np.square(np.subtract(q, r, where=np.isfinite(r), out=np.zeros_like(r))).sum())
         self.probabilities &= bool(r.ndim > 0 and (r >= 0).all() and np.allclose(r.sum(axis=-1), 1.0, atol=1e-3))
         if self.probabilities:
             logs = np.log(np.maximum(r, _LEAST_PROBABILITY)) - np.log(np.maximum(q, _LEAST_PROBABILITY))
@@ -89,6 +106,10 @@ class _Output:
         return float(np.clip(ratio, -_CEILING, _CEILING))
 
 
+def _energy(values: NDArray[np.float64]) -> float:
+    return float(np.square(values, where=np.isfinite(values), out=np.zeros_like(values)).sum())
+
+
 class OutputErrors:
     """The errors of a network's outputs, collected batch by batch."""
 
@@ -97,7 +118,9 @@ class OutputErrors:
 
     def add(self, name: str, reference: Iterable[NDArray[Any]], computed: Iterable[NDArray[Any]]) -> None:
         """Compares some values of an output with the float ones; codes cannot be compared with real numbers."""
-        for expected, found in zip(reference, computed):
+        for expected, found in itertools.zip_longest(map(_plain, reference), map(_plain, computed)):
+            expected = np.zeros(0, found.dtype) if expected is None else expected
+            found = np.zeros(0, expected.dtype) if found is None else found
             if expected.dtype.kind == found.dtype.kind:
                 self._outputs.setdefault(name, _Output()).add(expected, found)
 
@@ -108,3 +131,84 @@ class OutputErrors:
             return NOT_SCORED
         divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
         return Score(float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None)
+
+
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    """Values of a type that numpy has: bfloat16 and float8, which it has not, are real."""
+    return values.astype(np.float32) if values.dtype.kind == "V" else values
+
+
+class FloatOutputs:
+    """The outputs of a float network for the samples that are scored, which those of other networks are compared with.
+
+    Outputs are compared by name, those that no layer of the other network has a part in left out; by position where the
+    networks have no name in common.
+
+    Parameters
+    ----------
+    network : Network
+        The float network, which runs when its outputs are first needed.
+    samples : Samples
+        The samples, in whose storage the outputs are kept.
+    threads : int
+        Threads that run networks.
+    """
+
+    def __init__(self, network: Network, samples: Samples, threads: int) -> None:
+        self._network = network
+        self._samples = samples
+        self._threads = threads
+        self._batches = samples.scored_batches
+        self._is_known = False
+
+    def score(self, network: Network) -> Score:
+        """The score of a network, which runs over the batches with scored samples."""
+        if not self._batches:
+            return NOT_SCORED
+        if not self._is_known:
+            for batch, outputs in self._run(self._network, self._batches):
+                for name, value in outputs.items():
+                    self._samples.storage["float", name, batch] = value
+            self._is_known = True
+        return self._score(network, self._run(network, self._batches))
+
+    def are_repeatable(self) -> bool:
+        """Whether the float network gives the same outputs for a batch again, but for rounding.
+
+        It starts with a later batch this time: a network that draws random numbers may draw the same ones in each session.
+        """
+        again = self._score(self._network, self._run(self._network, self._batches[1:][-_TRIES:] or self._batches))
+        return again is NOT_SCORED or again.sqnr > _REPEATED
+
+    def _run(self, network: Network, batches: Sequence[int]) -> Iterator[tuple[int, Feeds]]:
+        return outputs_of(network, self._samples, batches, self._threads)
+
+    def _score(self, network: Network, outputs: Iterable[tuple[int, Feeds]]) -> Score:
+        errors, pairs = OutputErrors(), self._pairs(network)
+        for batch, computed in outputs:
+            for name, found in pairs.items():
+                expected = self._samples.storage["float", name, batch]
+                errors.add(name, _arrays(expected), _arrays(computed[found]))
+        return errors.score
+
+    def _pairs(self, network: Network) -> dict[str, str]:
+        """The outputs that are compared: of the float network, and of the other one."""
+        changing = _outputs_of_layers(network)
+        names = self._network.outputs
+        common = set(names).intersection(network.outputs)
+        pairs = {name: name for name in names if name in common} if common else dict(zip(names, network.outputs))
+        return {name: found for name, found in pairs.items() if found in changing} or pairs
+
+
+def _arrays(output: Any) -> list[NDArray[Any]]:
+    """The arrays of an output: itself, those of a sequence, none of anything else."""
+    return [each for each in (output if isinstance(output, list) else [output]) if isinstance(each, np.ndarray)]
+
+
+def _outputs_of_layers(network: Network) -> set[str]:
+    """The tensors that layers have a part in."""
+    reached = {layer.output for layer in network.layers}
+    for operation in network.operations:
+        if not reached.isdisjoint(operation.inputs):
+            reached.update(operation.outputs)
+    return reached

@@ -27,7 +27,7 @@ class Measured:
     activated : SampleMeans or None
         Of the tensor after its activation; None where that was not asked for.
     input : ndarray or None
-        Its mean input over the fitted samples, (C,) or (*K, C); None where that was not asked for, or no sample has elements.
+        Its mean input, (C,) or (*K, C); None where that was not asked for, or no sample has elements.
     """
 
     output: SampleMeans
@@ -83,9 +83,9 @@ class Measurements:
         found = cls({name: [samples.means(tensors[name], axis, batch)] for name, axis in wanted.axes(layers).items()})
         averaged = {_averaged(layer): layer for layer in layers if wanted.inputs}
         for key, layer in averaged.items():
-            for array in samples.fitted(tensors[layer.input], batch):
-                if array.size:
-                    found.inputs.setdefault(key, empty_mean(layer)).update(array)
+            if tensors[layer.input].size:
+                found.inputs[key] = empty_mean(layer)
+                found.inputs[key].update(tensors[layer.input])
         return found
 
     def merge(self, later: Measurements) -> None:

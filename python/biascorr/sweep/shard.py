@@ -89,10 +89,11 @@ class Shard:
     def measure_activated(self, layer: Layer, tensor: str, shift: Shift) -> list[SampleMeans]:
         """The means of the tensor after the activation of a layer whose live output a shift is added to."""
         aligned = layer.along_channels(shift)
-        fitted = [batch for batch in self._batches if self._samples.is_fitted(batch).any()]
-        if not fitted:
+        if not self._batches:
             return []
-        compute = self._part({layer.output: self._samples.storage[layer.output, fitted[0]]}, [tensor], len(fitted))
+        compute = self._part(
+            {layer.output: self._samples.storage[layer.output, self._batches[0]]}, [tensor], len(self._batches)
+        )
 
         def measure(batch: int) -> SampleMeans:
             array = self._samples.storage[layer.output, batch]
@@ -104,7 +105,7 @@ class Shard:
             self._buffers.give(activated)
             return means
 
-        return list(in_order(measure, fitted, self._workers(len(fitted)), alone=self._threads == 1))
+        return list(in_order(measure, self._batches, self._workers(len(self._batches)), alone=self._threads == 1))
 
     def _run(
         self, stage: Stage, tensors: Sequence[str], wanted: Wanted, shifts: Mapping[str, NDArray[Any]]

@@ -10,6 +10,7 @@ outputs = sweep.outputs()
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -25,10 +26,19 @@ from biascorr.sweep.shard import Shard
 
 T = TypeVar("T")
 
+DEPTH = 8
+"""Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
 
-def local_shards(network: Network, samples: Samples, threads: int, batches: Sequence[int] | None = None) -> list[Shard]:
-    """The shards that run these batches on this machine, or all: one, with threads."""
-    return [Shard(network, samples, range(samples.batches) if batches is None else batches, threads)]
+_LARGE = 256 << 20
+"""Bytes of weights beyond which a network is not run at once: onnxruntime keeps a copy of those that run."""
+
+_MANY = 2000
+"""Operations beyond which a network is not run at once: what onnxruntime takes to prepare them grows faster than they do."""
+
+
+def local_shards(network: Network, samples: Samples, threads: int, batches: Sequence[int]) -> list[Shard]:
+    """The shards that run these batches on this machine: one, with threads."""
+    return [Shard(network, samples, batches, threads)]
 
 
 class Sweep:
@@ -93,3 +103,13 @@ class Sweep:
         """Drops the live tensors, where the outputs were not asked for."""
         for shard in self._shards:
             shard.drop(self._last)
+
+
+def outputs_of(network: Network, samples: Samples, batches: Sequence[int], threads: int) -> Iterator[tuple[int, Feeds]]:
+    """Outputs of a network for some batches; in stages where it is too large to run at once."""
+    weights = sum(math.prod(layer.weights.shape) * layer.weights.dtype.itemsize for layer in network.layers)
+    layers = network.layers if weights > _LARGE or len(network.operations) > _MANY else []
+    sweep = Sweep(network, layers, local_shards(network, samples, threads, batches), Wanted(outputs=False), depth=DEPTH)
+    for stage in sweep.stages:
+        sweep.measure(stage)
+    yield from sweep.outputs()

@@ -17,6 +17,16 @@ from biascorr.graph.network import Allocator
 
 _FATAL = 4
 
+_REWRITING = [
+    "ClipQuantRewrite",
+    "DoubleQDQPairsRemover",
+    "DynamicQuantizeMatMulFusion",
+    "EliminateDropout",
+    "MatMulIntegerToFloatFusion",
+    "ReluQuantRewrite",
+]
+"""Optimizers that may change the arithmetic: a Relu before a quantizer to float8 is lost, or a Dropout that trains."""
+
 _WORTH_BINDING = 128 << 10
 """Bytes of outputs below which new memory costs less than to say where else they go (measured)."""
 
@@ -24,8 +34,8 @@ _WORTH_BINDING = 128 << 10
 class Session:
     """A session on the CPU.
 
-    No optimization merges a quantizer into its neighbours, whose integer arithmetic may saturate on some CPUs, or rounds real
-    weights between quantizers to 8 bits: what runs is the graph, in floating point, on every machine.
+    No optimization changes the arithmetic of quantizers, merges one into its neighbours, whose integer arithmetic may saturate
+    on some CPUs, or rounds real weights between quantizers to 8 bits: what runs is the graph, in floating point, everywhere.
 
     Parameters
     ----------
@@ -108,7 +118,9 @@ def _options() -> Any:
 
 
 def _made(model: onnx.ModelProto, options: Any) -> Any:
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=_REWRITING
+    )
 
 
 def _make_initializers(model: onnx.ModelProto) -> None:
