@@ -308,6 +308,12 @@ class BiasedNetwork(ReadableNetwork):
         """It is its own model."""
         return self
 
+    def check(self) -> None:
+        """There is nothing that does not take it."""
+
+    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:  # noqa: ARG002
+        return lambda feeds: self.part(feeds, self.outputs, threads=threads)(feeds)
+
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
         before = np.zeros(layer.channels) if layer.bias is None else layer.bias
         change = np.subtract((before + shift).astype(np.float32), before, dtype=np.float64)

@@ -2,10 +2,13 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from biascorr import QuantParams, correct
 from biascorr.correction.scoring import OutputErrors, Score
+from networks import BITS, model_from_text, samples, weights
 
 
 def judged(*outputs):
@@ -135,3 +138,77 @@ def test_order_is_by_divergence_and_by_ratio_without_one():
 def test_scores_as_text():
     assert str(Score(12.345)) == "12.35 dB"
     assert str(Score(12.345, 0.012345)) == "12.35 dB, KL 0.0123"
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_lost_values_are_as_bad_in_each_unit(unit):
+    boxes = np.full((10, 4), unit)
+    a_little_off = [(boxes, boxes * 1.1)] * 10
+    half_are_lost = [(boxes, boxes[:5] if k % 2 else boxes * 1.01) for k in range(10)]
+    found_nothing, found_something = ([(boxes[:0], boxes)], [(boxes, boxes[:0])])
+    assert judged(a_little_off).sqnr == pytest.approx(20.0)
+    assert judged(half_are_lost).sqnr == pytest.approx(10 * math.log10(1 / (0.5 + 0.5e-4)))
+    assert judged(found_nothing).sqnr == -300.0
+    assert judged(found_something).sqnr == 0.0
+
+
+def test_sequences_are_compared_part_by_part():
+    errors = OutputErrors()
+    errors.add("y", [np.array([3.0]), np.array([4.0])], [np.array([3.0])])
+    assert errors.score.sqnr == pytest.approx(10 * math.log10(25 / 16))
+    errors.add("y", [np.array([3.0])], [np.array([3.0]), np.array([4.0])])
+    assert errors.score.sqnr == pytest.approx(10 * math.log10(34 / 32))
+
+
+def test_types_that_numpy_has_not_are_real():
+    reference, computed = (np.array(values, ml_dtypes.bfloat16) for values in ([3.0, -4.0], [3.0, -3.0]))
+    assert of_one(reference, computed).sqnr == pytest.approx(10 * math.log10(25))
+
+
+TWO_OUTPUTS = "[a] t = MatMul(x, {w}) r = Relu(t) [b] y = MatMul(r, {v})"
+
+
+def two_outputs(outputs, suffix=""):
+    w, v = weights(6, 5, axis=1), weights(5, 4, axis=1)
+    declared = ", ".join(f"float[N,{5 if name == 'r' else 4}] {name}" for name in outputs)
+    if not suffix:
+        return model_from_text(f"g (float[N,6] x) => ({declared}) {{ {TWO_OUTPUTS.format(w='w', v='v')} }}", w=w, v=v)
+    step = np.float32(1 / 2)
+    body = "W = DequantizeLinear(w, step) V = DequantizeLinear(v, step) " + TWO_OUTPUTS.format(w="W", v="V")
+    codes = {name: np.rint(array / step).astype(np.int8) for name, array in (("w", w), ("v", v))}
+    return model_from_text(f"g (float[N,6] x) => ({declared}) {{ {body} }}", step=step, **codes)
+
+
+def test_outputs_are_compared_by_name():
+    data = samples(40, 6)
+    expected = correct(two_outputs("yr"), data, quantized=two_outputs("yr", "q"))
+    for order in ("ry", "yr"):
+        found = correct(two_outputs(order), data, quantized=two_outputs("yr", "q"))
+        assert (found.method, found.scores.keys()) == (expected.method, expected.scores.keys())
+        for name, score in found.scores.items():
+            assert score.sqnr == pytest.approx(expected.scores[name].sqnr, abs=1e-9)
+    assert expected.scores[expected.method].sqnr > expected.scores["none"].sqnr + 3
+
+
+def test_an_output_that_no_layer_has_a_part_in_is_not_scored():
+    body = "[a] t = MatMul(x, w) r = Relu(t) [b] y = MatMul(r, v) s = Neg(x)"
+    constants = {"w": weights(6, 5, axis=1), "v": weights(5, 4, axis=1)}
+    alone, both = (
+        model_from_text(f"g (float[N,6] x) => ({outputs}) {{ {body} }}", **constants)
+        for outputs in ("float[N,4] y", "float[N,4] y, float[N,6] s")
+    )
+    params = QuantParams("tf", weight_bits=BITS)
+    assert (
+        correct(both, samples(40, 6), quant_params=params).scores == correct(alone, samples(40, 6), quant_params=params).scores
+    )
+
+
+@pytest.mark.parametrize("body", ["d = Dropout(t, half, yes)", "n = RandomNormalLike(t) d = Add(t, n)"])
+def test_a_float_network_that_is_random_is_noted(body):
+    text = f"g (float[N,6] x) => (float[N,4] y) {{ [a] t = MatMul(x, w) {body} [b] y = MatMul(d, v) }}"
+    constants = {"w": weights(6, 5, axis=1), "v": weights(5, 4, axis=1)}
+    more = {"half": np.float32(0.5), "yes": np.bool_(True)} if "half" in body else {}
+    correction = correct(
+        model_from_text(text, **constants, **more), samples(40, 6), quant_params=QuantParams("tf", weight_bits=BITS)
+    )
+    assert [note for note in correction.notes if "does not give the same outputs twice" in note]

@@ -729,6 +729,7 @@ def test_batches_are_cut_so_that_all_of_one_is_scored_or_none(size):
         with Storage(0 if size == 3 else 1 << 30) as storage:
             held = Samples(storage, hold_out=hold_out)
             held.read([x[k : k + size] for k in range(0, 24, size)], [ModelInput("x", x.dtype, (None, 5))], lambda *_: None)
+            held.choose_scored()
             scored, fitted = (
                 np.concatenate([feeds["x"] for feeds in held.feeds(batches)])
                 for batches in (held.scored_batches, held.fitted_batches)

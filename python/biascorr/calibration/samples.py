@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,22 +70,31 @@ class Samples:
 
     def __init__(self, storage: Storage, *, hold_out: bool = False) -> None:
         self.storage = storage
-        self.count = 0  # samples of all batches together
         self.batches_read = 0
         self._hold_out = hold_out
-        self._sizes: list[int] = []
+        self._indices: list[NDArray[np.int64]] = []  # of the samples of each batch, in the order in which they were read
         self._names: list[str] = []
         self._scored: set[int] = set()
 
     @property
     def batches(self) -> int:
         """Batches that are held: more than were read, where these had to be cut."""
-        return len(self._sizes)
+        return len(self._indices)
+
+    @property
+    def count(self) -> int:
+        """Samples of all batches together."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each batch."""
+        return list(map(len, self._indices))
 
     @property
     def scored(self) -> int:
         """Samples whose outputs are scored."""
-        return sum(self._sizes[batch] for batch in self._scored)
+        return sum(len(self._indices[batch]) for batch in self._scored)
 
     @property
     def holds_out(self) -> bool:
@@ -108,8 +116,7 @@ class Samples:
         self._names = list(feeds)
         for name, array in feeds.items():
             self.storage[name, self.batches] = array
-        self._sizes.append(size)
-        self.count += size
+        self._indices.append(np.arange(self.count, self.count + size))
 
     def read(self, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
         """Keeps all batches of some data, of which a part is to be scored. Raises ValueError where there are none."""
@@ -122,27 +129,36 @@ class Samples:
         if self.batches == 0:
             raise ValueError("data: no samples, at least one is needed")
         self.batches_read = self.batches
-        self._choose_scored()
 
-    def _choose_scored(self) -> None:
+    def join(self) -> None:
+        """Makes one sample of each batch."""
+        self._indices = [np.array([batch]) for batch in range(self.batches)]
+
+    def cut(self) -> None:
+        """Makes a batch of each sample."""
+        for batch, size in enumerate(self.sizes):
+            for rest in range(size - 1, 0, -1):
+                self._take(batch, np.s_[rest:], np.s_[:rest])
+
+    def choose_scored(self) -> None:
         """Scores the last one of each :data:`ONE_OF` samples, all where there are fewer; cuts batches that have others too."""
-        sizes = self._sizes.copy()
-        for batch, (size, end) in enumerate(zip(sizes, itertools.accumulate(sizes))):
-            index = np.arange(end - size, end)
-            scored = (index % ONE_OF == ONE_OF - 1) | (self.count < ONE_OF)
+        count = self.count
+        for batch, indices in enumerate(self._indices.copy()):
+            scored = (indices % ONE_OF == ONE_OF - 1) | (count < ONE_OF)
             if scored.all():
                 self._scored.add(batch)
             elif scored.any():
                 self._scored.add(self.batches)
-                self._cut(batch, scored)
+                self._take(batch, scored, ~scored)
 
-    def _cut(self, batch: int, rows: NDArray[np.bool_]) -> None:
-        """Makes these rows of the inputs a batch of their own, the last one."""
+    def _take(self, batch: int, rows: Any, rest: Any) -> None:
+        """Makes some samples, by their rows in the inputs, a batch of their own, the last one."""
         for name in self._names:
             array = self.storage[name, batch]
-            self.storage[name, self.batches], self.storage[name, batch] = array[rows], array[~rows]
-        self._sizes.append(int(np.count_nonzero(rows)))
-        self._sizes[batch] -= self._sizes[-1]
+            self.storage[name, self.batches], self.storage[name, batch] = array[rows], array[rest]
+        indices = self._indices[batch]
+        self._indices.append(indices[rows])
+        self._indices[batch] = indices[rest]
 
     def feeds(self, batches: Iterable[int] | None = None) -> Iterator[Feeds]:
         """The inputs of each batch."""
@@ -151,7 +167,7 @@ class Samples:
 
     def means(self, array: NDArray[Any], axis: int, batch: int) -> SampleMeans:
         """Means per sample and channel; of the whole batch as one where its samples cannot be separated."""
-        size = self._sizes[batch]
+        size = len(self._indices[batch])
         apart = array.ndim + axis > 0 and len(array) % size == 0
         parts = np.split(array, size) if apart and size > 1 else [array]
         means = np.zeros((len(parts), array.shape[axis]))

@@ -258,7 +258,8 @@ def _check_output(output: Path, force: bool) -> None:
 def _print_correction(result: Correction, output: Path) -> None:
     if result.equalization is not None:
         _print_steps(result.equalization)
-    _print_tables(table_from_report(result.report), table_from_scores(result.scores, result.method))
+    scores = table_from_scores(result.scores, result.method, result.deployed)
+    _print_tables(table_from_report(result.report), scores)
     for note in result.notes:
         print(f"note: {note}")
     corrected = sum(layer.method is not None for layer in result.report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -15,6 +15,7 @@ from biascorr.calibration.samples import ONE_OF, Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
+from biascorr.correction.returning import Deployed, check_returned, deployed
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import simulated
 from biascorr.equalization.equalize import Equalization, equalized
@@ -22,6 +23,7 @@ from biascorr.graph.layer import Layer
 from biascorr.graph.matching import Match, match_by_name, match_layers
 from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, ReasonCode
+from biascorr.sweep.independence import take_apart
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
 
@@ -68,6 +70,9 @@ class Correction:
         How many were read; a batch counts as one sample where the model fixes its size.
     equalization : Equalization or None
         The equalization of the float model, whether that was better or not; None where it was not asked for.
+    deployed : mapping from str to Score
+        The scores of the uncorrected and of the best candidate as onnxruntime runs them with its default options, on this CPU.
+        Empty where quantization is simulated, or nothing could be scored.
     """
 
     network: BiasNetwork
@@ -78,6 +83,7 @@ class Correction:
     samples: int
     batches: int
     equalization: Equalization | None = None
+    deployed: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -128,7 +134,8 @@ def correct(
     method : str
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
-        The uncorrected model is among them, so the result is never worse there. With fewer than four samples, all are
+        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as onnxruntime
+        runs it. With fewer than four samples, all are
         corrected with and all are scored.
 
         By name, from all samples:
@@ -172,6 +179,8 @@ def correct(
         onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``).
     OSError
         The temporary folder is full.
+    RuntimeError
+        The corrected model is not valid, or computes something else than was measured, by an error of this package.
     TypeError
         The model or the data is of a kind that is not understood; a sample has another dtype than the input; the model is one
         whose weights cannot be changed, and no quantized one is given.
@@ -210,6 +219,7 @@ def correct(
         report_progress = progress or (lambda *_: None)
         if data is not None:
             samples.read(data, (given or reference).inputs, report_progress)
+            take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto")
         if given is not None and matches is not None:
@@ -217,19 +227,28 @@ def correct(
             equalization, attempts = None, [_Attempt(given, matches, made)]
         else:
             equalization, attempts = _simulated_attempts(options, reference, quant_params or QuantParams(), equalize)
-        is_random = not expected.are_repeatable()
-    candidates = [candidate for each in attempts for candidate in each.candidates]
-    best = _best(candidates) if method == "auto" else candidates[-1]
-    chosen = next(each for each in attempts if best in each.candidates)
+        candidates = [candidate for each in attempts for candidate in each.candidates]
+        best = _best(candidates) if method == "auto" else candidates[-1]
+        chosen = next(each for each in attempts if best in each.candidates)
+        network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
+        check_returned(network, given, samples, threads)
+        found = Deployed() if given is None else deployed(given, candidates[0], network, best, expected)
+        notes = [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
+    if found.is_worse and method == "auto":
+        notes.append(
+            f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
+        )
+        network, best = chosen.network, candidates[0]
     return Correction(
-        chosen.network.with_shifts(best.shifts),
+        network,
         best.choice,
         _report(chosen, best),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
-        _notes(best, candidates[0], samples, is_random),
+        notes,
         samples.count,
         samples.batches_read,
         equalization,
+        found.scores,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.calibration.samples import Samples
-from biascorr.graph.network import Feeds, Network
+from biascorr.graph.network import BiasNetwork, Feeds, Network
 from biascorr.sweep.sweep import outputs_of
 
 _CEILING = 300.0
@@ -172,6 +172,12 @@ class FloatOutputs:
             self._is_known = True
         return self._score(network, self._run(network, self._batches))
 
+    def score_deployed(self, network: BiasNetwork) -> Score:
+        """The score of a model as its own runtime runs it."""
+        run = network.deployed(threads=self._threads)
+        batches = zip(self._batches, self._samples.feeds(self._batches))
+        return self._score(network, ((batch, run(feeds)) for batch, feeds in batches))
+
     def are_repeatable(self) -> bool:
         """Whether the float network gives the same outputs for a batch again, but for rounding.
 
@@ -188,7 +194,7 @@ class FloatOutputs:
         for batch, computed in outputs:
             for name, found in pairs.items():
                 expected = self._samples.storage["float", name, batch]
-                errors.add(name, _arrays(expected), _arrays(computed[found]))
+                errors.add(name, arrays_of(expected), arrays_of(computed[found]))
         return errors.score
 
     def _pairs(self, network: Network) -> dict[str, str]:
@@ -200,7 +206,7 @@ class FloatOutputs:
         return {name: found for name, found in pairs.items() if found in changing} or pairs
 
 
-def _arrays(output: Any) -> list[NDArray[Any]]:
+def arrays_of(output: Any) -> list[NDArray[Any]]:
     """The arrays of an output: itself, those of a sequence, none of anything else."""
     return [each for each in (output if isinstance(output, list) else [output]) if isinstance(each, np.ndarray)]
 

@@ -137,6 +137,16 @@ class BiasNetwork(Network, Protocol):
     def model(self) -> Any:
         """The framework's own model."""
 
+    def check(self) -> None:
+        """Raises ValueError where the framework's own runtime does not take the model."""
+
+    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:
+        """Prepares the model to run as it is saved, by its own runtime as users have it; gives the outputs of a batch.
+
+        With optimizations, products of integers may be summed as fast as a CPU can, where it may saturate; and without, which
+        still may use other arithmetic than :meth:`part`.
+        """
+
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
         """The change that adding a shift to a layer's bias would make; a layer without one would get one."""
 

@@ -34,10 +34,11 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
     return table
 
 
-def table_from_scores(scores: Mapping[str, Score], method: str) -> Table:
+def table_from_scores(scores: Mapping[str, Score], method: str, deployed: Mapping[str, Score]) -> Table:
     """One row per candidate: how near its outputs are to the float ones; the row of `method`, which was taken, is marked.
 
-    There is a column for the Kullback-Leibler divergence where an output is probabilities.
+    There is a column for the Kullback-Leibler divergence where an output is probabilities, and one for the SQNR in dB of those
+    that were deployed, too.
     """
     table = Table(title="outputs against the float ones", title_justify="left")
     table.add_column("candidate")
@@ -45,9 +46,12 @@ def table_from_scores(scores: Mapping[str, Score], method: str) -> Table:
     classifies = any(score.divergence is not None for score in scores.values())
     if classifies:
         table.add_column("KL, nats", justify="right")
+    if deployed:
+        table.add_column("deployed", justify="right")
     table.add_column("")
     for name, score in scores.items():
         cells = [f"{score.sqnr:.2f}", *([_number(score.divergence)] if classifies else [])]
+        cells += [f"{deployed[name].sqnr:.2f}" if name in deployed else ""] if deployed else []
         table.add_row("uncorrected" if name == "none" else name, *cells, "taken" if name == method else "")
     return table
 

@@ -271,7 +271,8 @@ def test_report_of_one_layer(case):
     assert layer.channels == run(case.model(), {"x": case.samples()})[0].shape[case.y_axis]
     assert 0 <= layer.shift_after < 1e-5 * layer.shift_before
     assert layer.reason == ("it had no bias; one was added" if case.bias == "added" else "")
-    assert (correction.samples, correction.batches) == (len(case.samples()), 1)
+    apart = "transA" not in case.name and "C of (M" not in case.name  # where rows depend on each other, a batch is one sample
+    assert (correction.samples, correction.batches) == (len(case.samples()) if apart else 1, 1)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bias == "changed"], ids=lambda case: case.name)

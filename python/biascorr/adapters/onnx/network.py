@@ -18,7 +18,7 @@ from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_node
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
-from biascorr.adapters.onnx.runtime import Runner, Session, check
+from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
 from biascorr.adapters.onnx.tensors import Values, whole_model
 from biascorr.graph.layer import Constant, Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
@@ -137,6 +137,19 @@ class OnnxNetwork:
             return {name: feeds[name] if name in feeds else results[name] for name in wanted}
 
         return compute
+
+    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:
+        """Prepares a session of the model as it is saved, with all optimizers of onnxruntime or none."""
+        model, values = onnx.ModelProto(), self._original.values
+        model.CopyFrom(self._original.model)
+        optimizations = Optimizations.DEFAULT if optimized else Optimizations.NONE
+        session = Session(model, values, self._name, threads=threads, optimizations=optimizations)
+        return lambda feeds: dict(zip(self.outputs, session.run(self.outputs, feeds)))
+
+    def check(self) -> None:
+        """Raises ValueError where onnxruntime does not take the model."""
+        for optimizations in (Optimizations.NONE, Optimizations.DEFAULT):
+            check(self._original.model, self._original.values, self._name, optimizations)
 
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
         """The change that adding a shift to the bias of a layer would make."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +28,23 @@ _REWRITING = [
 ]
 """Optimizers that may change the arithmetic: a Relu before a quantizer to float8 is lost, or a Dropout that trains."""
 
+
+class Optimizations(enum.Enum):
+    """The optimizers of onnxruntime that a session uses."""
+
+    SAME_ARITHMETIC = enum.auto()
+    """None changes the arithmetic of quantizers, merges one into its neighbours, whose integer arithmetic may saturate on some
+    CPUs, or rounds real weights between quantizers to 8 bits: what runs is the graph, in floating point, on every machine."""
+    DEFAULT = enum.auto()
+    NONE = enum.auto()
+
+
 _WORTH_BINDING = 128 << 10
 """Bytes of outputs below which new memory costs less than to say where else they go (measured)."""
 
 
 class Session:
     """A session on the CPU.
-
-    No optimization changes the arithmetic of quantizers, merges one into its neighbours, whose integer arithmetic may saturate
-    on some CPUs, or rounds real weights between quantizers to 8 bits: what runs is the graph, in floating point, everywhere.
 
     Parameters
     ----------
@@ -47,6 +56,8 @@ class Session:
         The name that errors give it.
     threads : int
         Threads of each run; 0: all there are.
+    optimizations : Optimizations
+        What is done to the model before it runs.
 
     Raises
     ------
@@ -54,15 +65,23 @@ class Session:
         onnxruntime does not take the model, which is named.
     """
 
-    def __init__(self, model: onnx.ModelProto, values: Values, name: str, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        values: Values,
+        name: str,
+        *,
+        threads: int = 0,
+        optimizations: Optimizations = Optimizations.SAME_ARITHMETIC,
+    ) -> None:
         self._name = name
-        options = _options()
+        options = _options(optimizations)
         options.intra_op_num_threads = threads
         _make_initializers(model)
         self._held = _shared(model, values)  # onnxruntime may read them as long as it runs
         options.add_external_initializers(list(self._held), list(self._held.values()))
         with _one_line(name):
-            self._session = _made(model, options)
+            self._session = _made(model, options, optimizations)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The named outputs. Raises ValueError, naming what ran, where onnxruntime fails."""
@@ -81,7 +100,7 @@ class Session:
         self._session.run_with_iobinding(binding)
 
 
-def check(model: onnx.ModelProto, values: Values, name: str) -> None:
+def check(model: onnx.ModelProto, values: Values, name: str, optimizations: Optimizations = Optimizations.NONE) -> None:
     """Raises ValueError, naming the model, where onnxruntime does not take it.
 
     Its large tensors are declared as inputs, so that none of them is read or copied; an operator that insists on constants is
@@ -96,30 +115,32 @@ def check(model: onnx.ModelProto, values: Values, name: str) -> None:
         if tensor.name not in inputs:
             declared.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     kept = [tensor for tensor in declared.graph.initializer if key_of(tensor) is None]
-    options = _options()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if large:
         del declared.graph.initializer[:]
         declared.graph.initializer.extend(kept)
     try:
         with _one_line(name):
-            _made(declared, options)
+            _made(declared, _options(optimizations), optimizations)
     except ValueError:
         whole = onnx.ModelProto()
         whole.CopyFrom(model)
-        Session(whole, values, name)
+        Session(whole, values, name, optimizations=optimizations)
 
 
-def _options() -> Any:
+def _options(optimizations: Optimizations) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if optimizations is Optimizations.NONE:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimizations is Optimizations.SAME_ARITHMETIC:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
-def _made(model: onnx.ModelProto, options: Any) -> Any:
+def _made(model: onnx.ModelProto, options: Any, optimizations: Optimizations) -> Any:
+    disabled = _REWRITING if optimizations is Optimizations.SAME_ARITHMETIC else None
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=_REWRITING
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
 
 
