@@ -11,6 +11,8 @@ class ReasonCode(enum.Enum):
 
     # the layer is unsupported
     OPERATOR_UNSUPPORTED = "operator is not supported"
+    RECURRENT = "it is recurrent, which is not corrected"
+    NO_MATRIX_PRODUCT = "{equation} is no product with one matrix"
     LAYERS_IN_SUBGRAPH = "its subgraphs have layers, which are not corrected"
     LAYERS_IN_FUNCTION = "its function has layers, which are not corrected"
     WEIGHTS_COMPUTED = "weights are computed at run time"

@@ -682,7 +682,7 @@ LEFT_ALONE = {
     ),
     "recurrent layer": (
         "m = ReduceMean<axes=[1], keepdims=0>(x) [odd] y, h = RNN<hidden_size=4>(m, w, r)",
-        {"w": weights(1, 4, 8, axis=1), "r": weights(1, 4, 4, axis=1)}, "not supported",
+        {"w": weights(1, 4, 8, axis=1), "r": weights(1, 4, 4, axis=1)}, "recurrent",
     ),
 }  # fmt: skip
 

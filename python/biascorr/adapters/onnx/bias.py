@@ -22,6 +22,7 @@ from onnx import helper
 
 from biascorr.adapters.onnx.graph import Graph, attributes
 from biascorr.adapters.onnx.lowering import bias_steps
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.quantizers import Dequantizer, dequantizer_of
 from biascorr.graph.axes import aligned
 from biascorr.graph.layer import Layer
@@ -90,15 +91,15 @@ class Bias(abc.ABC):
 
 def bias_of(graph: Graph, node: onnx.NodeProto, output_axis: int) -> Bias:
     """The bias of a layer, in the form that it has."""
-    if node.op_type in _INTEGER_BIAS:
+    if operator_of(node) in _INTEGER_BIAS:
         return _ProductBias(graph, node, output_axis)
     place = _place_of_bias(graph, node)
     if place is None and _is_clamped(graph, node):
         return _NoBias(graph, node, output_axis)
     if place is None:
-        return (_NewInput if node.op_type in ("Conv", "ConvTranspose", "Gemm") else _NewAdd)(graph, node, output_axis)
+        return (_NewInput if operator_of(node) in ("Conv", "ConvTranspose", "Gemm") else _NewAdd)(graph, node, output_axis)
     reader, index = place
-    if reader.op_type == "QLinearAdd":
+    if operator_of(reader) == "QLinearAdd":
         return _AddedBias(graph, node, output_axis, reader, index)
     source, at = _source(graph, reader, index)
     dequantizer = dequantizer_of(graph, source.input[at])
@@ -109,10 +110,10 @@ def bias_of(graph: Graph, node: onnx.NodeProto, output_axis: int) -> Bias:
 
 def _place_of_bias(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
     """The node that adds the bias of a layer, and which of its inputs the bias is; None where there is none."""
-    index = _OWN_BIAS.get(node.op_type)
+    index = _OWN_BIAS.get(operator_of(node))
     if index is not None and index < len(node.input) and node.input[index]:
         return node, index
-    return None if node.op_type == "Gemm" else _following_add(graph, node)
+    return None if operator_of(node) == "Gemm" else _following_add(graph, node)
 
 
 def constant_bias(graph: Graph, node: onnx.NodeProto) -> str | None:
@@ -126,12 +127,12 @@ def _following_add(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, 
     name = node.output[0]
     reader = graph.only_reader(name)
     for quantizer in ("QuantizeLinear", "DequantizeLinear"):
-        if reader is not None and reader.op_type == quantizer:
+        if reader is not None and operator_of(reader) == quantizer:
             name = reader.output[0]
             reader = graph.only_reader(name)
-    if reader is None or reader.op_type not in _ADDS:
+    if reader is None or operator_of(reader) not in _ADDS:
         return None
-    first, second = _ADDS[reader.op_type]
+    first, second = _ADDS[operator_of(reader)]
     index = second if reader.input[first] == name else first
     return (reader, index) if graph.is_constant(reader.input[index]) else None
 
@@ -140,7 +141,7 @@ def _source(graph: Graph, reader: onnx.NodeProto, index: int) -> tuple[onnx.Node
     """The node that reads a constant before it is reshaped for one that alone reads it, and which of its inputs it is."""
     while graph.only_reader(reader.input[index]) is reader:
         source = graph.producer.get(reader.input[index])
-        if source is None or source.op_type not in _RESHAPES:
+        if source is None or operator_of(source) not in _RESHAPES:
             break
         reader, index = source, 0
     return reader, index
@@ -152,7 +153,7 @@ def _holds_integers(graph: Graph, name: str) -> bool:
 
 def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether the output is quantized to values of one sign: maybe in place of a Relu, before which biases belong."""
-    if node.op_type != "QLinearMatMul":
+    if operator_of(node) != "QLinearMatMul":
         return False
     zero_point = graph.value(node.input[7])
     limits = np.iinfo(zero_point.dtype)
@@ -183,7 +184,7 @@ class _ConstantBias(Bias):
         return self._graph.value(self._reader.input[self._index])
 
     def read(self) -> NDArray[Any] | None:
-        if self._node.op_type == "Gemm":
+        if operator_of(self._node) == "Gemm":
             return np.asarray(self._values() * self._factor)
         return aligned(self._values(), self._axis) if self._is_own else self._values()
 
@@ -196,9 +197,9 @@ class _ConstantBias(Bias):
         return self._writer(self._moved(stored)[0], stored)
 
     def set(self, layer: Layer, bias: NDArray[Any]) -> None:
-        if not self._is_own or self._node.op_type == "Gemm":  # where it is smaller than the one before, it is repeated
+        if not self._is_own or operator_of(self._node) == "Gemm":  # where it is smaller than the one before, it is repeated
             bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, self._values().shape))
-        stored = bias / self._factor if self._node.op_type == "Gemm" else bias.reshape(-1) if self._is_own else bias
+        stored = bias / self._factor if operator_of(self._node) == "Gemm" else bias.reshape(-1) if self._is_own else bias
         self._graph.set_constant(self._reader, self._index, stored.astype(layer.weights.dtype), self._name())
 
     def _as_stored(self, shift: Shift) -> Shift:
@@ -292,7 +293,7 @@ class _ProductBias(Bias):
     """int32 in the steps of the products that an operator sums, or none yet."""
 
     def _values(self, layer: Layer) -> tuple[NDArray[Any], bool]:
-        index = _INTEGER_BIAS[self._node.op_type]
+        index = _INTEGER_BIAS[operator_of(self._node)]
         exists = index < len(self._node.input) and bool(self._node.input[index])
         return self._graph.value(self._node.input[index]) if exists else np.zeros(layer.channels, np.int32), exists
 
@@ -302,7 +303,7 @@ class _ProductBias(Bias):
         return moved, applied, reasons if exists else (ReasonCode.BIAS_ADDED(), *reasons)
 
     def read(self) -> NDArray[Any] | None:
-        index = _INTEGER_BIAS[self._node.op_type]
+        index = _INTEGER_BIAS[operator_of(self._node)]
         if index >= len(self._node.input) or not self._node.input[index]:
             return None
         return aligned(self._graph.value(self._node.input[index]) * bias_steps(self._graph, self._node), self._axis)
@@ -312,7 +313,7 @@ class _ProductBias(Bias):
         return BiasChange(_per_channel(applied, -1), reasons)
 
     def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
-        (moved, *_), index = self._moved(layer, shift), _INTEGER_BIAS[self._node.op_type]
+        (moved, *_), index = self._moved(layer, shift), _INTEGER_BIAS[operator_of(self._node)]
         return lambda: self._graph.set_constant(self._node, index, moved, self._name("_quantized"))
 
     def set(self, layer: Layer, bias: NDArray[Any]) -> None:
@@ -366,7 +367,7 @@ class _NewInput(Bias):
         graph.insert(dequantize, node, after=False)
 
     def set(self, layer: Layer, bias: NDArray[Any]) -> None:
-        stored = bias / self._factor if self._node.op_type == "Gemm" else bias.reshape(-1)
+        stored = bias / self._factor if operator_of(self._node) == "Gemm" else bias.reshape(-1)
         self._graph.set_constant(self._node, 2, stored.astype(layer.weights.dtype), self._name())
 
 
@@ -390,7 +391,7 @@ class _NewAdd(Bias):
         graph.give_up_output(node, f"{output}_before_bias")
         add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
         new = [add]
-        if node.op_type == "QLinearMatMul":
+        if operator_of(node) == "QLinearMatMul":
             add.input[0], add.output[0] = (graph.fresh_name(f"{output}_{what}") for what in ("real", "biased"))
             dequantize = helper.make_node("DequantizeLinear", [node.output[0], *node.input[6:8]], [add.input[0]])
             new = [dequantize, add, helper.make_node("QuantizeLinear", [add.output[0], *node.input[6:8]], [output])]

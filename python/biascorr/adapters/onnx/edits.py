@@ -17,6 +17,7 @@ from biascorr.adapters.onnx.bias import bias_of
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.graph import Graph, named_nodes, weight_index
 from biascorr.adapters.onnx.limits import limited, set_limits
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.shapes import inferred_types
 from biascorr.graph.axes import aligned
 from biascorr.graph.layer import Constant, Layer
@@ -81,7 +82,7 @@ def _check_names(what: str, names: Iterable[str], known: Collection[str], kind: 
 def _set_weights(graph: Graph, node: onnx.NodeProto, layer: Layer, weights: Constant) -> None:
     if tuple(weights.shape) != layer.weights.shape:
         raise ValueError(f"layer {layer.name}: weights of shape {weights.shape}, expected {layer.weights.shape}")
-    if layer.weight_step is not None and node.op_type == "MatMulNBits":
+    if layer.weight_step is not None and operator_of(node) == "MatMulNBits":
         raise ValueError(f"layer {layer.name}: its weights are quantized, expected a float layer")
     index = weight_index(node, graph)
     name = node.input[index]
@@ -107,7 +108,7 @@ def _types(graph: Graph, layers: Sequence[Layer]) -> dict[str, np.dtype[Any]]:
     dtypes |= {layer.output: layer.weights.dtype for layer in layers}
     for node in graph.nodes:
         known = [dtypes[name] for name in node.input if name in dtypes]
-        if node.op_type in _ACTIVATIONS and known:
+        if operator_of(node) in _ACTIVATIONS and known:
             dtypes.setdefault(node.output[0], known[0])
     return dtypes
 

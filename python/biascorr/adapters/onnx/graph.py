@@ -6,14 +6,16 @@ for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.runtime import Session
 from biascorr.adapters.onnx.tensors import Values, array_of, bytes_of, key_of, tensor_of
 from biascorr.graph.layer import Constant, LazyArray
@@ -38,7 +40,7 @@ class Graph:
     def __init__(self, model: onnx.ModelProto, values: Values) -> None:
         self.values = values
         self._model = model
-        self._ordered: list[onnx.NodeProto] = list(model.graph.node)
+        self._ordered: list[onnx.NodeProto] = _in_topological_order(model.graph.node)
         self._position = {id(node): k for k, node in enumerate(self._ordered)}
         self._before: dict[int, list[onnx.NodeProto]] = {}
         self._after: dict[int, list[onnx.NodeProto]] = {}
@@ -53,11 +55,12 @@ class Graph:
             self._add_reader(node)
             for name in captured(node):
                 self._captured[name] = self._captured.get(name, 0) + 1
-        self._names = {*self.producer, *self.initializers, *self.inputs, *(node.name for node in self._ordered)}
+        self._sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
+        self._names = set(_names_in(model.graph))
         self._constant = self._find_constants()
         self._kept: dict[str, NDArray[Any]] = {}
         self._gone: set[str] = set()
-        self._functions = {(each.domain, each.name): each for each in model.functions}
+        self.functions = {(each.domain, each.name): each for each in model.functions}
         self._called: dict[tuple[str, str], set[str]] = {}
         self._declared: dict[str, list[onnx.ValueInfoProto]] = {}
         for value in (*model.graph.input, *model.graph.value_info):
@@ -102,11 +105,11 @@ class Graph:
 
     def _find_constants(self) -> set[str]:
         """Tensors that follow from initializers and constants alone."""
-        constant = set(self.initializers)
+        constant = {*self.initializers, *self._sparse}
         for node in self._ordered:
-            pure = node.op_type not in _RANDOM and not any(_subgraphs(node))
+            pure = operator_of(node) not in _RANDOM and not any(_subgraphs(node))
             if pure and all(not name or name in constant for name in node.input):
-                constant.update(node.output)
+                constant.update(filter(None, node.output))
         return constant
 
     def called_operators(self, node: onnx.NodeProto) -> set[str]:
@@ -114,12 +117,12 @@ class Graph:
         return self._operators_of((node.domain, node.op_type), ())
 
     def _operators_of(self, function: tuple[str, str], callers: tuple[tuple[str, str], ...]) -> set[str]:
-        if function not in self._functions or function in callers:
+        if function not in self.functions or function in callers:
             return set()
         if function not in self._called:
             found = set()
-            for node in self._functions[function].node:
-                found |= {node.op_type} | self._operators_of((node.domain, node.op_type), (*callers, function))
+            for node in self.functions[function].node:
+                found |= {operator_of(node)} | self._operators_of((node.domain, node.op_type), (*callers, function))
             self._called[function] = found
         return self._called[function]
 
@@ -145,9 +148,16 @@ class Graph:
         if found is not None:
             return found
         node = self.producer.get(name)
-        is_tensor = node is not None and node.op_type == "Constant" and node.attribute[0].name == "value"
+        is_tensor = node is not None and operator_of(node) == "Constant" and node.attribute[0].name == "value"
         if node is not None and is_tensor:
             found = node.attribute[0].t
+        return found
+
+    def _sparse_tensor(self, name: str) -> onnx.SparseTensorProto | None:
+        node = self.producer.get(name)
+        found: onnx.SparseTensorProto | None = self._sparse.get(name)
+        if node is not None and operator_of(node) == "Constant" and node.attribute[0].name == "sparse_value":
+            found = node.attribute[0].sparse_tensor
         return found
 
     def value(self, name: str) -> NDArray[Any]:
@@ -165,14 +175,16 @@ class Graph:
                 found[name] = self._kept[name]
             elif (real := self._dequantized(name)) is not None:
                 found[name] = real
+            elif (sparse := self._sparse_tensor(name)) is not None:
+                found[name] = _dense(sparse)
             else:
                 computed.append(name)
         if computed:
             session = Session(self.part([], computed), self.values, "constant weights")
             found |= dict(zip(computed, session.run(computed, {})))
-            sparse = [name for name in computed if not isinstance(found[name], np.ndarray)]
-            if sparse:
-                raise ValueError(f"constant weights: {sparse[0]} is no dense tensor, expected one")
+            others = [name for name in computed if not isinstance(found[name], np.ndarray)]
+            if others:
+                raise ValueError(f"constant weights: {others[0]} is no tensor, expected one")
         self._kept |= {name: array for name, array in found.items() if self.tensor(name) is None and array.nbytes <= _KEPT}
         return found
 
@@ -195,7 +207,7 @@ class Graph:
     def _parameters_of_dequantizer(self, name: str) -> tuple[onnx.NodeProto, onnx.TensorProto] | None:
         """The DequantizeLinear of a tensor that is in the model, per tensor or along an axis, and that tensor."""
         node = self.producer.get(name)
-        if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+        if node is None or operator_of(node) != "DequantizeLinear":
             return None
         quantized = self.tensor(node.input[0])
         given = {attribute.name for attribute in node.attribute}
@@ -248,6 +260,7 @@ class Graph:
             [onnx.ValueInfoProto(name=name) for name in wanted],
             sorted(initializers, key=lambda tensor: tensor.name),
         )
+        graph.sparse_initializer.extend(self._sparse[name] for name in sorted(needed) if name in self._sparse)
         model = self._model
         return helper.make_model(
             graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
@@ -384,6 +397,8 @@ class Graph:
             self.values.pop(key_of(self.initializers.pop(name)) or "", None)
             self._gone.add(name)
         graph = self._model.graph
+        self._gone.update(name for name in self._sparse if name in read and not self.is_read(name))
+        _remove_where(graph.sparse_initializer, lambda each: each.values.name in self._gone)
         for fields in (graph.initializer, graph.input, graph.value_info):
             _remove_where(fields, lambda each: each.name in self._gone)
         _remove_where(graph.quantization_annotation, lambda each: each.tensor_name in self._gone)
@@ -404,16 +419,66 @@ def _remove_where(fields: Any, is_gone: Callable[[Any], bool]) -> None:
 
 def named_nodes(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.NodeProto]:
     """Nodes by name; by operator and output where they have none of their own."""
-    named: dict[str, onnx.NodeProto] = {}
+    nodes = list(nodes)
+    taken, named = {node.name for node in nodes}, dict[str, onnx.NodeProto]()
     for node in nodes:
-        own = node.name if node.name and node.name not in named else f"{node.op_type}:{node.output[0]}"
+        own = node.name
+        if not own or own in named:
+            base = own = f"{node.op_type}:{next(filter(None, node.output), '')}"
+            numbers = itertools.count(1)
+            while own in taken:
+                own = f"{base}_{next(numbers)}"
+            taken.add(own)
         named[own] = node
     return named
 
 
+def _in_topological_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Nodes in their own order as far as none reads what a later one makes, which onnxruntime allows."""
+    nodes = list(nodes)
+    producer = {output: k for k, node in enumerate(nodes) for output in node.output if output}
+    ordered: list[onnx.NodeProto] = []
+    state = [0] * len(nodes)  # 0: not seen, 1: what it reads is being placed, 2: placed
+    for start in range(len(nodes)):
+        waiting = [start]
+        while waiting:
+            k = waiting[-1]
+            sources = (producer.get(name) for name in (*nodes[k].input, *captured(nodes[k])))
+            missing = [source for source in sources if source is not None and not state[source]] if state[k] == 0 else []
+            state[k] = max(state[k], 1)
+            if missing:
+                waiting += reversed(missing)
+                continue
+            waiting.pop()
+            if state[k] == 1:
+                state[k] = 2
+                ordered.append(nodes[k])
+    return ordered
+
+
+def _names_in(graph: onnx.GraphProto) -> Iterator[str]:
+    """All names in a graph and in its subgraphs: what is added needs another one, even where it would hide one of these."""
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        yield value.name
+    yield from (tensor.values.name for tensor in graph.sparse_initializer)
+    for node in graph.node:
+        yield node.name
+        yield from node.input
+        yield from node.output
+        for subgraph in _subgraphs(node):
+            yield from _names_in(subgraph)
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> NDArray[Any]:
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    dense[np.unravel_index(indices, dense.shape) if indices.ndim == 1 else tuple(indices.T)] = values
+    return dense
+
+
 def weight_index(node: onnx.NodeProto, graph: Graph) -> int:
     """Which input of a convolution or matrix product is its constant one."""
-    return 0 if node.op_type == "MatMul" and graph.is_constant(node.input[0]) else 1
+    return 0 if operator_of(node) in ("Einsum", "MatMul") and graph.is_constant(node.input[0]) else 1
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

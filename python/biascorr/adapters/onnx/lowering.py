@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx.graph import Graph, attributes, named_nodes
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.tensors import Values
 
 _AXIS_OF_DEQUANTIZER = 13
@@ -33,7 +34,7 @@ PACKED_BITS = (2, 4, 8)
 
 def lowered(model: onnx.ModelProto, values: Values) -> Graph | None:
     """A copy of a model without operators that can be written in others; None where it has none."""
-    if not any(node.op_type in _LOWERINGS for node in model.graph.node):
+    if not any(operator_of(node) in _LOWERINGS for node in model.graph.node):
         return None
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -56,7 +57,7 @@ class _Lowering:
 
     def nodes_for(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         """The nodes that a node is written as; None where it stays as it is."""
-        lowering = _LOWERINGS.get(node.op_type)
+        lowering = _LOWERINGS.get(operator_of(node))
         return None if lowering is None else lowering(self, name, node)
 
     def _conv(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -96,7 +97,7 @@ class _Lowering:
     def _add(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         sides = node.input[:3], node.input[3:6]
         made_by = [self._graph.producer.get(each[0]) for each in sides]
-        follows = any(each is not None and each.op_type == "QLinearMatMul" for each in made_by)
+        follows = any(each is not None and operator_of(each) == "QLinearMatMul" for each in made_by)
         if not follows or not any(self._graph.is_constant(each[0]) for each in sides):
             return None
         y = [node.input[6], _input(node, 7) or self._zero_of(sides)]

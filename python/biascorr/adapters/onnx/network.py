@@ -16,9 +16,11 @@ from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
+from biascorr.adapters.onnx.shapes import inferred_types, known_shapes
 from biascorr.adapters.onnx.tensors import Values, whole_model
 from biascorr.graph.layer import Constant, Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
@@ -29,7 +31,7 @@ from biascorr.windows import TransposedWindow, Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LAYERS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
 
 _POINTWISE = {
     "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
@@ -43,13 +45,32 @@ _COPIES = {
 }  # fmt: skip
 """Operators after which weights are the same in another form."""
 
+_RECURRENT = {"DynamicQuantizeLSTM", "GRU", "LSTM", "RNN"}
+"""Operators whose weights act on what they made before."""
+
 _WEIGHTED = {
     "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
-    "GRU", "GemmFastGelu", "GemmFloat8", "LSTM", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat",
-    "MatMulNBits", "MoE", "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE",
-    "QOrderedMatMul", "RNN", "TransposeMatMul",
+    "GemmFastGelu", "GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "MoE",
+    "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE", "QOrderedMatMul",
+    "TransposeMatMul", "ai.onnx.ml::LinearClassifier", "ai.onnx.ml::LinearRegressor", *_RECURRENT,
 }  # fmt: skip
 """Operators that multiply with weights and are not corrected; some of them only in forms that are not lowered."""
+
+_UNWEIGHTED = {
+    *_POINTWISE, *_COPIES, "And", "BiasAdd", "BiasGelu", "BiasSplitGelu", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+    "Compress", "Concat", "CumSum", "DFT", "EmbedLayerNormalization", "Equal", "Expand", "FastGelu", "Fmod", "FusedElementwise",
+    "Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "GridSample",
+    "GroupNormalization", "GroupQueryAttention", "If", "InstanceNormalization", "LayerNormalization", "Less", "LessOrEqual",
+    "Loop", "MaxRoiPool", "MaxUnpool", "Mean", "MeanVarianceNormalization", "Mod", "MultiHeadAttention", "NonMaxSuppression",
+    "Not", "OneHot", "Or", "Pad", "QLinearAdd", "QLinearConcat", "QLinearMul", "QLinearWhere", "RMSNormalization", "Range",
+    "Resize", "RoiAlign", "RotaryEmbedding", "STFT", "Scan", "Scatter", "ScatterElements", "ScatterND", "SequenceInsert",
+    "Shape", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Split",
+    "Sum", "TensorScatter", "Tile", "TopK", "Unique", "Upsample", "Where", "Xor",
+}  # fmt: skip
+"""Operators that may read a constant matrix without multiplying with it: others that do are taken for layers."""
+
+_MANY_NODES = 1_000_000
+"""Nodes that the functions of a model may be written out to; onnxruntime writes them out before it runs anything."""
 
 
 class OnnxNetwork:
@@ -87,12 +108,13 @@ class OnnxNetwork:
             if isinstance(found, Layer):
                 self.layers.append(found)
             elif found is not None:
-                self.unsupported.append(LayerReport(node_name, node.op_type, reasons=(found,)))
+                self.unsupported.append(LayerReport(node_name, operator_of(node), reasons=(found,)))
 
     @classmethod
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.adapters.onnx.files.load` for the errors."""
         loaded, values = files.load(model, name)
+        _check_functions(loaded, name)
         check(loaded, values, name)  # refuses what is no valid model before anything is read from it
         return cls(loaded, values, name)
 
@@ -191,7 +213,7 @@ class OnnxNetwork:
 
     def _small_constants(self, node: onnx.NodeProto) -> Iterator[str]:
         """The constants of a layer that are read at once, where they are computed."""
-        if node.op_type in _LAYERS and self._graph.is_constant(_weights_of(node, self._graph)):
+        if operator_of(node) in _LAYERS and self._graph.is_constant(_weights_of(node, self._graph)):
             bias = constant_bias(self._graph, node)
             if bias is not None:
                 yield bias
@@ -199,24 +221,32 @@ class OnnxNetwork:
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
         layers = {*_LAYERS, *_WEIGHTED}
-        if any(inner.op_type in layers for inner in subgraph_nodes(node)):
+        if any(operator_of(inner) in layers for inner in subgraph_nodes(node)):
             return ReasonCode.LAYERS_IN_SUBGRAPH()
         if not layers.isdisjoint(self._graph.called_operators(node)):
             return ReasonCode.LAYERS_IN_FUNCTION()
         if self._graph.is_constant(node.output[0]):
             return None
-        if node.op_type == "MatMulNBits":
+        operator = operator_of(node)
+        if operator == "MatMulNBits":
             return self._matmul_n_bits(name, node)
-        if node.op_type in _WEIGHTED:
-            return ReasonCode.OPERATOR_UNSUPPORTED()
-        if node.op_type == "MatMul":
-            return self._matmul(name, node)
-        if node.op_type not in _LAYERS:
-            return None
+        if operator in _RECURRENT:
+            return ReasonCode.RECURRENT()
+        if operator in ("Einsum", "MatMul"):
+            return self._matmul(name, node) if operator == "MatMul" else self._einsum(name, node)
+        if operator not in _LAYERS:
+            return ReasonCode.OPERATOR_UNSUPPORTED() if operator in _WEIGHTED or self._reads_matrix(node) else None
         for reason, given in zip((ReasonCode.WEIGHTS_COMPUTED(), ReasonCode.BIAS_COMPUTED()), node.input[1:3]):
             if given and not self._graph.is_constant(given):
                 return reason
-        return self._gemm(name, node) if node.op_type == "Gemm" else self._conv(name, node)
+        return self._gemm(name, node) if operator == "Gemm" else self._conv(name, node)
+
+    def _reads_matrix(self, node: onnx.NodeProto) -> bool:
+        """Whether an operator that could multiply with it reads a constant matrix."""
+        if operator_of(node) in _UNWEIGHTED or (node.domain, node.op_type) in self._graph.functions:
+            return False
+        constants = [self._graph.constant(each) for each in node.input if each and self._graph.is_constant(each)]
+        return any(sum(size > 1 for size in each.shape) > 1 and each.dtype.kind not in "biUSO" for each in constants)
 
     def _conv(self, name: str, node: onnx.NodeProto) -> Layer | Reason:
         weights = self._graph.constant(node.input[1])
@@ -224,7 +254,7 @@ class OnnxNetwork:
         if rank not in _SPACE:
             return ReasonCode.SPATIAL_AXES(count=rank)
         given = attributes(node)
-        transposed = node.op_type == "ConvTranspose"
+        transposed = operator_of(node) == "ConvTranspose"
         layout = f"{'IO' if transposed else 'OI'}{_SPACE[rank]}"
         window = (_transposed_window if transposed else _window)(given, weights.shape[2:])
         return self._found(name, node, weights, layout, 1, -rank - 1, groups=given.get("group", 1), window=window)
@@ -250,8 +280,25 @@ class OnnxNetwork:
         if len(shape) > 2:
             batched = weights
             weights = LazyArray(shape[-2:], weights.dtype, lambda: np.asarray(batched).reshape(shape[-2:]))
-        layout, axis = ("IO", -1) if index == 1 else ("OI", -2)
-        return self._found(name, node, weights, layout, axis, axis)
+        if index == 1:
+            return self._found(name, node, weights, "IO", -1, -1)
+        axis = -1 if self._rank(node.input[1]) == 1 else -2
+        return self._found(name, node, weights, "OI", axis, axis)
+
+    def _rank(self, name: str) -> int | None:
+        shape = known_shapes(inferred_types(self._graph.model)).get(name)
+        return None if shape is None else len(shape)
+
+    def _einsum(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
+        """A product with one matrix, wherever its axes are: each of them is summed over, or is the channels of the output."""
+        index = weight_index(node, self._graph)
+        if len(node.input) != 2 or not self._graph.is_constant(node.input[index]):
+            return ReasonCode.OPERATOR_UNSUPPORTED() if self._reads_matrix(node) else None
+        weights, equation = self._graph.constant(node.input[index]), attributes(node)["equation"].decode()
+        axes = axes_of_product(equation, index)
+        if axes is None or len(weights.shape) != 2:
+            return ReasonCode.NO_MATRIX_PRODUCT(equation=equation)
+        return self._found(name, node, weights, *axes)
 
     def _matmul_n_bits(self, name: str, node: onnx.NodeProto) -> Layer | Reason:
         """Runs as it is; its weights are dequantized where they are read."""
@@ -293,7 +340,7 @@ class OnnxNetwork:
         bias = bias_of(self._graph, node, output_axis)
         return Layer(
             name,
-            node.op_type,
+            operator_of(node),
             weights,
             layout,
             tensor,
@@ -326,6 +373,49 @@ class OnnxNetwork:
             return name, None
         step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
         return dequantizer.quantized, Quantization.from_step(step, zero_point)
+
+
+def _check_functions(model: onnx.ModelProto, name: str) -> None:
+    """Raises ValueError where functions call themselves, or are written out to more nodes than can be run."""
+    functions = {(each.domain, each.name): each for each in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size_of(node: onnx.NodeProto, callers: tuple[tuple[str, str], ...]) -> int:
+        key = (node.domain, node.op_type)
+        if key in callers:
+            raise ValueError(f"{name}: function {key[1]} of domain {key[0]!r} calls itself")
+        if key in functions and key not in sizes:
+            sizes[key] = sum(size_of(each, (*callers, key)) for each in functions[key].node)
+        inside = sum(size_of(each, callers) for each in subgraph_nodes(node))
+        return sizes.get(key, 1) + inside
+
+    written = sum(size_of(node, ()) for node in model.graph.node) if functions else 0
+    if written > _MANY_NODES:
+        raise ValueError(f"{name}: its functions are written out to {written} nodes, up to {_MANY_NODES} can be run")
+
+
+def axes_of_product(equation: str, index: int) -> tuple[str, int, int] | None:
+    """Layout of the weights, the input's axis of channels and the output's, of an Einsum with a matrix as this operand.
+
+    None where it is no product with one matrix.
+    """
+    operands, _, output = equation.replace(" ", "").partition("->")
+    terms = operands.split(",")
+    matrix, tensor = terms[index], terms[1 - index]
+    letters = [*matrix, *tensor.replace("...", ""), *output.replace("...", "")]
+    plain = "->" in equation and len(matrix) == 2 and all(letter.isalpha() for letter in letters)
+    once = all(len(set(term.replace("...", ""))) == len(term.replace("...", "")) for term in (matrix, tensor, output))
+    if not plain or not once:
+        return None
+    summed, channels, layout = matrix[0], matrix[1], "IO"
+    if summed in output:
+        summed, channels, layout = channels, summed, "OI"
+    others = set(tensor.replace("...", "")) - {summed}
+    same = others == set(output.replace("...", "")) - {channels} and ("..." in tensor) == ("..." in output)
+    if not same or summed not in tensor or channels not in output or channels in tensor:
+        return None
+    after = tensor.partition(summed)[2], output.partition(channels)[2]
+    return None if "..." in "".join(after) else (layout, -1 - len(after[0]), -1 - len(after[1]))
 
 
 def _window(given: Mapping[str, Any], taps: tuple[int, ...]) -> Window:
@@ -367,7 +457,7 @@ def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Opera
 
 def _kind(node: onnx.NodeProto) -> Kind:
     kinds = {"QuantizeLinear": Kind.QUANTIZE, "DequantizeLinear": Kind.DEQUANTIZE}
-    return kinds.get(node.op_type, Kind.POINTWISE if node.op_type in _POINTWISE else Kind.OTHER)
+    return kinds.get(operator_of(node), Kind.POINTWISE if operator_of(node) in _POINTWISE else Kind.OTHER)
 
 
 def _element_type(array: NDArray[Any]) -> int:
@@ -402,7 +492,7 @@ def _shares_weights(node: onnx.NodeProto, graph: Graph) -> bool:
     name = _weights_of(node, graph)
     while graph.only_reader(name) is node:
         maker = graph.producer.get(name)
-        if maker is None or maker.op_type not in _COPIES:
+        if maker is None or operator_of(maker) not in _COPIES:
             return False
         node, name = maker, maker.input[0]
     return True

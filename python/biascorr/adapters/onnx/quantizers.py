@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx.graph import Graph, attributes
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.quantization import Quantization
 
 
@@ -58,7 +59,7 @@ class Dequantizer:
 def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     """The dequantizer that makes a tensor; None where there is none, or one with a step that is not above 0."""
     node = graph.producer.get(name)
-    if node is None or node.op_type != "DequantizeLinear":
+    if node is None or operator_of(node) != "DequantizeLinear":
         return None
     parameters = [parameter for parameter in node.input[1:] if parameter]
     if not all(map(graph.is_constant, parameters)):

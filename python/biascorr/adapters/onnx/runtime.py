@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
+from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.tensors import Values, array_of, is_packed, key_of, whole_tensor
 from biascorr.graph.network import Allocator
 
@@ -147,7 +148,7 @@ def _made(model: onnx.ModelProto, options: Any, optimizations: Optimizations) ->
 def _make_initializers(model: onnx.ModelProto) -> None:
     """Makes initializers of Constant nodes with detached values."""
     nodes = model.graph.node
-    for k in reversed([k for k, node in enumerate(nodes) if node.op_type == "Constant"]):
+    for k in reversed([k for k, node in enumerate(nodes) if operator_of(node) == "Constant"]):
         if len(nodes[k].attribute) == 1 and key_of(nodes[k].attribute[0].t) is not None:
             tensor = model.graph.initializer.add()
             tensor.CopyFrom(nodes[k].attribute[0].t)

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import onnx
 from onnx import helper, shape_inference
 
+from biascorr.adapters.onnx.operators import operator_of
+
 _KNOWN_VALUES = 64
 """Elements that a constant may have to count as a shape or axes, whose values shape inference needs."""
 
@@ -44,7 +46,7 @@ def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int | None, ...]:
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with large constants as inputs, so that inference copies no weights and has no limit of 2 GB."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    in_nodes = {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    in_nodes = {node.output[0]: node.attribute[0].t for node in model.graph.node if operator_of(node) == "Constant"}
     large = {name: each for name, each in (tensors | in_nodes).items() if math.prod(each.dims) > _KNOWN_VALUES}
     declared = {value.name for value in model.graph.input}
     weights = [
@@ -53,7 +55,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if name not in declared
     ]
     graph = helper.make_graph(
-        [node for node in model.graph.node if not (node.op_type == "Constant" and node.output[0] in large)],
+        [node for node in model.graph.node if not (operator_of(node) == "Constant" and node.output[0] in large)],
         "shapes",
         [*model.graph.input, *weights],
         list(model.graph.output),

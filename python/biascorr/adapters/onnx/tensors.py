@@ -17,6 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from biascorr.adapters.onnx.operators import operator_of
+
 
 class Values(dict[str, NDArray[Any]]):
     """Values of detached tensors by key: of their dtype and shape, or as bytes; some of them parts of mapped files.
@@ -86,7 +88,7 @@ def main_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Initializers and the values of Constant nodes, those of subgraphs left out."""
     yield from graph.initializer
     for node in graph.node:
-        if node.op_type == "Constant":
+        if operator_of(node) == "Constant":
             yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
 
 
