@@ -125,6 +125,7 @@ def correct(
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
     ] = False,
+    new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
     memory_budget: MemoryBudget = None,
     threads: Threads = None,
     force: Force = False,
@@ -147,6 +148,7 @@ def correct(
             strength=strength,
             shrunk=shrunk,
             equalize=equalize,
+            new_biases=new_biases,
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             memory_budget=memory_budget,
             threads=threads,

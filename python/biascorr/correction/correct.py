@@ -27,6 +27,8 @@ from biascorr.sweep.independence import take_apart
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
 
+NEW_BIASES = ("add", "skip")
+
 _SCALED = ("empirical", "activation")
 """Methods whose shifts can be scaled."""
 
@@ -113,6 +115,7 @@ def correct(
     shrunk: bool = False,
     quant_params: QuantParams | None = None,
     equalize: bool = False,
+    new_biases: str = "add",
     memory_budget: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -158,6 +161,8 @@ def correct(
     equalize : bool
         Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto" also
         tries it without, and returns what is best.
+    new_biases : str
+        "add": a layer without a bias gets one. "skip": it is left as it is, and no node is added to the model.
     memory_budget : int, optional
         Bytes of activations held in memory; the rest goes to a temporary folder that is removed at the end. None: half
         of the memory that is free, in the container that this process is in.
@@ -205,6 +210,8 @@ def correct(
     'it had no bias; one was added'
     """
     _check_options(method, strength, shrunk, data is not None)
+    if new_biases not in NEW_BIASES:
+        raise ValueError(f"new_biases: {new_biases!r}, expected {' or '.join(map(repr, NEW_BIASES))}")
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
         if quantized is not None and is_given:
@@ -221,7 +228,7 @@ def correct(
             samples.read(data, (given or reference).inputs, report_progress)
             take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
-        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto")
+        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add")
         if given is not None and matches is not None:
             made = _candidates(options, reference, given, matches, False, True)
             equalization, attempts = None, [_Attempt(given, matches, made)]
@@ -266,6 +273,8 @@ class _Options:
         The float outputs that candidates are scored against.
     is_auto : bool
         Whether to try the analytical method too, where there are statistics for it.
+    adds_biases : bool
+        Whether layers without a bias get one.
     """
 
     wanted: Sequence[Choice]
@@ -274,6 +283,7 @@ class _Options:
     threads: int
     expected: FloatOutputs
     is_auto: bool
+    adds_biases: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +338,11 @@ def _candidates(
     builder = CandidateBuilder(
         reference,
         measured,
-        {name: match for name, match in matches.items() if match.is_quantized and match.is_finite},
+        {
+            name: match
+            for name, match in matches.items()
+            if match.is_quantized and match.is_finite and (options.adds_biases or match.quantized.bias is not None)
+        },
         options.wanted,
         options.samples,
         options.progress,
@@ -409,4 +423,6 @@ def _uncorrectable(layer: Layer, match: Match | None) -> LayerReport:
         return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.UNMATCHED(),))
     if not match.is_finite:
         return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.WEIGHTS_NOT_FINITE(),))
-    return LayerReport(layer.name, layer.op, None, layer.channels, 0.0, 0.0, (ReasonCode.NOT_QUANTIZED(),))
+    if not match.is_quantized:
+        return LayerReport(layer.name, layer.op, None, layer.channels, 0.0, 0.0, (ReasonCode.NOT_QUANTIZED(),))
+    return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.BIAS_SKIPPED(),))

@@ -105,8 +105,9 @@ def bias_inputs(model: onnx.ModelProto) -> Iterator[tuple[NodeProto, int]]:
         found += [k for k in ADDENDS.get(node.op_type, ()) if node.input[k] in constants]
         for k in found:
             yield node, k
-            if node.input[k] in made and made[node.input[k]].op_type == "DequantizeLinear":
-                yield made[node.input[k]], 0
+            while node.input[k] in made and made[node.input[k]].op_type in ("DequantizeLinear", "QuantizeLinear"):
+                node, k = made[node.input[k]], 0
+                yield node, k
 
 
 def without_biases(model: onnx.ModelProto, known: set[str]) -> tuple[list[bytes], dict[str, bytes]]:

@@ -153,12 +153,16 @@ def test_biases_are_added_where_there_are_none(per_channel):
         after, steps = bias_and_steps(corrected, layer)
         assert constants_of(corrected)[node_of(corrected, layer).input[-1 if layer != "last" else 6]].dtype == np.int32
         np.testing.assert_allclose(after * steps, shift, rtol=0, atol=0.51 * steps.max())
-    names = [node.name or node.op_type for node in corrected.graph.node]
-    added = names.index("product_quant") + 1
-    assert names[added : added + 3] == ["DequantizeLinear", "p_quantized_add_bias", "QuantizeLinear"]
-    assert corrected.graph.node[added + 2].output[0] == node_of(given, "product").output[0]
-    bias = constants_of(corrected)[corrected.graph.node[added + 1].input[1]]
-    np.testing.assert_allclose(bias, shift_of(model, given, "product", X), rtol=1e-3)
+    added = next(k for k, node in enumerate(corrected.graph.node) if node.name == "product_quant") + 1
+    real, bias, add, quantized = corrected.graph.node[added : added + 4]
+    assert [each.op_type for each in (real, bias, add, quantized)] == ["DequantizeLinear"] * 2 + ["Add", "QuantizeLinear"]
+    assert [*add.input] == [real.output[0], bias.output[0]]
+    assert real.input[1:] == bias.input[1:] == quantized.input[1:] == node_of(given, "product").input[6:8]
+    assert quantized.output[0] == node_of(given, "product").output[0]
+    codes, step, zero_point = (constants_of(corrected)[name] for name in bias.input)
+    assert codes.dtype == zero_point.dtype
+    shift = shift_of(model, given, "product", X)
+    np.testing.assert_array_equal(codes.astype(int) - zero_point, np.rint(shift / step).reshape(codes.shape))
     assert corrected.graph.output == given.graph.output
 
 

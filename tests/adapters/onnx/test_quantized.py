@@ -453,20 +453,29 @@ def test_real_weights_between_quantizers_stay_as_they_are():
     np.testing.assert_allclose(u, run(model, {"x": X})[0], rtol=0, atol=1.1 / 1024)
 
 
-def test_new_bias_of_a_quantized_matmul_is_an_add():
+@pytest.mark.parametrize(("step_of_output", "is_real"), [(0.1, True), (0.004, False)])
+def test_new_bias_of_a_quantized_matmul_is_an_add(step_of_output, is_real):
+    """On the grid of its output, unless the shift would be lost between the steps of that."""
     text = """g (float[?,?] x) => (float[?,?] yd) {
         xq = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(xq, xs, xz) wd = DequantizeLinear(wq, ws)
         [product] y = MatMul(xd, wd) yq = QuantizeLinear(y, ys, yz) yd = DequantizeLinear(yq, ys, yz)
     }"""
     w, x, step = weights(8, 5, axis=1), samples(12, 8), np.float32(1 / 32)
     constants = {"xs": np.float32(1 / 8), "xz": np.uint8(40), "ws": step, "wq": np.rint(w / step).astype(np.int8)}
-    given = model_from_text(text, ys=np.float32(0.1), yz=np.int8(3), **constants)
+    given = model_from_text(text, opset=21, ir_version=10, ys=np.float32(step_of_output), yz=np.int16(3), **constants)
     model = model_from_text("g (float[?,?] x) => (float[?,?] y) { [product] y = MatMul(x, w) }", w=w)
     correction = mean_corrected(model, [x], quantized=given)
     before, after = (run(each, {"x": x}, ["y"])[0] for each in (given, correction.model))
     shift = x.mean(axis=0, dtype=np.float64) @ (w - np.rint(w / step) * step)
-    np.testing.assert_allclose(after - before, np.broadcast_to(shift, after.shape), rtol=0, atol=1e-6)
-    assert correction.report[0].reason == "it had no bias; one was added"
+    expected = shift if is_real else np.rint(shift / step_of_output) * step_of_output
+    tolerance = 1e-6 if is_real else 0.51 * step_of_output  # what is added to is rounded too
+    np.testing.assert_allclose(after - before, np.broadcast_to(expected, after.shape), rtol=0, atol=tolerance)
+    note = "; its bias is real: it would be lost between the steps of its quantized output" if is_real else ""
+    assert correction.report[0].reason == "it had no bias; one was added" + note
+    reader = next(
+        node for node in correction.model.graph.node if node_named(correction.model, "product").output[0] in node.input
+    )
+    assert reader.op_type == ("Add" if is_real else "QuantizeLinear")
 
 
 def test_weights_with_a_step_per_block():

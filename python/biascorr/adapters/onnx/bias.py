@@ -3,7 +3,7 @@
 A bias is an input of the layer, or the constant of an Add that alone reads the layer's output, directly or after a
 QuantizeLinear and DequantizeLinear. Either is float, or integers before DequantizeLinear, which are rounded again with their
 own step. A layer with neither gets a bias: an input of a Conv or Gemm, quantized as ONNX quantizers do it where the layer is
-quantized; an Add after a MatMul.
+quantized; an Add after a product, of quantized values where its output is quantized.
 
 Operators with quantized weights inside keep theirs as they do: int32 in the steps of their products, 8 bits in a QLinearAdd.
 """
@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx.graph import Graph, attributes
-from biascorr.adapters.onnx.lowering import bias_steps
-from biascorr.adapters.onnx.operators import operator_of
-from biascorr.adapters.onnx.quantizers import Dequantizer, dequantizer_of
+from biascorr.adapters.onnx.operators import CONTRIBUTED, operator_of
+from biascorr.adapters.onnx.quantizers import Dequantizer, bias_steps, dequantizer_of
 from biascorr.graph.axes import aligned
 from biascorr.graph.layer import Layer
 from biascorr.graph.network import BiasChange, Shift
@@ -37,6 +36,9 @@ _INTEGER_BIAS = {"QLinearConv": 8, "QGemm": 6}
 
 _ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
 """Operators that add, and the inputs that they add."""
+
+_LOST = 1 / 8
+"""Part of a shift that may be lost between the steps of a grid."""
 
 _RESHAPES = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 """Operators that keep the values of a tensor and their order."""
@@ -96,8 +98,10 @@ def bias_of(graph: Graph, node: onnx.NodeProto, output_axis: int) -> Bias:
     place = _place_of_bias(graph, node)
     if place is None and _is_clamped(graph, node):
         return _NoBias(graph, node, output_axis)
+    if place is None and operator_of(node) in ("Conv", "ConvTranspose", "Gemm"):
+        return _NewInput(graph, node, output_axis)
     if place is None:
-        return (_NewInput if operator_of(node) in ("Conv", "ConvTranspose", "Gemm") else _NewAdd)(graph, node, output_axis)
+        return (_NewAdd if _output_grid(graph, node) is None else _NewQuantizedAdd)(graph, node, output_axis)
     reader, index = place
     if operator_of(reader) == "QLinearAdd":
         return _AddedBias(graph, node, output_axis, reader, index)
@@ -141,10 +145,18 @@ def _source(graph: Graph, reader: onnx.NodeProto, index: int) -> tuple[onnx.Node
     """The node that reads a constant before it is reshaped for one that alone reads it, and which of its inputs it is."""
     while graph.only_reader(reader.input[index]) is reader:
         source = graph.producer.get(reader.input[index])
-        if source is None or operator_of(source) not in _RESHAPES:
+        if source is None or not (operator_of(source) in _RESHAPES or _is_narrowing(graph, source)):
             break
         reader, index = source, 0
     return reader, index
+
+
+def _is_narrowing(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node casts real numbers to a type whose numbers the type that they have has too."""
+    if operator_of(node) != "Cast":
+        return False
+    before, after = graph.constant(node.input[0]).dtype, graph.constant(node.output[0]).dtype
+    return before.kind == after.kind == "f" and before.itemsize >= after.itemsize
 
 
 def _holds_integers(graph: Graph, name: str) -> bool:
@@ -158,6 +170,29 @@ def _is_clamped(graph: Graph, node: onnx.NodeProto) -> bool:
     zero_point = graph.value(node.input[7])
     limits = np.iinfo(zero_point.dtype)
     return zero_point.item() in (limits.min, limits.max)
+
+
+def gets_quantized_bias(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a product has no bias, and one could be added to its quantized output."""
+    return _place_of_bias(graph, node) is None and _output_grid(graph, node) is not None
+
+
+def _output_grid(graph: Graph, node: onnx.NodeProto) -> list[str] | None:
+    """Step and zero point of the quantized output of a product; None where it has none, or not an even grid of both signs."""
+    quantizer, given = node, list(node.input[6:8])
+    if operator_of(node) != "QLinearMatMul":
+        reader = graph.only_reader(node.output[0])
+        if reader is None or operator_of(reader) != "QuantizeLinear" or attributes(reader).keys() - {"axis", "saturate"}:
+            return None
+        quantizer, given = reader, list(reader.input[1:3])
+    if len(given) < 2 or not all(each and graph.is_constant(each) for each in given):
+        return None
+    step, zero_point = map(graph.value, given)
+    is_even = zero_point.dtype.kind in "iu" and zero_point.dtype.itemsize * 4 <= step.dtype.itemsize * 2
+    if step.size != 1 or not is_even or not np.isfinite(step).all() or not (step > 0).all():
+        return None
+    limits = np.iinfo(zero_point.dtype)
+    return None if zero_point.item() in (limits.min, limits.max) else [*given, quantizer.domain]
 
 
 def _per_channel(change: NDArray[Any], axis: int) -> Shift:
@@ -224,15 +259,17 @@ class _RealBias(_ConstantBias):
     """Real numbers."""
 
     def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
-        values = self._values()
+        values, (source, at) = self._values(), self._source(shift)
         moved = (values + shift).astype(values.dtype)
-        return moved, np.subtract(moved, values, dtype=np.float64), ()
+        maker = self._graph.producer.get(source.input[at])
+        is_computed = maker is not None and operator_of(maker) not in ("Constant", *_RESHAPES)
+        return moved, np.subtract(moved, values, dtype=np.float64), (ReasonCode.BIAS_REWRITTEN(),) if is_computed else ()
 
     def _writer(self, values: NDArray[Any], shift: Shift) -> Callable[[], None]:
         source, at = self._source(shift)
-        shape = values.shape if source is self._reader else self._graph.value(source.input[at]).shape
-        name = f"{self._reader.output[0]}_bias"
-        return lambda: self._graph.set_constant(source, at, values.reshape(shape), name)
+        before = values if source is self._reader else self._graph.value(source.input[at])
+        stored, name = values.reshape(before.shape).astype(before.dtype), f"{self._reader.output[0]}_bias"
+        return lambda: self._graph.set_constant(source, at, stored, name)
 
 
 class _QuantizedBias(_RealBias):
@@ -260,12 +297,25 @@ class _QuantizedBias(_RealBias):
         graph, (source, at), node = self._graph, self._source(shift), dequantizer.node
         before = graph.value(dequantizer.quantized)
         kept = values if values.size != before.size else values.reshape(before.shape)
+        is_own = graph.only_reader(source.input[at]) is source
+        quantizer = graph.producer.get(dequantizer.quantized) if is_own else None
+        is_alone = graph.only_reader(dequantizer.quantized) is node and kept.shape == before.shape
+        if quantizer is not None and operator_of(quantizer) == "QuantizeLinear" and is_alone:
+            real = self._unquantized(graph.value(quantizer.input[0]), dequantizer, before, kept)
+            return lambda: graph.set_constant(quantizer, 0, real, f"{source.output[0]}_bias")
 
         def write() -> None:
-            own = node if graph.only_reader(source.input[at]) is source else _copy_of(graph, node, source, at)
+            own = node if is_own else _copy_of(graph, node, source, at)
             graph.set_constant(own, 0, kept, f"{source.output[0]}_bias_quantized")
 
         return write
+
+    @staticmethod
+    def _unquantized(real: NDArray[Any], dequantizer: Dequantizer, before: NDArray[Any], after: NDArray[Any]) -> NDArray[Any]:
+        """The real numbers that are quantized to these values; those whose value stays, stay."""
+        steps = np.broadcast_to(dequantizer.steps_of(np.atleast_1d(after).shape), np.atleast_1d(after).shape)
+        moved = (after.astype(np.float64) - dequantizer.zero_point.astype(np.float64)) * steps.reshape(after.shape)
+        return np.where(after == before, real, moved).astype(real.dtype)
 
 
 class _AddedBias(_ConstantBias):
@@ -329,40 +379,55 @@ class _NewInput(Bias):
         self._factor = attributes(node).get("beta", 1.0)
 
     def change(self, layer: Layer, shift: Shift) -> BiasChange:
-        values, step = self._values(layer, shift)
-        return BiasChange(values.astype(np.float64) * step * self._factor, (ReasonCode.BIAS_ADDED(),))
+        values, step, reasons = self._values(layer, shift)
+        real = values.astype(np.float64) * (1.0 if step is None else step.astype(np.float64))
+        return BiasChange(real * self._factor, (ReasonCode.BIAS_ADDED(), *reasons))
 
-    def _values(self, layer: Layer, shift: Shift) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Values and the step that they are multiplied by; 1 where they are real."""
-        step = self._step(layer)
+    def _values(self, layer: Layer, shift: Shift) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[Reason, ...]]:
+        """Values, the step that they are multiplied by, None where they are real, and remarks."""
+        step, reasons = self._step(layer)
         if step is None:
-            return (shift / self._factor).astype(layer.weights.dtype), np.ones(())
-        limits = np.iinfo(np.int32)
-        values = np.rint(shift / self._factor / step.astype(np.float64))
-        return np.clip(values, limits.min, limits.max).astype(np.int32), step.astype(np.float64)
+            return (shift / self._factor).astype(layer.weights.dtype), None, reasons
+        values, _, reasons = _rounded(np.zeros(layer.channels, np.int32), step, shift / self._factor)
+        return values, step, reasons
 
-    def _step(self, layer: Layer) -> NDArray[Any] | None:
-        """The product of the steps of both operands, () or (channels,), float32; None where one is not quantized so."""
-        dequantizers = [dequantizer_of(self._graph, each) for each in self._node.input[:2]]
+    def _dequantizers(self) -> list[Dequantizer | None]:
+        return [dequantizer_of(self._graph, each) for each in self._node.input[:2]]
+
+    def _step(self, layer: Layer) -> tuple[NDArray[Any] | None, tuple[Reason, ...]]:
+        """The product of the steps of both operands, () or (channels,), in their type.
+
+        None where one is not quantized so, or their type has no such small numbers, which is remarked.
+        """
+        dequantizers = self._dequantizers()
         steps = [None if each is None else _steps_of_channels(each, layer) for each in dequantizers]
-        known = [step for step in steps if step is not None]
-        return None if len(known) < len(steps) else np.asarray(functools.reduce(np.multiply, known), dtype=np.float32)
+        known = [step.astype(np.float64) for step in steps if step is not None]
+        if len(known) < len(steps):
+            return None, ()
+        product = np.asarray(functools.reduce(np.multiply, known))
+        dtype = steps[1].dtype if steps[1] is not None else product.dtype
+        if (product[product > 0] < np.finfo(dtype).smallest_normal).any():
+            return None, (ReasonCode.BIAS_STEP_TOO_SMALL(dtype=dtype.name),)
+        return product.astype(dtype), ()
 
     def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
-        step, (values, _) = self._step(layer), self._values(layer, shift)
+        values, step, _ = self._values(layer, shift)
         return lambda: self._write(values, step)
 
     def _write(self, values: NDArray[Any], step: NDArray[Any] | None) -> None:
         graph, node = self._graph, self._node
-        if step is None:
+        weights = self._dequantizers()[1]
+        if step is None or weights is None:
             graph.set_input(node, 2, graph.add_initializer(self._name(), values))
             return
         constants = {"_quantized": values, "_scale": step, "_zero_point": np.zeros(step.shape, np.int32)}
         inputs = [graph.add_initializer(self._name(suffix), array) for suffix, array in constants.items()]
         output = graph.fresh_name(self._name())
-        dequantize = helper.make_node("DequantizeLinear", inputs, [output], f"{output}_DequantizeLinear")
-        if step.size > 1:
+        name, domain = f"{output}_DequantizeLinear", weights.node.domain
+        dequantize = helper.make_node("DequantizeLinear", inputs, [output], graph.fresh_name(name), domain=domain)
+        if step.size > 1 or domain == CONTRIBUTED:
             dequantize.attribute.append(helper.make_attribute("axis", 0))
+        dequantize.attribute.extend(each for each in weights.node.attribute if each.name == "output_dtype")
         graph.set_input(node, 2, output)
         graph.insert(dequantize, node, after=False)
 
@@ -374,29 +439,104 @@ class _NewInput(Bias):
 class _NewAdd(Bias):
     """None yet, of an operator without an input for it: an Add after the layer.
 
-    It takes over the name of the output, so that nothing else changes. After an operator with a quantized output it stands
-    between quantizers with that output's own step.
+    It takes over the name of the output, so that nothing else changes.
     """
 
     def change(self, layer: Layer, shift: Shift) -> BiasChange:
         return BiasChange(shift.astype(layer.weights.dtype).astype(np.float64), (ReasonCode.BIAS_ADDED(),))
 
     def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
-        return lambda: self.set(layer, aligned(shift, self._axis))
+        return lambda: self._write_real(layer, aligned(shift, self._axis))
 
     def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        self._write_real(layer, bias)
+
+    def _write_real(self, layer: Layer, bias: NDArray[Any]) -> None:
         graph, node, output = self._graph, self._node, self._node.output[0]
         constant = graph.add_initializer(self._name(), bias.astype(layer.weights.dtype))
         node.name = layer.name  # of a node without one, the layer would change its name with the output
         graph.give_up_output(node, f"{output}_before_bias")
         add = helper.make_node("Add", [node.output[0], constant], [output], graph.fresh_name(f"{output}_add_bias"))
-        new = [add]
-        if operator_of(node) == "QLinearMatMul":
-            add.input[0], add.output[0] = (graph.fresh_name(f"{output}_{what}") for what in ("real", "biased"))
-            dequantize = helper.make_node("DequantizeLinear", [node.output[0], *node.input[6:8]], [add.input[0]])
-            new = [dequantize, add, helper.make_node("QuantizeLinear", [add.output[0], *node.input[6:8]], [output])]
-        for each in new:
+        graph.insert(add, node, after=True)
+
+
+class _NewQuantizedAdd(_NewAdd):
+    """None yet, of a product whose output is quantized: an Add of quantized values, on the grid of that output.
+
+    The grid is the only one that is known there, so the bias moves by whole steps. Where these are too coarse, it is a real one
+    if it can be: before the QuantizeLinear that follows, which runtimes of integers then cannot merge with the product.
+    """
+
+    @property
+    def output(self) -> str:
+        """Where the bias is going to be added: in the network that runs, a QLinearMatMul is requantized before that."""
+        graph, name = self._graph, str(self._node.output[0])
+        readers = [graph.only_reader(name)]
+        for _ in range(2):
+            readers.append(None if readers[-1] is None else graph.only_reader(readers[-1].output[0]))
+        first, between, last = readers
+        if first is None or between is None or last is None:
+            return name
+        operators = [operator_of(each) for each in (first, between, last)]
+        is_same_grid = first.input[1:] == between.input[1:] == last.input[1:]
+        is_requantized = operators == ["QuantizeLinear", "DequantizeLinear", "QuantizeLinear"] and is_same_grid
+        return str(between.output[0]) if is_requantized else name
+
+    def _grid(self) -> tuple[list[str], str]:
+        *parameters, domain = _output_grid(self._graph, self._node) or ["", "", ""]
+        return parameters, domain
+
+    def _codes(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
+        step, zero_point = (self._graph.value(each).reshape(()) for each in self._grid()[0])
+        return _rounded(np.full(shift.shape, zero_point), step, shift)
+
+    def _is_coarse(self, shift: Shift, applied: Shift) -> bool:
+        """Whether too little of a shift is left on the grid, and it can be added as it is."""
+        lost, whole = (float(np.linalg.norm(each)) for each in (shift - applied, shift))
+        return operator_of(self._node) != "QLinearMatMul" and lost > _LOST * whole
+
+    def change(self, layer: Layer, shift: Shift) -> BiasChange:
+        _, applied, reasons = self._codes(shift)
+        if self._is_coarse(shift, applied):
+            real = super().change(layer, shift)
+            return BiasChange(real.applied, (*real.reasons, ReasonCode.BIAS_BETWEEN_STEPS()))
+        if not applied.any():
+            return BiasChange(None, (ReasonCode.BELOW_STEP(),))
+        return BiasChange(applied, (ReasonCode.BIAS_ADDED(), *reasons))
+
+    def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
+        codes, applied, _ = self._codes(shift)
+        if self._is_coarse(shift, applied):
+            return super().prepare(layer, shift)
+        return lambda: self._write(layer, aligned(codes, self._axis)) if applied.any() else None
+
+    def _write(self, layer: Layer, codes: NDArray[Any]) -> None:
+        graph, node, output = self._graph, self._node, self._node.output[0]
+        parameters, domain = self._grid()
+        is_quantized = operator_of(node) == "QLinearMatMul"
+        bias, real = graph.fresh_name(self._name()), graph.fresh_name(f"{output}_real_before_bias")
+        constant = graph.add_initializer(self._name("_quantized"), codes)
+
+        def dequantize(source: str, made: str) -> onnx.NodeProto:
+            return helper.make_node(
+                "DequantizeLinear", [source, *parameters], [made], f"{made}_DequantizeLinear", domain=domain
+            )
+
+        def quantize(source: str, made: str) -> onnx.NodeProto:
+            return helper.make_node("QuantizeLinear", [source, *parameters], [made], f"{made}_QuantizeLinear", domain=domain)
+
+        node.name = layer.name
+        graph.give_up_output(node, f"{output}_before_bias")
+        biased = graph.fresh_name(f"{output}_biased") if is_quantized else output
+        before = node.output[0] if is_quantized else graph.fresh_name(f"{output}_quantized_before_bias")
+        new = [] if is_quantized else [quantize(node.output[0], before)]
+        new += [dequantize(before, real), dequantize(constant, bias)]
+        new += [helper.make_node("Add", [real, bias], [biased], graph.fresh_name(f"{output}_add_bias"))]
+        for each in [*new, quantize(biased, output)] if is_quantized else new:
             node = graph.insert(each, node, after=True)
+
+    def set(self, layer: Layer, bias: NDArray[Any]) -> None:
+        self.add(layer, _per_channel(np.broadcast_to(bias, aligned(np.empty(layer.channels), self._axis).shape), self._axis))
 
 
 class _NoBias(Bias):
@@ -415,13 +555,17 @@ class _NoBias(Bias):
 def _rounded(
     values: NDArray[Any], steps: NDArray[Any], shift: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
-    """Integers after a shift in real units, within the limits of their type; their change in real units; if any saturate."""
-    limits = np.iinfo(values.dtype)
-    wanted = values + np.rint(shift / steps)
+    """Integers after a shift in real units, within the limits of their type; their change in real units; remarks."""
+    limits, steps = np.iinfo(values.dtype), np.asarray(steps, dtype=np.float64)
+    shift, steps = np.broadcast_arrays(shift, steps)
+    wanted = values + np.rint(np.divide(shift, steps, out=np.zeros(steps.shape), where=steps > 0))
     moved = np.clip(wanted, limits.min, limits.max)
-    saturated = np.count_nonzero(wanted != moved)
-    reason = ReasonCode.BIAS_SATURATES(dtype=values.dtype.name, count=saturated, channels=moved.size)
-    return moved.astype(values.dtype), (moved - values) * steps, (reason,) if saturated else ()
+    counts = {
+        ReasonCode.BIAS_SATURATES: np.count_nonzero(wanted != moved),
+        ReasonCode.BIAS_CANNOT_MOVE: np.count_nonzero(steps == 0),
+    }
+    reasons = (code(dtype=values.dtype.name, count=count, channels=moved.size) for code, count in counts.items() if count)
+    return moved.astype(values.dtype), (moved - values) * steps, tuple(reasons)
 
 
 def _copy_of(graph: Graph, dequantizer: onnx.NodeProto, node: onnx.NodeProto, index: int) -> onnx.NodeProto:

@@ -22,6 +22,9 @@ from biascorr.graph.layer import Constant, LazyArray
 
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
+_NEWEST_OPSET = 17
+"""The newest opset that all releases of onnxruntime that can be used have."""
+
 _KEPT = 1 << 16
 """Bytes of a computed constant up to which its value is kept; larger ones are computed each time they are read."""
 
@@ -333,6 +336,7 @@ class Graph:
 
     def insert(self, node: onnx.NodeProto, beside: onnx.NodeProto, *, after: bool) -> onnx.NodeProto:
         """Puts a node next to another; returns it."""
+        self._import_domain(node.domain)
         places = self._after if after else self._before
         places.setdefault(id(beside), []).append(node)
         self._add_reader(node)
@@ -340,6 +344,12 @@ class Graph:
         if all(name in self._constant for name in node.input):
             self._constant.update(node.output)
         return node
+
+    def _import_domain(self, domain: str) -> None:
+        """Lets the model use ONNX's own operators, where it uses none yet: of the newest opset that its IR version has."""
+        if domain == "" and not self.opset:
+            opset = max(row[2] for row in helper.VERSION_TABLE if row[1] <= self._model.ir_version)
+            self._model.opset_import.append(helper.make_opsetid("", min(opset, _NEWEST_OPSET)))
 
     def redirect(self, name: str, to: str) -> None:
         """Lets the nodes that read a tensor read another one; what subgraphs and the model's caller read stays."""

@@ -5,6 +5,9 @@
     QGemm                        DequantizeLinear, Gemm, QuantizeLinear unless its output is real
     QLinearAdd of a constant     DequantizeLinear, Add, QuantizeLinear, where it holds the bias of a QLinearMatMul
 
+A QLinearMatMul that has no bias yet, but can get one, is requantized: between DequantizeLinear and the second QuantizeLinear is
+where it is going to be added, so that what is measured is rounded as often as what is saved.
+
 The tensors between operators keep their names, and a layer has the name of the operator that it is written for.
 """
 
@@ -18,8 +21,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from biascorr.adapters.onnx.bias import gets_quantized_bias
 from biascorr.adapters.onnx.graph import Graph, attributes, named_nodes
 from biascorr.adapters.onnx.operators import operator_of
+from biascorr.adapters.onnx.quantizers import bias_steps
 from biascorr.adapters.onnx.tensors import Values
 
 _AXIS_OF_DEQUANTIZER = 13
@@ -81,7 +86,18 @@ class _Lowering:
             self._real(each, self._graph.value(each[0]).ndim - axis if known else None)
             for each, known, axis in zip((a, b), constant, (2, 1))
         ]
-        return self._layer(name, "MatMul", {}, operands, node, y)
+        *nodes, layer, quantize = self._layer(name, "MatMul", {}, operands, node, y)
+        requantized = self._requantized(layer, quantize.input[1:]) if gets_quantized_bias(self._graph, node) else []
+        return [*nodes, layer, *requantized, quantize]
+
+    def _requantized(self, layer: onnx.NodeProto, parameters: Sequence[str]) -> list[onnx.NodeProto]:
+        """Quantizes and dequantizes the output of a layer, which keeps its name after that."""
+        output = layer.output[0]
+        layer.output[0], codes = self._fresh(layer, "before_bias"), self._fresh(layer, "codes_before_bias")
+        return [
+            helper.make_node("QuantizeLinear", [layer.output[0], *parameters], [codes]),
+            helper.make_node("DequantizeLinear", [codes, *parameters], [output]),
+        ]
 
     def _gemm(self, name: str, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         a, b, c, y = node.input[:3], node.input[3:6], _input(node, 6), node.input[7:9]
@@ -176,13 +192,6 @@ _LOWERINGS = {
     "QGemm": _Lowering._gemm,
     "QLinearAdd": _Lowering._add,
 }
-
-
-def bias_steps(graph: Graph, node: onnx.NodeProto) -> NDArray[np.float64]:
-    """The step of the int32 bias of a QLinearConv or QGemm, () or (channels,): that of its products."""
-    steps = [graph.value(node.input[index]).astype(np.float64) for index in (1, 4)]
-    product = np.asarray(steps[0].reshape(()) * steps[1] * attributes(node).get("alpha", 1.0))
-    return product.reshape(()) if product.size == 1 else product
 
 
 def weights_of_n_bits(

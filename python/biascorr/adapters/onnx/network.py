@@ -180,10 +180,12 @@ class OnnxNetwork:
     def with_shifts(self, shifts: Mapping[str, Shift]) -> OnnxNetwork:
         """A copy with these shifts added to the biases of layers."""
         graph, nodes = _copy(self._original)
+        read = graph.read()
         biases = {layer: bias_of(graph, nodes[layer.name], layer.output_axis) for layer in self.layers if layer.name in shifts}
         writers = [bias.prepare(layer, shifts[layer.name]) for layer, bias in biases.items()]
         for write in writers:
             write()
+        graph.remove_dead(read)
         return OnnxNetwork(graph.model, graph.values, self._name)
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
@@ -369,7 +371,7 @@ class OnnxNetwork:
     def _read(self, name: str) -> tuple[str, Quantization | None]:
         """The tensor that a layer reads: quantized values and their quantization where they are dequantized just before it."""
         dequantizer = dequantizer_of(self._graph, name)
-        if dequantizer is None or dequantizer.step.size != 1 or self._graph.is_constant(name):
+        if dequantizer is None or dequantizer.step.size != 1 or not dequantizer.step.all() or self._graph.is_constant(name):
             return name, None
         step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
         return dequantizer.quantized, Quantization.from_step(step, zero_point)

@@ -6,7 +6,7 @@ import functools
 
 import onnx
 
-_CONTRIBUTED = "com.microsoft"
+CONTRIBUTED = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 
 _SAME = ("DequantizeLinear", "QLinearConv", "QuantizeLinear")
@@ -20,5 +20,5 @@ def operator_of(node: onnx.NodeProto) -> str:
 
 @functools.cache
 def _operator(domain: str, op_type: str) -> str:
-    is_known = domain in ("", "ai.onnx") or (domain == _CONTRIBUTED and (op_type in _SAME or not onnx.defs.has(op_type)))
+    is_known = domain in ("", "ai.onnx") or (domain == CONTRIBUTED and (op_type in _SAME or not onnx.defs.has(op_type)))
     return op_type if is_known else f"{domain}::{op_type}"

@@ -25,7 +25,8 @@ class Dequantizer:
     node : onnx.NodeProto
         The node.
     step : ndarray, (), (C,), or of the rank of the values
-        Real units between neighbouring values (ONNX calls it scale): one, one per channel, or one per block.
+        Real units between neighbouring values (ONNX calls it scale): one, one per channel, or one per block; 0 where quantizers
+        found nothing but zeros.
     zero_point : ndarray
         The quantized value of 0.
     axis : int
@@ -57,7 +58,7 @@ class Dequantizer:
 
 
 def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
-    """The dequantizer that makes a tensor; None where there is none, or one with a step that is not above 0."""
+    """The dequantizer that makes a tensor; None where there is none, or one with a step that is below 0 or not finite."""
     node = graph.producer.get(name)
     if node is None or operator_of(node) != "DequantizeLinear":
         return None
@@ -67,11 +68,18 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     step, *rest = (graph.value(parameter) for parameter in parameters)
     given = attributes(node)
     block_size = given.get("block_size", 0)
-    if (step.size > 1 and step.ndim != 1 and not block_size) or not (np.isfinite(step) & (step > 0)).all():
+    if (step.size > 1 and step.ndim != 1 and not block_size) or not (np.isfinite(step) & (step >= 0)).all():
         return None
     zero_point = rest[0] if rest else np.zeros((), dtype=np.int32)
     axis = given.get("axis", 1) if step.size > 1 or block_size else 0
     return Dequantizer(node, step, zero_point, axis, block_size)
+
+
+def bias_steps(graph: Graph, node: onnx.NodeProto) -> NDArray[np.float64]:
+    """The step of the int32 bias of a QLinearConv or QGemm, () or (channels,): that of its products."""
+    steps = [graph.value(node.input[index]).astype(np.float64) for index in (1, 4)]
+    product = np.asarray(steps[0].reshape(()) * steps[1] * attributes(node).get("alpha", 1.0))
+    return product.reshape(()) if product.size == 1 else product
 
 
 def insert_fake_quantizer(
