@@ -23,7 +23,7 @@ BELOW = {
 }
 """What each folder may import besides itself, lowest first."""
 
-EXTRAS = {"adapters": {"onnx", "onnxruntime", "google"}, "report": {"rich"}, "cli": {"typer", "rich"}}
+EXTRAS = {"adapters": {"onnx", "onnxruntime", "google", "ml_dtypes"}, "report": {"rich"}, "cli": {"typer", "rich"}}
 """What each folder may import of what an extra brings."""
 
 FILES = sorted(

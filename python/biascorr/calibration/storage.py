@@ -48,7 +48,7 @@ class Buffers:
 
     def give(self, array: NDArray[Any]) -> None:
         """Takes an array back that nobody reads any more; one that did not come from here is not kept."""
-        block = array.base
+        block = getattr(array, "base", None)
         if isinstance(block, np.ndarray) and block.dtype == np.uint8 and block.base is None and block.size >= array.nbytes:
             self._free.setdefault(block.size, []).append(block)
 
@@ -59,6 +59,8 @@ class Buffers:
 
 class Storage:
     """Arrays by key, for several threads. A context manager: at its end, the temporary folder is removed, whatever happens.
+
+    What is no array of numbers, a sequence or text, can be kept too; it stays in memory.
 
     Parameters
     ----------
@@ -87,15 +89,16 @@ class Storage:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def __setitem__(self, key: Hashable, array: NDArray[Any]) -> None:
+    def __setitem__(self, key: Hashable, array: Any) -> None:
         if key in self._arrays:
             self.pop(key)
+        size = _bytes_of(array)
         with self._lock:
-            fits = self._held + array.nbytes <= self._budget
-            self._held += array.nbytes * fits
+            fits = self._held + size <= self._budget or not _is_plain(array)
+            self._held += size * fits
         self._arrays[key] = array if fits else self._written(array)
 
-    def __getitem__(self, key: Hashable) -> NDArray[Any]:
+    def __getitem__(self, key: Hashable) -> Any:
         found = self._arrays[key]
         return np.load(found, allow_pickle=False) if isinstance(found, Path) else found
 
@@ -109,7 +112,7 @@ class Storage:
             found.unlink()
             return None
         with self._lock:
-            self._held -= found.nbytes
+            self._held -= _bytes_of(found)
         return found
 
     def holds(self, key: Hashable) -> bool:
@@ -123,3 +126,11 @@ class Storage:
         path = Path(self._folder.name) / f"{next(self._numbers)}.npy"
         np.save(path, array, allow_pickle=False)
         return path
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject
+
+
+def _bytes_of(value: Any) -> int:
+    return sum(map(_bytes_of, value)) if isinstance(value, list) else int(getattr(value, "nbytes", 0))

@@ -135,7 +135,7 @@ class OutputErrors:
 
 def _plain(values: NDArray[Any]) -> NDArray[Any]:
     """Values of a type that numpy has: bfloat16 and float8, which it has not, are real."""
-    return values.astype(np.float32) if values.dtype.kind == "V" else values
+    return values.astype(np.float32) if values.dtype.isbuiltin == 2 else values
 
 
 class FloatOutputs:

@@ -252,8 +252,9 @@ class _Meter:
         self.changes: dict[str, OutputChange] = {}
         for batch, outputs in self._outputs(network, "float network"):
             for name, array in outputs.items():
-                samples.storage["float", name, batch] = array
-                self._largest[name] = max(self._largest.get(name, 0.0), _largest(array))
+                if isinstance(array, np.ndarray) and array.dtype.kind in "fiub":  # not a sequence, nor text
+                    samples.storage["float", name, batch] = array
+                    self._largest[name] = max(self._largest.get(name, 0.0), _largest(array))
 
     def measure(self, step: str, network: Network, is_changed: bool) -> None:
         """Measures a network after this step, where it has changed anything."""
@@ -261,8 +262,8 @@ class _Meter:
             return
         change = OutputChange()
         for batch, outputs in self._outputs(network, step):
-            for (name, largest), computed in zip(self._largest.items(), outputs.values()):
-                moved = _largest_difference(self._samples.storage["float", name, batch], computed)
+            for name, largest in self._largest.items():
+                moved = _largest_difference(self._samples.storage["float", name, batch], outputs[name])
                 relative = moved / largest if largest else moved
                 change = OutputChange(*np.maximum((moved, relative), (change.absolute, change.relative)).tolist())
         self.changes[step] = change

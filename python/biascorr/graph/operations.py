@@ -38,12 +38,15 @@ class Operation:
         The tensors it reads, constants left out, and makes.
     kind : Kind
         Its kind.
+    is_lasting : bool
+        Whether what it makes are arrays, which can be held; else it is made anew wherever it is read.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     kind: Kind = Kind.OTHER
+    is_lasting: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,7 +121,7 @@ class Shard:
             for batch, results, part in in_order(run, batches, workers, alone=self._threads == 1):
                 yield batch, results, part
                 self._drop(stage, results, batch)
-                self._made = sum(array.nbytes for array in results.values())
+                self._made = sum(getattr(value, "nbytes", 0) for value in results.values())
 
     def _in_turns(self, stage: Stage, shifts: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Sequence[int], int]]:
         """Batches and the threads that may work on as many of them at once, within what is left of the memory budget.
@@ -165,7 +165,7 @@ class Shard:
         return {name: self._live(name, batch, shifts) for name in stage.given}
 
     def _live(self, name: str, batch: int, shifts: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        array = self._samples.storage[name, batch]
+        array: NDArray[Any] = self._samples.storage[name, batch]
         if name not in shifts or (name, batch) in self._shifted:
             return array
         array += shifts[name].astype(array.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from os import PathLike
 from typing import Any
 
@@ -68,6 +68,16 @@ _UNWEIGHTED = {
     "Sum", "TensorScatter", "Tile", "TopK", "Unique", "Upsample", "Where", "Xor",
 }  # fmt: skip
 """Operators that may read a constant matrix without multiplying with it: others that do are taken for layers."""
+
+_COLLECTING = {
+    "LabelEncoder", "Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
+    "SequenceMap", "SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit", "ai.onnx.ml::LabelEncoder",
+    "ai.onnx.ml::ZipMap",
+}  # fmt: skip
+"""Operators that may make no array of numbers: a sequence, a map, what may be missing, text."""
+
+_GIVING = ("ConcatFromSequence", "DequantizeLinear", "OptionalGetElement", "SequenceAt")
+"""Operators that make an array of what is none."""
 
 _MANY_NODES = 1_000_000
 """Nodes that the functions of a model may be written out to; onnxruntime writes them out before it runs anything."""
@@ -360,18 +370,16 @@ class OnnxNetwork:
         dequantizer = dequantizer_of(self._graph, name)
         if dequantizer is None:
             return None
-        shape = self._graph.constant(name).shape
-        axes = len(weights.shape)
-        if not dequantizer.block_size:
+        shape, axes = self._graph.constant(name).shape, len(weights.shape)
+        if not dequantizer.block_size and not dequantizer.is_coarser(self._graph):
             steps = dequantizer.steps_of(shape)
             return steps.reshape(steps.shape[steps.ndim - axes :])
-        blocks = dequantizer
-        return LazyArray(shape[-axes:], blocks.step.dtype, lambda: blocks.steps_of(shape).reshape(shape[-axes:]))
+        return LazyArray(shape[-axes:], weights.dtype, lambda: dequantizer.spacings(self._graph, shape).reshape(shape[-axes:]))
 
     def _read(self, name: str) -> tuple[str, Quantization | None]:
         """The tensor that a layer reads: quantized values and their quantization where they are dequantized just before it."""
         dequantizer = dequantizer_of(self._graph, name)
-        if dequantizer is None or dequantizer.step.size != 1 or not dequantizer.step.all() or self._graph.is_constant(name):
+        if dequantizer is None or not dequantizer.is_even or self._graph.is_constant(name):
             return name, None
         step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
         return dequantizer.quantized, Quantization.from_step(step, zero_point)
@@ -448,13 +456,27 @@ def _moves(given: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[
 
 def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Operation]:
     operations, known = [], {value.name for value in graph.model.graph.input if value.name not in graph.initializers}
+    others: set[str] = set()  # tensors that numpy has no type for
     for name, node in nodes.items():
-        if not graph.is_constant(node.output[0]):
+        if not graph.is_constant(next(filter(None, node.output), "")):
             inputs = tuple(dict.fromkeys(each for each in (*node.input, *captured(node)) if each in known))
             outputs = tuple(output for output in node.output if output)
-            operations.append(Operation(name, inputs, outputs, _kind(node)))
+            is_lasting = operator_of(node) not in _COLLECTING and not _makes_other_type(node, graph, others)
+            others.update(() if is_lasting else outputs)
+            operations.append(Operation(name, inputs, outputs, _kind(node), is_lasting))
             known.update(outputs)
     return operations
+
+
+def _makes_other_type(node: onnx.NodeProto, graph: Graph, others: Set[str]) -> bool:
+    """Whether the output of a node is of a type that numpy has not; other operators than these keep the type they read."""
+    given, operator = attributes(node), operator_of(node)
+    if operator in ("Cast", "QuantizeLinear"):
+        zero_point = graph.constant(node.input[2]).dtype if len(node.input) > 2 and graph.is_constant(node.input[2]) else None
+        to = given.get("to") or given.get("output_dtype")
+        dtype = helper.tensor_dtype_to_np_dtype(to) if to else zero_point
+        return dtype is not None and dtype.isbuiltin != 1
+    return operator not in _GIVING and not others.isdisjoint(node.input)
 
 
 def _kind(node: onnx.NodeProto) -> Kind:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from onnx import helper
 from biascorr.adapters.onnx.graph import Graph, attributes
 from biascorr.adapters.onnx.operators import operator_of
 from biascorr.quantization import Quantization
+
+_INTEGERS = ("int8", "uint8", "int16", "uint16")
+"""Types of quantized values whose sums are exact, and that onnxruntime hands over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,29 @@ class Dequantizer:
         """The tensor of quantized values."""
         return str(self.node.input[0])
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all values are of one grid with the same distance between neighbours, in integers that numpy has."""
+        return self.step.size == 1 and bool(self.step.all()) and self.zero_point.dtype.name in _INTEGERS
+
+    def is_coarser(self, graph: Graph) -> bool:
+        """Whether constant values may be rounded to less than the steps say: to floats, or before by other quantizers."""
+        return _is_float(graph.constant(self.quantized).dtype) or self._earlier(graph) is not None
+
+    def _earlier(self, graph: Graph) -> Dequantizer | None:
+        """The dequantizer of the values that were quantized again."""
+        quantizer = graph.producer.get(self.quantized)
+        is_again = quantizer is not None and operator_of(quantizer) == "QuantizeLinear"
+        return dequantizer_of(graph, quantizer.input[0]) if quantizer is not None and is_again else None
+
+    def spacings(self, graph: Graph, shape: Sequence[int]) -> NDArray[Any]:
+        """The distance between each constant value and its neighbours, of all quantizers together that it went through."""
+        codes, earlier = graph.value(self.quantized), self._earlier(graph)
+        spacings = np.broadcast_to(self.steps_of(shape), tuple(shape))
+        if _is_float(codes.dtype):
+            spacings = spacings * _spacings_of_floats(codes)
+        return spacings if earlier is None else spacings + earlier.spacings(graph, shape)
+
     def steps_of(self, shape: Sequence[int]) -> NDArray[Any]:
         """The steps, broadcastable to values of this shape: in float64, in their own type where there is one for each value."""
         if self.block_size:
@@ -66,13 +93,38 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     if not all(map(graph.is_constant, parameters)):
         return None
     step, *rest = (graph.value(parameter) for parameter in parameters)
+    step = step if step.dtype.isbuiltin == 1 else step.astype(np.float32)  # of a type that numpy has not
     given = attributes(node)
     block_size = given.get("block_size", 0)
     if (step.size > 1 and step.ndim != 1 and not block_size) or not (np.isfinite(step) & (step >= 0)).all():
         return None
-    zero_point = rest[0] if rest else np.zeros((), dtype=np.int32)
+    zero_point = rest[0] if rest else np.zeros((), dtype=_type_of_codes(graph, node.input[0]))
     axis = given.get("axis", 1) if step.size > 1 or block_size else 0
     return Dequantizer(node, step, zero_point, axis, block_size)
+
+
+def _type_of_codes(graph: Graph, name: str) -> np.dtype[Any]:
+    """The type of values that have no zero point: what quantizes them knows it, or they are taken for int32."""
+    if graph.is_constant(name):
+        return graph.constant(name).dtype
+    quantizer = graph.producer.get(name)
+    if quantizer is None or operator_of(quantizer) != "QuantizeLinear":
+        return np.dtype(np.int32)
+    to = attributes(quantizer).get("output_dtype", 0)
+    if len(quantizer.input) > 2 and quantizer.input[2]:
+        return graph.constant(quantizer.input[2]).dtype if graph.is_constant(quantizer.input[2]) else np.dtype(np.int32)
+    return np.dtype(helper.tensor_dtype_to_np_dtype(to)) if to else np.dtype(np.uint8)
+
+
+def _spacings_of_floats(codes: NDArray[Any]) -> NDArray[Any]:
+    """The distance between each value of a float type of few bits and its neighbours."""
+    info: Any = ml_dtypes.finfo(codes.dtype)  # type: ignore[no-untyped-call]
+    exponents = np.frexp(np.abs(codes.astype(np.float32)))[1] - 1 - info.nmant
+    return np.asarray(np.maximum(np.ldexp(np.float32(1), exponents), np.float32(info.smallest_subnormal)))
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.name.startswith("float")  # what numpy has not is of no kind of its own
 
 
 def bias_steps(graph: Graph, node: onnx.NodeProto) -> NDArray[np.float64]:
