@@ -94,6 +94,26 @@ impl Compensated {
     pub fn value(self) -> f64 {
         if self.sum.is_finite() { self.sum + self.error } else { self.sum }
     }
+
+    /// The quotient, of which rounding takes little more than half a unit in the last place.
+    pub fn divided_by(self, divisor: f64) -> f64 {
+        let rounded = self.sum / divisor;
+        let rest = (-rounded).mul_add(divisor, self.sum) + self.error; // exact but for the last addition, on every CPU
+        let quotient = rounded + rest / divisor;
+        if quotient.is_finite() { quotient } else { rounded }
+    }
+}
+
+impl From<i128> for Compensated {
+    fn from(integer: i128) -> Self {
+        /// Up to here f64 has every integer.
+        const EXACT: u64 = 1 << f64::MANTISSA_DIGITS;
+        match i64::try_from(integer) {
+            // From i64 it is one instruction, from i128 a call.
+            Ok(narrow) if narrow.unsigned_abs() <= EXACT => Compensated { sum: narrow as f64, error: 0.0 },
+            _ => Compensated { sum: integer as f64, error: (integer - integer as f64 as i128) as f64 },
+        }
+    }
 }
 
 impl Total for Compensated {
@@ -549,6 +569,23 @@ mod tests {
             let (ours, theirs) = (f32_from_f16_bits(bits), f16::from_bits(bits).to_f32());
             assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{bits:#x}");
         }
+    }
+
+    #[test]
+    fn quotients_are_rounded_once() {
+        for (integer, divisor) in
+            [((1i128 << 60) + 1, 3.0), (i128::from(i64::MIN) - 7, 10.0), (1, 49.0), (-(1 << 53) - 1, 7.0)]
+        {
+            let exact = integer as f64 / divisor;
+            let found = Compensated::from(integer).divided_by(divisor);
+            // With 2^40 more bits in the numerator, the integer quotient decides which neighbour is nearer.
+            let nearest = ((integer << 40) / divisor as i128) as f64 / (1u64 << 40) as f64;
+            assert_eq!(found, nearest, "{integer} / {divisor}, about {exact}");
+        }
+        for sum in [f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -0.0] {
+            assert_eq!(Compensated { sum, error: 0.0 }.divided_by(2.0), sum / 2.0);
+        }
+        assert!(Compensated { sum: f64::NAN, error: 0.0 }.divided_by(2.0).is_nan());
     }
 
     #[test]

@@ -97,6 +97,7 @@ fn axis_to_cut(nest: &Nest<2>, parts: usize) -> usize {
 }
 
 fn fold_tiles<T: Element>(tiles: Vec<Tile<T>>, totals: &mut [SumOf<T>]) -> Result<(), Error> {
+    memory::check(tiles.iter().map(|tile| tile.channels().len()).sum::<usize>() + totals.len(), OF_SUM)?;
     let bytes = tiles.iter().map(|tile| tile.nest.len() * size_of::<T>()).sum();
     let sums = parallel::map(tiles, bytes, |tile| (tile.sample, tile.channels().start, tile.sums()))?;
     for sample in sums.chunk_by(|a, b| a.0 == b.0) {
@@ -297,7 +298,7 @@ const BATCH_PARTS: usize = 4;
 /// Bytes for each position along an axis: its class, and a lane and its total for each row of classes outside of it.
 const OF_POSITION: usize = 64;
 
-/// Bytes for each class and channel: its sum, twice while they are transposed, a lane and a total.
+/// Bytes for each channel of a tile, and for each class and channel: its sum, twice while they are transposed, a lane and a total.
 const OF_SUM: usize = 64;
 
 /// Sums per tap and channel of one sample (N, C, *S) or (N, *S, C), as (*K, C) in C order.

@@ -9,6 +9,7 @@
 //! `round` is half to even. Each element is read once and written once.
 
 use crate::error::Error;
+use crate::memory;
 use crate::parallel;
 use crate::sealed::Sealed;
 use crate::simd::{Tier, tiered};
@@ -207,35 +208,44 @@ tiered! { fn fake_quantize_run<T: Real>(xs: &[T], grids: GridRun, ys: &mut [T]) 
 /// Elements that one task maps.
 const CHUNK: usize = 64 << 10;
 
-/// Maps `xs` to `ys` chunk by chunk; `leaf` gets a run, its grids and its output. Returns what the leaves return.
-fn map_chunks<X: Sync, Y: Send, R: Send>(
-    xs: &[X], grids: &Grids, ys: &mut [Y], leaf: impl Fn(&[X], GridRun, &mut [Y]) -> R + Sync + Send,
-) -> Result<Vec<R>, Error> {
+/// Bytes for each task: its slices, and what it found.
+const OF_CHUNK: usize = 64;
+
+/// Maps `xs` to `ys` chunk by chunk; `leaf` gets a run, its grids and its output. Returns whether any leaf says so.
+fn map_chunks<X: Sync, Y: Send>(
+    xs: &[X], grids: &Grids, ys: &mut [Y], leaf: impl Fn(&[X], GridRun, &mut [Y]) -> bool + Sync + Send,
+) -> Result<bool, Error> {
+    memory::check(xs.len() / CHUNK, OF_CHUNK)?;
     let chunks = xs.chunks(CHUNK).zip(ys.chunks_mut(CHUNK)).enumerate().collect();
-    let results = parallel::map(chunks, size_of_val(xs), |(k, (xs, ys))| {
-        let mut results = Vec::new();
-        grids.pieces(k * CHUNK, xs.len(), |grids, piece| {
-            results.push(leaf(&xs[piece.clone()], grids, &mut ys[piece]));
-        });
-        results
+    let found = parallel::map(chunks, size_of_val(xs), |(k, (xs, ys))| {
+        let mut any = false;
+        grids.pieces(k * CHUNK, xs.len(), |grids, piece| any |= leaf(&xs[piece.clone()], grids, &mut ys[piece]));
+        any
     })?;
-    Ok(results.into_iter().flatten().collect())
+    Ok(found.contains(&true))
+}
+
+/// A leaf to which nothing is wrong.
+fn without_nan<X, Y>(leaf: impl Fn(&[X], GridRun, &mut [Y])) -> impl Fn(&[X], GridRun, &mut [Y]) -> bool {
+    move |xs, grids, ys| {
+        leaf(xs, grids, ys);
+        false
+    }
 }
 
 /// Real numbers to integers, saturating. nan has none: [`Error::Nan`].
 pub fn quantize<T: Real, Q: Quantized>(xs: &[T], grids: &Grids, qs: &mut [Q]) -> Result<(), Error> {
-    let nans = map_chunks(xs, grids, qs, quantize_run)?;
-    if nans.contains(&true) { Err(Error::Nan) } else { Ok(()) }
+    if map_chunks(xs, grids, qs, quantize_run)? { Err(Error::Nan) } else { Ok(()) }
 }
 
 /// Integers to the real numbers they stand for.
 pub fn dequantize<Q: Quantized, T: Real>(qs: &[Q], grids: &Grids, xs: &mut [T]) -> Result<(), Error> {
-    map_chunks(qs, grids, xs, dequantize_run).map(drop)
+    map_chunks(qs, grids, xs, without_nan(dequantize_run)).map(drop)
 }
 
 /// Real numbers to the nearest ones of the grid. nan stays nan.
 pub fn fake_quantize<T: Real>(xs: &[T], grids: &Grids, ys: &mut [T]) -> Result<(), Error> {
-    map_chunks(xs, grids, ys, fake_quantize_run).map(drop)
+    map_chunks(xs, grids, ys, without_nan(fake_quantize_run)).map(drop)
 }
 
 #[cfg(test)]

@@ -112,9 +112,8 @@ impl<const N: usize> Nest<N> {
         Nest { axes, origin: [0; N] }
     }
 
-    /// The same elements in the memory order of operand 0: axes of one step dropped, strides of operand 0 made positive,
-    /// sorted.
-    pub fn in_memory_order(mut self) -> Self {
+    /// The same elements: axes of one step dropped, strides of operand 0 made positive.
+    pub fn forward(mut self) -> Self {
         self.axes.retain(|axis| axis.len != 1);
         for axis in self.axes.iter_mut().filter(|axis| axis.strides[0] < 0) {
             for (origin, stride) in self.origin.iter_mut().zip(&mut axis.strides) {
@@ -122,8 +121,14 @@ impl<const N: usize> Nest<N> {
                 *stride = -*stride;
             }
         }
-        self.axes.sort_by_key(|axis| std::cmp::Reverse(axis.strides[0]));
         self
+    }
+
+    /// The same, in the memory order of operand 0.
+    pub fn in_memory_order(self) -> Self {
+        let mut nest = self.forward();
+        nest.axes.sort_by_key(|axis| std::cmp::Reverse(axis.strides[0]));
+        nest
     }
 
     /// The same loops with neighbours merged where every operand allows it. At least one axis remains.

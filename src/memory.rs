@@ -6,12 +6,25 @@
 use crate::error::Error;
 
 /// Less is not asked for: asking takes longer than some kernels do.
-const SMALL: usize = 64 << 20;
+const SMALL: usize = 1 << 20;
+
+/// Room for the small things that every kernel makes, which nothing asks for: parts, rows, what threads share.
+const SLACK: usize = 4 << 20;
 
 /// Fails where there is no room for so many things of so many bytes each.
 pub fn check(count: usize, each: usize) -> Result<(), Error> {
     let bytes = count.saturating_mul(each);
-    if bytes < SMALL { Ok(()) } else { Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| Error::Memory { bytes }) }
+    if bytes < SMALL { Ok(()) } else { reserve(bytes) }
+}
+
+/// Fails where there is little room left for anything.
+pub fn check_slack() -> Result<(), Error> {
+    reserve(0)
+}
+
+fn reserve(bytes: usize) -> Result<(), Error> {
+    let room = Vec::<u8>::new().try_reserve_exact(bytes.saturating_add(SLACK));
+    room.map_err(|_| Error::Memory { bytes: bytes.max(SLACK) })
 }
 
 /// The product, or more memory than there is.

@@ -17,9 +17,14 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::Error;
+use crate::memory;
 
 /// Bytes below which waking a thread costs more than it saves (measured: two threads break even near 200 KB of int8).
 const SERIAL_BYTES: usize = 256 << 10;
+
+/// Bytes for each thread: its stack, the queues of its work, what its allocator keeps. A thread that finds no room for what the
+/// standard library makes in it would end the process.
+const OF_THREAD: usize = 3 << 20;
 
 /// More threads than any machine has cores for; starting some ten thousand takes minutes.
 const MAX_THREADS: usize = 1024;
@@ -79,6 +84,7 @@ impl Process {
             return Ok(Arc::clone(pool));
         }
         let threads = self.num_threads();
+        memory::check(threads, OF_THREAD)?;
         let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("biascorr-{i}"));
         let built = builder.build().map_err(|error| Error::ThreadPool { threads, reason: error.to_string() })?;
         built.broadcast(|_| ()); // each thread has looked for work once: what they share is made

@@ -15,6 +15,7 @@
 
 use crate::error::Error;
 use crate::fake_quantize::{Real, round_half_even};
+use crate::memory;
 use crate::parallel;
 use crate::simd::{Tier, tiered};
 
@@ -199,27 +200,32 @@ fn least_cost(observed: Range, histogram: &Histogram, quantizer: Quantizer) -> R
     best.1
 }
 
-fn range_of<T: Real>(weights: &[T], quantizer: Quantizer) -> Result<Range, Error> {
+/// None where some weights are not finite.
+fn range_of<T: Real>(weights: &[T], quantizer: Quantizer) -> Option<Range> {
     let [least, greatest] = extremes(weights);
     if least.is_nan() {
-        return Err(Error::NotFinite);
+        return None;
     }
     let observed = [least.min(0.0), greatest.max(0.0)];
     if !quantizer.search {
-        return Ok(observed);
+        return Some(observed);
     }
     let histogram = Histogram::new(weights, [least, greatest]);
-    Ok(histogram.map_or(observed, |histogram| least_cost(observed, &histogram, quantizer)))
+    Some(histogram.map_or(observed, |histogram| least_cost(observed, &histogram, quantizer)))
 }
+
+/// Bytes for each channel: its weights, and its range while it is found.
+const OF_CHANNEL: usize = 64;
 
 /// The range of each channel of (C, M) weights: C is the number of `ranges`. Without weights it is 0 to 0.
 pub fn quantization_range<T: Real>(weights: &[T], quantizer: Quantizer, ranges: &mut [Range]) -> Result<(), Error> {
+    memory::check(ranges.len(), OF_CHANNEL)?;
     let len = weights.len() / ranges.len().max(1);
     let rows = (0..ranges.len()).map(|c| &weights[c * len..(c + 1) * len]).collect();
     let found =
         parallel::map(rows, work(size_of_val(weights), ranges.len(), quantizer), |row| range_of(row, quantizer))?;
     for (range, found) in ranges.iter_mut().zip(found) {
-        *range = found?;
+        *range = found.ok_or(Error::NotFinite)?;
     }
     Ok(())
 }

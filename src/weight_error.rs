@@ -10,6 +10,7 @@
 //! once, in the memory order of `W`.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 
 use crate::error::Error;
 use crate::fake_quantize::{Grids, Real};
@@ -103,15 +104,22 @@ fn plan<T>(
         let steps = step as isize;
         let w = weights.strides[axis] * steps;
         let (source, block) = fake_quantized.stride(axis).map_or((output, 1), |(grid, block)| (grid * steps, block));
-        if block > 1 {
-            let step = block as isize;
-            axes.push(Axis { len: len / block, strides: [w * step, mean * step, output * step, source] });
-            axes.push(Axis { len: block, strides: [w, mean, output, 0] });
-        } else {
-            axes.push(Axis { len, strides: [w, mean, output, source] });
-        }
+        axes.push((Axis { len, strides: [w, mean, output, source] }, block));
     }
-    Ok(Plan { nest: Nest::new(axes).in_memory_order(), shift_len: channels.outputs })
+    // Whole axes are sorted, so that blocks change no order, not even where weights overlap.
+    axes.sort_by_key(|(axis, _)| Reverse(axis.strides[0].unsigned_abs()));
+    let axes = axes.into_iter().flat_map(|(axis, block)| in_blocks(axis, block)).collect();
+    Ok(Plan { nest: Nest::new(axes).forward(), shift_len: channels.outputs })
+}
+
+/// The loops over the blocks of an axis and over what is in a block, which shares its source.
+fn in_blocks(axis: Axis<4>, block: usize) -> [Axis<4>; 2] {
+    let [w, mean, shift, source] = axis.strides;
+    let outer = [w, mean, shift].map(|stride| stride * block as isize);
+    [
+        Axis { len: axis.len / block, strides: [outer[0], outer[1], outer[2], source] },
+        Axis { len: block, strides: [w, mean, shift, 0] },
+    ]
 }
 
 /// The mean's stride along each spatial axis; none where it is per channel.

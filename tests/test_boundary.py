@@ -150,8 +150,24 @@ class Refilled(list):
         return self.buffer
 
 
-def test_a_sequence_that_refills_one_buffer():
-    assert prepare_input_mean(Refilled([None] * 4), None).tolist() == [1.5] * 3
+class Iterated(list):
+    """The same, to whoever iterates."""
+
+    def __iter__(self):
+        return map(Refilled([None]).__getitem__, range(len(self)))
+
+
+@pytest.mark.parametrize("kind", [Refilled, Iterated])
+@pytest.mark.parametrize("quantization", [None, Quantization(2.0, 1)])
+def test_a_sequence_that_refills_one_buffer(kind, quantization):
+    expected = 1.5 if quantization is None else 0.25
+    assert prepare_input_mean(kind([None] * 4), quantization).tolist() == [expected] * 3
+
+
+def test_a_list_that_an_array_in_it_changes():
+    samples = [np.full((2, 4), 3, np.float32), None, np.full((2, 4), 5, np.float32)]
+    samples[1] = Hostile(samples.clear)
+    assert prepare_input_mean(samples, None).tolist() == [3.0] * 4
 
 
 def odd_strides():
@@ -279,6 +295,54 @@ for size in (1 << 20, 3 << 20, 6 << 20, 12 << 20, 25 << 20, 50 << 20, 100 << 20,
 print(*sorted(outcomes))
 """
     assert run(code) == "computed refused"
+
+
+SHORT = {
+    "pool": "prepare_input_mean([np.ones((1 << 10, 1 << 12), np.int8)] * 2, None)",
+    "channels": "prepare_input_mean([broadcast(np.float64(1), (4, N))], None)",
+    "wide integers": "prepare_input_mean([broadcast(np.uint64(2**64 - 1), (4, N))], None)",
+    "copied": "prepare_input_mean([broadcast(np.float32(1), (4, N)).astype('>f4')], None)",
+    "accumulated": "ChannelMean(channel_axis=0).update(broadcast(np.float16(1), (N, 7)))",
+    "taps": "TapMean(Window((3,), (1,), (1,), ((1, 1),))).update(broadcast(np.int8(1), (4, 2, N)))",
+    "shift": "MeanBiasCorrector([1.0]).calculate(*[broadcast(np.float16(1), (1, N))] * 2)",
+    "grids": "MeanBiasCorrector([1.0]).calculate_from_quantization(broadcast(np.half(1), (1, N)), Quantization(np.ones(N)))",
+    "quantized": "Quantization(1.0, 0, 16).quantize(broadcast(np.float32(1), (N,)))",
+    "per channel": "Quantization(np.ones(N), 0).dequantize(broadcast(np.int8(1), (2, N)))",
+    "fake quantized": "fake_quantize(broadcast(np.float64(1), (N, 3)), Quantization(np.ones(3)))",
+    "ranges": "Quantization.from_weights(broadcast(np.float32(1), (N, 2)), axis=0)",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", SHORT)
+def test_what_is_short_of_memory_is_computed_or_refused(name):
+    code = f"""
+import os
+from pathlib import Path
+import numpy as np
+from biascorr import ChannelMean, MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean
+from biascorr.statistics import TapMean
+from biascorr.windows import Window
+broadcast, N = np.broadcast_to, 1 << 20
+
+def limited(megabytes):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(megabytes * (1 << 20)),) * 2)
+    try:
+        {SHORT[name]}
+    except (MemoryError, RuntimeError):  # no memory, or no threads
+        return 1
+    return 0
+
+outcomes = set()
+for megabytes in (0.5, 1, 2, 4, 4.5, 5, 6, 8, 10, 15, 25, 40, 60, 90, 130, 200, 300, 600):
+    child = os.fork()
+    if child == 0:
+        os._exit(limited(megabytes))
+    outcomes.add(os.waitpid(child, 0)[1])
+print(*sorted(outcomes))
+"""
+    assert run(code) == "0 256"
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 1 << 62), (1 << 62, 0), (0, 0)])

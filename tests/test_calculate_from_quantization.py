@@ -204,3 +204,20 @@ def test_no_weights_at_all(dtype):
     same_bits(found, np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="scale, zero_point: 4 values|scale: 4 values"):
         corrector.calculate_from_quantization(weights, Quantization(np.ones(4)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("strides", [(3, 1), (1, 3), (-3, 1), (5, 2), (1, 1), (0, 1)])
+@pytest.mark.parametrize("layout", ["IO", "OI"])
+def test_blocks_of_weights_that_overlap(layout, strides, dtype):
+    memory = random_array((700,), dtype)
+    steps = tuple(stride * memory.itemsize for stride in strides)
+    weights = np.lib.stride_tricks.as_strided(memory[150:], (48, 40), steps)
+    axis, corrector = (
+        layout.index("I"),
+        MeanBiasCorrector(random_array((weights.shape[layout.index("I")],), "float64"), layout=layout),
+    )
+    blocks = [size // 8 if k == axis else size for k, size in enumerate(weights.shape)]
+    quantization = Quantization(np.linspace(1.0, 30.0, np.prod(blocks)).reshape(blocks), 0, 4)
+    found = corrector.calculate_from_quantization(weights, quantization, block_size=8)
+    same_bits(found, corrector.calculate(weights, fake_quantize(weights, quantization, axis=axis, block_size=8)))

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -109,6 +110,23 @@ def test_float_means_are_within_one_ulp_of_the_exact_mean(dtype, layout):
     found = prepare_input_mean([LAYOUTS[layout](sample)], None)
     ulp = np.spacing(np.asarray(exact, found.dtype))
     assert (np.abs(found.astype(np.float64) - exact) <= np.abs(ulp)).all()
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization()])
+@pytest.mark.parametrize("dtypes", [("float64",), ("float64", "int64"), ("float32", "float64", "uint8")])
+def test_float64_means_are_rounded_about_once(dtypes, quantization):
+    rng = np.random.default_rng(0)
+    for rows in (3, 7, 49, 1021):
+        reals = 100 * rng.standard_normal((rows, 500))
+        samples = [(reals * (2**50 if dtype == "int64" else 1)).astype(dtype) for dtype in dtypes]
+        columns = np.concatenate([np.array(sample.tolist(), object) for sample in samples]).T
+        exact = [sum(map(Fraction, column.tolist())) / len(column) for column in columns]
+        accumulated = ChannelMean()
+        for sample in samples:
+            accumulated.update(sample)
+        for found in (prepare_input_mean(samples, quantization), accumulated.mean(quantization)):
+            errors = [abs(Fraction(float(x)) - y) / Fraction(np.spacing(abs(float(x)))) for x, y in zip(found, exact)]
+            assert max(errors) < 0.51
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32", "float64"])

@@ -186,6 +186,57 @@ print(status)
     assert run(FORKS + code) == "0\n"
 
 
+@pytest.mark.parametrize("work", ["biascorr.get_num_threads() > 0", "biascorr.set_num_threads(2) is None and computes()"])
+def test_a_child_forked_during_the_first_call_knows_its_threads(work):
+    code = f"""
+def first_call_and_fork():
+    first = threading.Thread(target=computes)
+    first.start()
+    time.sleep(random.uniform(0, 4e-4))
+    status = forked(lambda: {work})
+    first.join()
+    return status == 0
+
+print(any(forked(first_call_and_fork) for _ in range(100)))
+"""
+    assert run(FORKS + code) == "False\n"
+
+
+ENDLESS = {
+    "mean": "prepare_input_mean([np.ones((64, 64, 64, 32), np.int8)], None)",
+    "copied samples": "prepare_input_mean([half.astype('>f2')], None)",
+    "shift": "MeanBiasCorrector(np.ones(2000)).calculate(half, weights)",
+    "fake quantized": "fake_quantize(weights, Quantization())",
+    "quantized": "Quantization().quantize(weights)",
+    "list": "prepare_input_mean(Slow([half] * 50), None)",
+}
+
+
+@pytest.mark.parametrize("work", ENDLESS)
+def test_a_process_ends_while_daemon_threads_compute(work):
+    code = f"""
+import threading, time
+import numpy as np
+from biascorr import MeanBiasCorrector, Quantization, fake_quantize, prepare_input_mean
+half, weights = np.ones((2000, 500), np.float16), np.ones((2000, 500), np.float32)
+
+class Slow(list):
+    def __getitem__(self, k):
+        time.sleep(0)
+        return super().__getitem__(k)
+
+def endless():
+    while True:
+        {ENDLESS[work]}
+
+for _ in range(3):
+    threading.Thread(target=endless, daemon=True).start()
+time.sleep(0.05)
+"""
+    for _ in range(5):
+        assert run(code) == ""
+
+
 def test_grandchildren_compute_and_keep_the_number_of_threads():
     code = """
 biascorr.set_num_threads(3)

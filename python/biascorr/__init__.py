@@ -6,7 +6,15 @@ Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`,
 """
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+_name = sys.argv[0] if sys.argv else ""
+if (sys.orig_argv[-len(sys.argv)] if _name == "-m" else Path(_name).name.removesuffix(".exe")) == "biascorr":
+    from biascorr.cli.signals import leave_on_signals  # this is the command, and numpy takes long enough for a Ctrl-C
+
+    leave_on_signals("nothing was written")
 
 from biascorr._kernels import build_info as _build_info
 from biascorr._kernels import get_num_threads, set_num_threads

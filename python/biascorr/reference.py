@@ -104,7 +104,7 @@ def _positions(tap: int, window: AxisWindow, size: int) -> list[int]:
 
 
 def mean_from_sums(integers: NDArray[Any] | None, reals: NDArray[np.float64] | None, count: int) -> NDArray[np.float64]:
-    """Sums over a count, in float64.
+    """Sums over a count, in float64, of which rounding takes little more than half a unit in the last place.
 
     Parameters
     ----------
@@ -115,11 +115,33 @@ def mean_from_sums(integers: NDArray[Any] | None, reals: NDArray[np.float64] | N
     count : int
         Positions summed over.
     """
-    total: Any = 0.0 if integers is None else integers.astype(np.float64)
-    if reals is not None:
-        error = reals[1] if np.isfinite(reals[0]).all() else np.where(np.isfinite(reals[0]), reals[1], 0.0)
-        total = total + (reals[0] + error)
-    return np.asarray(total / count, dtype=np.float64)
+    parts = [part for part in (None if integers is None else _two_parts(integers), reals) if part is not None]
+    total, error = functools.reduce(merge_reals, parts)
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounded = total / count
+        product, rest = _product(rounded, float(count))
+        mean = rounded + ((total - product) - rest + error) / count
+    return np.where(np.isfinite(mean), mean, rounded)
+
+
+def _two_parts(integers: NDArray[Any]) -> NDArray[np.float64]:
+    """Integers as the unevaluated sums (2, L) of the nearest float64 and of the rest."""
+    rounded = integers.astype(np.float64)
+    rest = [int(integer) - int(near) for integer, near in zip(integers, rounded)] if np.any(abs(rounded) >= 2.0**53) else 0
+    return np.stack([rounded, np.broadcast_to(np.asarray(rest, dtype=np.float64), rounded.shape)])
+
+
+def _product(first: NDArray[np.float64], second: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The product and what rounding took from it (Dekker, Numerische Mathematik 18, 1971)."""
+    (high, low), (second_high, second_low) = map(_halves, (first, np.float64(second)))
+    product = first * second
+    return product, ((high * second_high - product) + high * second_low + low * second_high) + low * second_low
+
+
+def _halves(x: Any) -> tuple[Any, Any]:
+    shifted = x * (2.0**27 + 1.0)
+    high = shifted - (shifted - x)
+    return high, x - high
 
 
 def channel_mean(samples: Sequence[ArrayLike], scale: ArrayLike, zero_point: ArrayLike) -> NDArray[np.float64]:

@@ -178,15 +178,22 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
     array([ 2., 20.], dtype=float32)
     """
-    if isinstance(calibration_input, (list, tuple)):
+    if type(calibration_input) in (list, tuple):
         scale, zero_point = _affine(quantization)
         return _kernels.channel_mean(calibration_input, -1, scale, zero_point)
     if isinstance(calibration_input, np.ndarray):
         return prepare_input_mean([calibration_input], quantization)
     mean = ChannelMean()
-    for sample in calibration_input:
+    for sample in _one_by_one(calibration_input):
         mean.update(sample)
     return mean.mean(quantization)
+
+
+def _one_by_one(samples: Iterable[Any]) -> Iterable[Any]:
+    """The samples, each of which may be gone when the next one is asked for: a subclass of list may fill one buffer again."""
+    if isinstance(samples, (list, tuple)) and type(samples).__iter__ in (list.__iter__, tuple.__iter__):
+        return map(samples.__getitem__, range(len(samples)))
+    return samples
 
 
 def _affine(quantization: Any) -> tuple[Any, Any]:

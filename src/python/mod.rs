@@ -6,7 +6,7 @@ mod views;
 use numpy::{Element as NumpyElement, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArray};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyFloat, PyInt, PyList, PySequence, PyTuple};
+use pyo3::types::{PyFloat, PyInt, PyList, PySequence};
 
 use crate::accumulate::{Compensated, Element};
 use crate::channel_mean::AxisWindow;
@@ -58,12 +58,10 @@ fn summed(
 ) -> PyResult<Summed> {
     let mut sums = channels.map(Sums::new);
     let (mut positions, mut wide) = (0, false);
-    let len = samples.len()?;
-    // What another kind of sequence gives may be one buffer, filled anew each time.
-    let plain = samples.is_exact_instance_of::<PyList>() || samples.is_exact_instance_of::<PyTuple>();
-    let together = if plain { BORROWED } else { 1 };
-    for start in (0..len).step_by(together) {
-        let numbers = start..len.min(start + together);
+    let samples = samples.to_tuple()?; // what is made an array may change the sequence
+    let len = samples.len();
+    for start in (0..len).step_by(BORROWED) {
+        let numbers = start..len.min(start + BORROWED);
         let array = |k: usize| native(&samples.get_item(k)?, &|| format!("samples[{}]", first + k));
         let arrays = numbers.clone().map(array).collect::<PyResult<Vec<_>>>()?;
         let mut views = Vec::with_capacity(arrays.len());
@@ -135,7 +133,7 @@ fn channel_mean<'py>(
     let Summed { sums, positions, wide } = summed(samples, channel_axis, 0, None)?;
     scale.checked("scale", sums.channels)?;
     zero_point.checked("zero_point", sums.channels)?;
-    let means = (0..sums.channels).map(|c| (sums.value(c) / positions as f64 - zero_point.at(c)) / scale.at(c));
+    let means = (0..sums.channels).map(|c| (sums.mean(c, positions) - zero_point.at(c)) / scale.at(c));
     if wide { Ok(array_of(py, means)) } else { Ok(array_of(py, means.map(|mean| mean as f32))) }
 }
 
@@ -301,6 +299,7 @@ impl Grids {
     ) -> PyResult<Grids> {
         let (scale, zero_point) = (View::<f64>::of(scale, "scale")?, View::<f64>::of(zero_point, "zero_point")?);
         let channels = channels.unwrap_or(scale.len().max(zero_point.len()));
+        memory::check(channels, 2 * size_of::<f64>())?;
         Ok(Grids::new(scale.slice("scale")?, zero_point.slice("zero_point")?, bits, channels, inner)?)
     }
 }

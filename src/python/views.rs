@@ -15,10 +15,10 @@ use numpy::{
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{IntoPyDict, PyString, PyWeakrefReference};
+use pyo3::types::{PyString, PyTuple, PyWeakrefReference};
 
-use super::detach::detached;
-use crate::accumulate::{Compensated, Element, Int4, SumOf, UInt4};
+use super::detach::{called, detached};
+use crate::accumulate::{Compensated, Element, Int4, SumOf, Total, UInt4};
 use crate::channel_mean::{AxisWindow, Sample, channel_sums, tap_sums};
 use crate::layout::Elements;
 use crate::memory;
@@ -178,12 +178,13 @@ impl Sums {
         Sums { channels, integers: Vec::new(), reals: Vec::new() }
     }
 
-    /// Both sums of a channel together, rounded to f64.
-    pub fn value(&self, channel: usize) -> f64 {
-        // From i64 it is one instruction, from i128 a call.
-        let rounded = |&sum: &i128| i64::try_from(sum).map_or_else(|_| sum as f64, |sum| sum as f64);
-        let integer = self.integers.get(channel).map_or(0.0, rounded);
-        integer + self.reals.get(channel).map_or(0.0, |sum| sum.value())
+    /// Both sums of a channel together, divided by a count.
+    pub fn mean(&self, channel: usize, count: usize) -> f64 {
+        let mut sum = self.integers.get(channel).map_or_else(Compensated::default, |&sum| sum.into());
+        if let Some(&reals) = self.reals.get(channel) {
+            sum.merge(reals);
+        }
+        sum.divided_by(count as f64)
     }
 }
 
@@ -312,8 +313,8 @@ fn kind(dtype: &Bound<'_, PyArrayDescr>) -> PyResult<Kind> {
     if (0..NUMPY_TYPES).contains(&dtype.num()) {
         return Ok(Kind::Numpy(dtype.kind(), dtype.itemsize()));
     }
-    let name = dtype.getattr("name")?;
-    Ok(match (name.extract::<&str>()?, dtype.itemsize()) {
+    let name = dtype.typeobj().name()?; // of the scalars; that of a dtype is found by code of Python
+    Ok(match (name.to_str()?, dtype.itemsize()) {
         ("bfloat16", 2) => Kind::Bfloat16,
         ("int4", 1) => Kind::Int4,
         ("uint4", 1) => Kind::UInt4,
@@ -333,10 +334,9 @@ pub fn native<'py>(object: &Bound<'py, PyAny>, name: &dyn Fn() -> String) -> PyR
             return Ok(array.clone());
         }
     }
-    let reference = object.py().import("biascorr.reference")?;
-    let array = reference.call_method1("native", (object, name()))?;
-    let array = array.cast_into::<PyUntypedArray>()?;
-    if fits(&array) { Ok(array) } else { Ok(array.call_method0("copy")?.cast_into::<PyUntypedArray>()?) }
+    let native = object.py().import("biascorr.reference")?.getattr("native")?;
+    let array = called(&native, (object, name()))?.cast_into::<PyUntypedArray>()?;
+    if fits(&array) { Ok(array) } else { Ok(called(&array.getattr("copy")?, ())?.cast_into::<PyUntypedArray>()?) }
 }
 
 pub fn is_f32(array: &Bound<'_, PyUntypedArray>) -> bool {
@@ -344,10 +344,8 @@ pub fn is_f32(array: &Bound<'_, PyUntypedArray>) -> bool {
 }
 
 pub fn as_float64<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let py = array.py();
-    let copy = [("copy", false)].into_py_dict(py)?;
-    let wide = array.call_method("astype", ("float64",), Some(&copy))?;
-    Ok(wide.cast_into::<PyUntypedArray>()?)
+    let as_array = array.py().import("numpy")?.getattr("asarray")?;
+    Ok(called(&as_array, (array, "float64"))?.cast_into::<PyUntypedArray>()?)
 }
 
 /// A float32 or float64 array, as it is.
@@ -376,8 +374,8 @@ pub fn meet_numpy(py: Python<'_>) -> PyResult<()> {
 
 /// A new array of zeros in C order. MemoryError where there is no room for it.
 pub fn zeros<'py, T: NumpyElement>(py: Python<'py>, shape: &[usize]) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
-    let zeros = py.import("numpy")?.call_method1("zeros", (shape, dtype::<T>(py)))?;
-    Ok(zeros.cast_into::<PyArrayDyn<T>>()?)
+    let zeros = py.import("numpy")?.getattr("zeros")?;
+    Ok(called(&zeros, (PyTuple::new(py, shape)?, dtype::<T>(py)))?.cast_into::<PyArrayDyn<T>>()?)
 }
 
 /// Values as an array of one axis.

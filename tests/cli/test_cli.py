@@ -246,6 +246,74 @@ def test_output_that_cannot_encode_a_name_is_no_failure(command, folder):
     assert "second" in done.stdout
 
 
+@both_commands
+def test_names_reach_the_terminal_without_control_characters(command, folder):
+    model = two_layers()
+    model.graph.node[0].name = "first\x1b[31m\x07\n\u202e\x9b2J"
+    onnx.save(model, folder / "named.onnx")
+    done = run(command, "named.onnx", "--data", "data/good.npz", "-o", "out\x1b[1m.onnx", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert r"first\x1b[31m\x07\n\u202e\x9b2J" in done.stdout or command == "equalize"
+    assert r"out\x1b[1m.onnx: " in done.stdout
+    failed = run(command, "gone\x1b[1m\x9b.onnx", "--data", "data/good.npz", "-o", "other.onnx", cwd=folder)
+    assert_one_error(failed)
+    assert r"gone\x1b[1m\x9b.onnx" in failed.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr + failed.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are any bytes")
+@both_commands
+def test_names_of_files_that_are_no_text(command, folder):
+    model, output = (os.fsdecode(name) for name in (b"model\xff.onnx", b"out\xfe.onnx"))
+    onnx.save(two_layers(), str(folder / model))
+    done = run(command, model, "--data", "data/good.npz", "-o", output, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert r"out\udcfe.onnx: " in done.stdout
+    assert (folder / output).is_file()
+    again = run(command, model, "--data", "data/good.npz", "-o", output, cwd=folder)
+    assert_one_error(again)
+    assert r"out\udcfe.onnx exists" in again.stderr
+
+
+@both_commands
+def test_a_reader_that_leaves_is_no_failure(command, folder):
+    arguments = [COMMAND, command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx"]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+    process.stderr.close()
+    assert (folder / "out.onnx").is_file()
+
+
+@both_commands
+def test_progress_is_shown_to_a_terminal_alone(command, folder):
+    done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    assert done.stderr == ""
+
+
+def test_method_that_there_is_not_is_named_without_data(folder):
+    done = run("correct", "models/float.onnx", "--method", "magic", "-o", "out.onnx", cwd=folder)
+    assert_one_error(done)
+    assert "method: 'magic', expected one of auto, mean, " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "out of memory; a lower --memory-budget or fewer --threads need less"),
+        (MemoryError("no memory for 7 bytes"), "out of memory (no memory for 7 bytes); a lower --memory-budget or"),
+        (OSError(), "OSError"),
+        (ValueError("two\nlines,\ta \x1b[31m"), r"two lines, a \x1b[31m"),
+    ],
+)
+def test_errors_are_one_line_that_says_something(error, line, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        cli._fail(error)
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 @both_commands
 def test_report_that_cannot_be_written_is_one_line(command, folder):
@@ -325,8 +393,6 @@ BAD_INPUTS = [
         ("models/float.onnx", "data/good.npz", ("--quantized", f"models/{name}"), message)
         for name, message in BAD_QUANTIZED.items()
     ],
-    ("models/float.onnx", "data/good.npz", ("--weight-bits", "1"), "bits"),
-    ("models/float.onnx", "data/good.npz", ("--weight-bits", "33"), "bits"),
     ("models/float.onnx", "data/good.npz", ("--method", "magic"), "method: 'magic', expected one of auto, "),
     ("models/float.onnx", "data/good.npz", ("--method", "empirical", "--strength", "1.5"), "strength: 1.5"),
     ("models/float.onnx", "data/good.npz", ("--strength", "0.5"), "strength: 0.5, expected 1 with method 'auto'"),
@@ -340,7 +406,6 @@ BAD_INPUTS = [("correct", *each) for each in BAD_INPUTS] + [
     ("equalize", "models/quantized.onnx", "data/good.npz", (), "layer first has quantized weights; equalize the float model"),
     ("equalize", "models/float.onnx", "data/shape.npz", (), "(1, 2, 6, 6)"),
     ("equalize", "models/float.onnx", "data/empty", (), "no samples"),
-    ("equalize", "models/float.onnx", "data/good.npz", ("--iterations", "0"), "iterations: 0, expected"),
 ]
 
 
@@ -382,6 +447,11 @@ BAD_USAGE = {
     "bits that are no number": [
         "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--weight-bits", "x"
     ],
+    "bits that no quantizer has": [
+        "correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--weight-bits", "33"
+    ],
+    "no threads": ["correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--threads", "0"],
+    "no sweeps": ["equalize", "models/float.onnx", "-o", "out.onnx", "--iterations", "0"],
     "an argument too many": ["correct", "models/float.onnx", "other", "--data", "data/good.npz", "-o", "out.onnx"],
     "equalize without output": ["equalize", "models/float.onnx"],
     "sweeps that are no number": ["equalize", "models/float.onnx", "-o", "out.onnx", "--iterations", "1.5"],
@@ -396,6 +466,7 @@ def test_bad_usage(name, folder):
     assert done.returncode == 2
     assert "Usage: biascorr" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+    assert "None" not in done.stderr
     assert names_in(folder) == GIVEN
 
 
@@ -448,7 +519,8 @@ def left_in(folder):
     return list(folder.glob("biascorr-*"))
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -signal.SIGKILL)]
+ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 @pytest.mark.timeout(120)
@@ -494,8 +566,7 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
     assert process.returncode == status, shown
     assert b"Traceback" not in shown
     assert printed == b""
-    ended = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"terminated"}
-    lines = [b"error: " + ended[number] + b", nothing was written"] if number in ended else []
+    lines = [f"error: {ENDED[number]}, nothing was written".encode()] if number in ENDED else []
     assert re.findall(rb"error: [^\r\n]*", shown) == lines
     assert names_in(folder) == before
     assert number is signal.SIGKILL or left_in(temporary) == []
@@ -548,17 +619,52 @@ def run_and_signal(number, place, folder, *, answer, command="correct", **variab
     )
 
 
-@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("number", ENDED)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_signal_at_a_bad_moment(moment, number, ended, folder, tmp_path_factory):
+def test_signal_at_a_bad_moment(moment, number, folder, tmp_path_factory):
     place, state = MOMENTS[moment]
     temporary = tmp_path_factory.mktemp("temporary")
     done = run_and_signal(number, place, folder, answer=signal.SIG_DFL, TMPDIR=str(temporary))
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: {ended}, {state}"
-    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == [f"error: {ENDED[number]}, {state}"]
     assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
     assert left_in(temporary) == []
+
+
+@pytest.mark.parametrize("number", ENDED)
+def test_signal_that_another_thread_takes_is_noticed_soon(number, folder):
+    code = """
+import signal, sys, threading, time
+from biascorr.__main__ import main
+from biascorr.correction import correct
+
+def endless(*_):
+    signal.pthread_kill(threading.get_ident(), number)
+    time.sleep(60)
+
+number = int(sys.argv.pop())
+correct._check_options = endless
+main()
+"""
+    arguments = ["correct", "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", str(int(number))]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, cwd=folder, timeout=30
+    )
+    assert done.returncode == 128 + number
+    assert done.stderr == f"error: {ENDED[number]}, nothing was written\n"
+    assert names_in(folder) == GIVEN
+
+
+@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "biascorr"]], ids=["script", "module"])
+@pytest.mark.parametrize("number", ENDED)
+def test_signal_while_packages_are_imported_is_one_line(number, command, folder):
+    (folder / "numpy.py").write_text("import os, time\nos.kill(os.getpid(), int(os.environ['NUMBER']))\ntime.sleep(30)\n")
+    variables = {"PYTHONPATH": str(folder), "NUMBER": str(int(number))}
+    done = subprocess.run(
+        [*command, "--version"], check=False, capture_output=True, text=True, env=environment(**variables), timeout=30
+    )
+    assert done.returncode == 128 + number
+    assert done.stderr == f"error: {ENDED[number]}, nothing was written\n"
 
 
 EQUALIZING = {

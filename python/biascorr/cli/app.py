@@ -34,6 +34,7 @@ from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
 from biascorr.report.terminal import (
+    printable,
     table_from_chains,
     table_from_changes,
     table_from_left,
@@ -49,12 +50,20 @@ _WIDEST = 10_000  # characters of a line in a file
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM."""
+"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM, 129 on SIGHUP."""
 
 
-def _fail(message: object) -> NoReturn:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+def _fail(error: object) -> NoReturn:
+    print(f"error: {_line(error)}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def _line(message: object) -> str:
+    """What is wrong, in one line without codes that a terminal would act on."""
+    text = " ".join(str(message).split())
+    if isinstance(message, MemoryError):
+        text = f"out of memory{text and f' ({text})'}; a lower --memory-budget or fewer --threads need less"
+    return printable(text or type(message).__name__)
 
 
 def _bytes_from_text(text: str) -> int:
@@ -89,7 +98,7 @@ MemoryBudget = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", help="Threads to use. By default, one for each CPU that the container allows.")
+    int | None, typer.Option(metavar="N", min=1, help="Threads to use. By default, one for each CPU that the container allows.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
 
@@ -118,7 +127,9 @@ def correct(
     shrunk: Annotated[
         bool, typer.Option("--shrunk", help="Correct less where samples disagree, with a method that has a strength.")
     ] = False,
-    weight_bits: Annotated[int, typer.Option(help="Simulated quantization: bits of the weights.")] = _WEIGHT_BITS,
+    weight_bits: Annotated[
+        int, typer.Option(metavar="N", min=2, max=32, help="Simulated quantization: bits of the weights, 2 to 32.")
+    ] = _WEIGHT_BITS,
     per_channel: Annotated[
         bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
     ] = False,
@@ -131,7 +142,7 @@ def correct(
     force: Force = False,
 ) -> None:
     """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
-    if data is None and method != "analytical":
+    if data is None and method in correction.METHODS and method != "analytical":
         raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
 
     def work(progress: Progress) -> Correction:
@@ -171,7 +182,7 @@ def equalize(
         ),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(metavar="N", help="Sweeps over all layers. By default, until nothing changes.")
+        int | None, typer.Option(metavar="N", min=1, help="Sweeps over all layers. By default, until nothing changes.")
     ] = None,
     replace_relu6: Annotated[
         bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
@@ -200,11 +211,12 @@ def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_re
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
     warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     try:
         _check_output(output, force)
-        with _temporary_folder(), Bar(*_COLUMNS, console=Console(stderr=True)) as bar:
+        console = Console(stderr=True)
+        with _temporary_folder(), Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
 
             def progress(step: str, done: int, total: int | None) -> None:
@@ -215,14 +227,20 @@ def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_re
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
-        _fail(error or type(error).__name__)
-    signals.leave_from_now_on(f"but {output} is written")
+        _fail(error)
+    signals.leave_from_now_on(f"but {printable(output)} is written")
     try:
         print_result(result, output)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
         if not isinstance(error, BrokenPipeError):  # who reads along may leave
             _fail(f"{output} is written, but the report cannot be printed: {error}")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Lets the caller know, where rich would end with an error."""
+        raise
 
 
 @contextlib.contextmanager
@@ -263,20 +281,20 @@ def _print_correction(result: Correction, output: Path) -> None:
     scores = table_from_scores(result.scores, result.method, result.deployed)
     _print_tables(table_from_report(result.report), scores)
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     corrected = sum(layer.method is not None for layer in result.report)
     how = f"by {result.choice.label} " if corrected else ""
     is_equalized = ", equalized" if result.choice.is_equalized else ", not equalized"
     equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
-    print(f"{output}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
+    print(f"{printable(output)}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
 
 
 def _print_equalization(result: Equalization, output: Path) -> None:
     _print_steps(result)
     scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
     layers = f"{scaled} of {len(result.network.layers)} layers scaled"
-    print(f"{output}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
+    print(f"{printable(output)}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
 
 
 def _print_steps(result: Equalization) -> None:
@@ -292,7 +310,7 @@ def _print_steps(result: Equalization) -> None:
 
 
 def _print_tables(*tables: Table) -> None:
-    console = Console()
+    console = _Console()
     anywhere = console.options.update(width=_WIDEST)
     for table in (each for each in tables if each.row_count):
         if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""How the command answers SIGINT (Ctrl-C) and SIGTERM: it ends soon, with one line, and leaves nothing behind.
+"""How the command answers SIGINT (Ctrl-C), SIGTERM and SIGHUP: it ends soon, with one line, and leaves nothing behind.
 
 A handler that raises does so between any two instructions of the main thread: where a lock has just been taken, which then
 stays taken and other threads wait forever; where a folder has just been made that nobody knows of yet; in a callback or the
@@ -11,14 +11,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 _ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if sys.platform != "win32":
+    _ENDED[signal.SIGHUP] = "hung up"
+_SOON = 0.1
+"""Seconds that a wait may take: another thread may be the one that the system interrupts, and the main one sleep on."""
 
 
 class StoppedError(Exception):
@@ -45,7 +50,10 @@ class Signals:
     def wait_for(self, work: Callable[[], T]) -> T:
         """The result of the work, which another thread does. Raises StoppedError as soon as there is a signal."""
         ThreadPoolExecutor(1).submit(work).add_done_callback(self._events.put)
-        event = self._events.get()
+        while True:
+            with contextlib.suppress(Empty):
+                event = self._events.get(timeout=_SOON)
+                break
         if isinstance(event, Future):
             result: T = event.result()
             return result

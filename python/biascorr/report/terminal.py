@@ -18,6 +18,15 @@ _SHOWN = 2
 """Names in a row for all that were left as they were for the same reason."""
 
 
+def printable(text: object) -> str:
+    """The text with escapes for what a terminal would not show but act on, and for what is no character at all."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def _cell(text: object) -> Text:
+    return Text(printable(text))  # names may look like markup
+
+
 def table_from_report(report: Sequence[LayerReport]) -> Table:
     """One row per layer: what it is, the mean absolute shift of its channels before and after, and what is worth knowing."""
     table = Table(title="mean |shift| of the output channels", title_justify="left")
@@ -30,7 +39,7 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
         numbers = (_number(layer.shift_before), _number(layer.shift_after))
         channels = "" if layer.channels is None else str(layer.channels)
         cells = (layer.name, layer.op, layer.method or "left as it is", channels, *numbers, layer.reason)
-        table.add_row(*map(Text, cells))  # names may look like markup
+        table.add_row(*map(_cell, cells))
     return table
 
 
@@ -67,7 +76,7 @@ def table_from_chains(chains: Sequence[ScaledChain], high_biases: Sequence[HighB
         factors = np.concatenate(chain.factors)
         biases = [folded[link.first.name] for link in chain.chain.links if link.first.name in folded]
         table.add_row(
-            Text(" -> ".join(layer.name for layer in chain.chain.layers)),
+            _cell(" -> ".join(layer.name for layer in chain.chain.layers)),
             f"{factors.min():.3g}..{factors.max():.3g}",
             f"{chain.bits:.2f}",
             str(len(chain.limits) or ""),
@@ -89,7 +98,7 @@ def table_from_left(left: Mapping[str, tuple[Reason, ...]]) -> Table:
         names = list(group)
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         text = "; ".join(map(_common_text, zip(*group.values())))
-        table.add_row(str(len(names)), Text(text), Text(shown))
+        table.add_row(str(len(names)), _cell(text), _cell(shown))
     return table
 
 
