@@ -23,6 +23,7 @@ from biascorr import (
     fold_all_batch_norms,
     fold_given_batch_norms,
 )
+from biascorr.adapters.onnx.network import OnnxNetwork
 from networks import (
     as_constant_nodes,
     assert_same_function,
@@ -558,6 +559,10 @@ def with_metadata(model, value):
     return copy
 
 
+def metadata_of(model):
+    return json.loads(next(each.value for each in model.metadata_props if each.key == "biascorr.folded"))
+
+
 def entry_of(beta, gamma):
     beta, gamma = (base64.b64encode(np.float32(each).tobytes()).decode() for each in (beta, gamma))
     return json.dumps({"t": ["norm", beta, gamma]})
@@ -580,10 +585,54 @@ def test_metadata_that_somebody_changed(value):
 
 @pytest.mark.parametrize("channels", [0, 5, 32])
 def test_metadata_of_another_number_of_channels_tells_nothing(channels):
-    model = with_metadata(fold_all_batch_norms(toy())[0], entry_of(np.full(channels, 9), np.ones(channels)))
+    model = fold_all_batch_norms(toy())[0]
+    ((tensor, (*_, digest)),) = metadata_of(model).items()
+    entry = json.loads(entry_of(np.full(channels, 9), np.ones(channels)))["t"]
+    model = with_metadata(model, json.dumps({tensor: [*entry, digest]}))
     result = equalize(model)
     assert result.high_biases == []
     assert_same_function(model, result.model, {"x": X_TOY[:5]}, tolerance=1e-6)
+
+
+def is_known(model):
+    """Whether the mean of what the second layer reads is."""
+    found = find_all_convs_bn_with_activation(model)
+    return "second" in found and found["second"].input_bn is not None
+
+
+FOLDED = {
+    "Gemm": ("[first] t = Gemm(x, w, b)", (4,), (5, 4)),
+    "MatMul": ("m = MatMul(x, w) [first] t = Add(m, b)", (4,), (5, 4)),
+    "Conv": ("[first] t = Conv(x, w, b)", (5, 3, 3), (4, 5, 1, 1)),
+    "constant nodes": ("[first] t = Conv(x, w, b)", (5, 3, 3), (4, 5, 1, 1)),
+    "transposed": ("u = Transpose<perm=[1,0]>(w) [first] t = Gemm(x, u, b)", (4,), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("changed", ["nothing", "first weights", "first bias", "second weights", "digest", "corrected"])
+@pytest.mark.parametrize("how", FOLDED)
+def test_statistics_belong_to_weights(how, changed):
+    layer, shape, w = FOLDED[how]
+    operator = "Gemm" if len(shape) == 1 else "Conv"
+    text = f"""g (float[{"N,5" if len(shape) == 1 else "N,5,3,3"}] x) => (float[{",".join("ABCD"[: 1 + len(shape)])}] y) {{
+        {layer} {batch_norm("t", "n")} r = Relu(n) [second] y = {operator}(r, v) }}"""
+    v = weights(4, 6) if operator == "Gemm" else weights(6, 4, 1, 1)
+    model = fold_all_batch_norms(model_from_text(text, w=weights(*w), b=biases(4), v=v, **batch_norm_constants(4)))[0]
+    assert is_known(model)
+    arrays = constants_of(model)
+    names = {"second weights": next(node.input[1] for node in model.graph.node if node.name == "second")}
+    names["first weights"] = next(name for name, each in arrays.items() if each.ndim > 1 and name != names["second weights"])
+    names["first bias"] = next(name for name, each in arrays.items() if each.shape == (4,))
+    if changed in names:
+        model = with_constants(model, **{names[changed]: arrays[names[changed]] * np.float32(1.5)})
+    elif changed == "corrected":
+        network = OnnxNetwork.load(model, "model")
+        model = network.with_shifts({network.layers[0].name: np.ones(4)}).model
+    elif changed == "digest":
+        model = with_metadata(model, json.dumps({name: entry[:3] for name, entry in metadata_of(model).items()}))
+    if how == "constant nodes":
+        model = as_constant_nodes(model)
+    assert is_known(model) == (changed in ("nothing", "second weights", "corrected"))
 
 
 def test_what_equalize_raises_for():

@@ -174,6 +174,39 @@ def test_padding_that_a_normalization_leaves_zero(layer):
     assert_same_function(model, folded, {"x": samples(2, 3, 6, 5)}, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("is_after", [True, False], ids=["after", "before"])
+@pytest.mark.parametrize(
+    ("factor", "gamma", "mean", "fits"),
+    [(64, 1, 0, True), (900, 1, 0, False), (2**-6, 1, 0, True), (2**-6, 2**-19, 0, False), (1 / 8, 1, 0.5, True)],
+    ids=["large", "infinite", "small", "subnormal", "offset"],
+)
+def test_weights_that_float16_cannot_hold(is_after, factor, gamma, mean, fits):
+    """The variance is as good as 0, so that the gain is 316 times gamma."""
+    layer, norm = ("[layer] t = Gemm(x, w)", batch_norm("t", "y", epsilon=1e-5))
+    if not is_after:
+        layer, norm = batch_norm("x", "t", epsilon=1e-5), "[layer] y = Gemm(t, w)"
+    arrays = {"w": weights(4, 4, dtype="float16") * np.float16(factor)}
+    parameters = {"gamma": gamma, "beta": 0, "mean": mean, "var": 1e-8}
+    arrays |= {f"norm_{name}": np.full(4, value, np.float16) for name, value in parameters.items()}
+    model = model_from_text(f"g (float16[N,4] x) => (float16[N,4] y) {{ {layer} {norm} }}", **arrays)
+    folded, pairs = fold_all_batch_norms(model)
+    assert pairs == ([("layer", "norm")] if fits else [])
+    assert_same_function(model, folded, {"x": samples(5, 4, dtype="float16") / np.float16(512)}, tolerance=3e-3)
+    if not fits:
+        assert equalize(model).left["norm"] == "layer would have weights or biases that float16 cannot hold"
+
+
+@pytest.mark.parametrize("mean", [250, -250])
+def test_biases_that_float16_cannot_hold(mean):
+    arrays = {"w": weights(4, 4, dtype="float16"), "b": np.full(4, mean, np.float16)}
+    parameters = {"gamma": 1, "beta": 0, "mean": mean, "var": 0}
+    arrays |= {f"norm_{name}": np.full(4, value, np.float16) for name, value in parameters.items()}
+    text = "g (float16[N,4] x) => (float16[N,4] y) {{ [layer] t = Gemm(x, w{}) {} }}"
+    norm = batch_norm("t", "y", epsilon=1e-5)
+    found = [fold_all_batch_norms(model_from_text(text.format(bias, norm), **arrays))[1] for bias in (", b", "")]
+    assert found == [[("layer", "norm")], []]
+
+
 def chain(**options):
     """first -> one -> two -> relu -> third, and before another layer."""
     text = f"""[first] t = Conv(x, w) {batch_norm("t", "a", "one")} {batch_norm("a", "b", "two")} r = Relu(b)

@@ -222,6 +222,33 @@ def test_a_bias_that_would_be_infinite_keeps_its_channel():
     assert_same_function(model, result.model, {"x": samples(3, 2, dtype="float16")}, tolerance=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept"),
+    [
+        ([1, 1, 1, 1], [1, 1, 1, 1], []),
+        ([2**-9, 1, 1, 1], [1, 1, 1, 1], [0, 1, 2, 3]),
+        ([1, 1, 1, 1], [2**-9, 1, 1, 1], [0, 3]),
+        ([0, 1, 1, 1], [1, 0, 1, 1], []),
+    ],
+    ids=["even", "input of the first", "output of the second", "none"],
+)
+def test_weights_that_would_be_subnormal_keep_their_channel(rows, columns, kept):
+    """Where another channel of the same weights on the other side would be."""
+    first, second = (2**-3, 2**-12) if columns[0] == 1 else (2**-10, 4)
+    text = "g (float16[N,4] x) => (float16[N,4] y) { [first] t = Gemm(x, w) r = Relu(t) [second] y = Gemm(r, v) }"
+    w = weights(4, 4, dtype="float16") * np.float16(first) * np.float16(rows).reshape(-1, 1)
+    v = weights(4, 4, dtype="float16") * np.float16(second) * np.float16(columns)
+    result = equalize(model_from_text(text, w=w, v=v))
+    (factors,) = result.chains[0].factors
+    assert np.flatnonzero(factors == 1).tolist() == kept
+    for before, array in (("w", w), ("v", v)):
+        after = constants_of(result.model)[before].astype(np.float64)
+        scaled = array / factors if before == "w" else array * factors[:, None]
+        for axis in (0, 1):
+            largest = np.abs(scaled).max(axis=axis)
+            assert (np.abs(after - scaled).max(axis=axis) <= largest * 2**-10).all()
+
+
 PAIRS = network("ccdcc")
 
 

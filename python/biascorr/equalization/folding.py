@@ -12,6 +12,7 @@ arXiv 1712.05877, section 3.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr import _kernels
-from biascorr.channel_scale import scaled_channels
+from biascorr.channel_scale import channel_ranges, scaled_channels
 from biascorr.equalization.chains import unfit
 from biascorr.graph.axes import Channels
 from biascorr.graph.batch_norms import Neighbours
@@ -110,8 +111,7 @@ class _Folder:
         weights, biases, statistics = {}, {}, {}
         for fold in folds:
             layer, norm, tensor = self._layers[fold.layer], self._norms[fold.batch_norm], self._inputs[fold.batch_norm]
-            fold_in = _folded_after if fold.is_after else _folded_before
-            weights[layer.name], biases[layer.name] = fold_in(layer, norm)
+            weights[layer.name], biases[layer.name] = _folded(layer, norm, fold.is_after)
             if fold.is_after:
                 statistics[tensor] = with_statistics(norm, norm.beta, norm.gamma)
             elif tensor not in self._known:
@@ -126,10 +126,12 @@ class _Folder:
             self.left[operation.name] = ReasonCode.NORM_NOT_AFTER_LAYER()
         elif self._neighbours.readers(layer.output) != [operation]:
             self.left[operation.name] = ReasonCode.NORM_OUTPUT_SHARED(layer=layer.name)
-        elif reason := self._mismatch(layer, self._neighbours.output_channels(layer), layer.channels, operation):
-            self.left[operation.name] = reason
         else:
-            return self._if_wanted([Fold(layer.name, operation.name, True)])
+            fold = Fold(layer.name, operation.name, True)
+            reason = self._mismatch(fold, self._neighbours.output_channels(layer), layer.channels)
+            if reason is None:
+                return self._if_wanted([fold])
+            self.left[operation.name] = reason
         return []
 
     def _forward(self, operation: Operation) -> list[Fold]:
@@ -139,23 +141,28 @@ class _Folder:
             layer = self._layers.get(reader.name) if reader is not None else None
             if layer is None or layer.input != tensor:
                 return []
-            if reason := self._mismatch(layer, self._neighbours.input_channels(layer), layer.input_channels, operation):
+            fold = Fold(layer.name, operation.name, False)
+            if reason := self._mismatch(fold, self._neighbours.input_channels(layer), layer.input_channels):
                 self.left[operation.name] = reason
                 return []
             if not layer.sees_every_tap and np.any(_offset(self._norms[operation.name])):
                 self.left[operation.name] = ReasonCode.NORM_BEFORE_PADDING(layer=layer.name)
                 return []
-            folds.append(Fold(layer.name, operation.name, False))
+            folds.append(fold)
         return self._if_wanted(folds)
 
-    def _mismatch(self, layer: Layer, channels: Channels, count: int, operation: Operation) -> Reason | None:
+    def _mismatch(self, fold: Fold, channels: Channels, count: int) -> Reason | None:
         """Why a layer cannot take a batch normalization in; None where it can."""
+        layer, norm = self._layers[fold.layer], self._norms[fold.batch_norm]
         if reason := unfit(layer):
             return ReasonCode.NORM_LAYER_UNFIT(layer=layer.name, reason=reason)
-        norm = self._norms[operation.name]
         if not channels.is_along(norm.channel_axis) or count != len(norm.beta):
             return ReasonCode.NORM_OTHER_AXIS(layer=layer.name, axis=norm.channel_axis)
-        return None if np.isfinite([*_gain(norm), *_offset(norm)]).all() else ReasonCode.NORM_NOT_FINITE()
+        if not np.isfinite([*_gain(norm), *_offset(norm)]).all():
+            return ReasonCode.NORM_NOT_FINITE()
+        if not _is_held(layer, norm, fold.is_after):
+            return ReasonCode.NORM_BEYOND_DTYPE(layer=layer.name, dtype=layer.weights.dtype)
+        return None
 
     def _if_wanted(self, folds: list[Fold]) -> list[Fold]:
         """All of them or none: a batch normalization that is folded into some of its readers only would have to stay."""
@@ -180,15 +187,29 @@ def _offset(norm: BatchNorm) -> NDArray[np.float64]:
         return np.asarray(norm.beta - norm.mean * _gain(norm))
 
 
-def _folded_after(layer: Layer, norm: BatchNorm) -> tuple[LazyArray, NDArray[np.float64]]:
+def _folded(layer: Layer, norm: BatchNorm, is_after: bool) -> tuple[LazyArray, NDArray[np.float64]]:
+    """Weights and bias of a layer that takes in the batch normalization after it, or the one before it."""
     gain = _gain(norm)
-    bias = bias_of(layer) * layer.along_channels(gain) + layer.along_channels(_offset(norm))
-    return scaled_weights(layer, output_factors=gain), np.asarray(bias)
-
-
-def _folded_before(layer: Layer, norm: BatchNorm) -> tuple[LazyArray, NDArray[np.float64]]:
+    if is_after:
+        bias = bias_of(layer) * layer.along_channels(gain) + layer.along_channels(_offset(norm))
+        return scaled_weights(layer, output_factors=gain), np.asarray(bias)
     bias = bias_of(layer) + layer.along_channels(response(layer, _offset(norm)))
-    return scaled_weights(layer, input_factors=_gain(norm)), np.asarray(bias)
+    return scaled_weights(layer, input_factors=gain), np.asarray(bias)
+
+
+def _is_held(layer: Layer, norm: BatchNorm, is_after: bool) -> bool:
+    """Whether the type of a layer holds what a fold would make of it: nothing infinite, no channel that counts subnormal."""
+    limits, gain = np.finfo(layer.weights.dtype), np.abs(_gain(norm))
+    largest = np.abs(_folded(layer, norm, is_after)[1]).max()
+    for axis in "OI":
+        is_own = (axis == "O") == is_after
+        ranges = functools.partial(channel_ranges, np.asarray(layer.weights), layer.layout, axis=axis, groups=layer.groups)
+        before = ranges()
+        after = before * gain if is_own else ranges(factors=gain)
+        if np.any((after > 0) & (after < limits.tiny) & (before >= max(limits.tiny, limits.eps * before.max()))):
+            return False
+        largest = max(largest, after.max())
+    return bool(largest <= limits.max)
 
 
 def scaled_weights(layer: Layer, **factors: NDArray[np.float64]) -> LazyArray:

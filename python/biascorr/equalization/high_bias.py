@@ -90,9 +90,13 @@ def fold_high_biases(
             found[link] = high
     for link, high in _never_cut(network, found, batches(), threads).items():
         first, second = link.first, link.second
-        moved = response(second, link.channels.spread(high, second.input_channels))
-        biases[first.name] = biases.get(first.name, bias_of(first)) - first.along_channels(high)
-        biases[second.name] = biases.get(second.name, bias_of(second)) + second.along_channels(moved)
+        moved = second.along_channels(response(second, link.channels.spread(high, second.input_channels)))
+        lower = biases.get(first.name, bias_of(first)) - first.along_channels(high)
+        higher = biases.get(second.name, bias_of(second)) + moved
+        if max(np.abs(lower).max(), np.abs(higher).max()) > np.finfo(second.weights.dtype).max:
+            left[first.name] = ReasonCode.BIAS_BEYOND_DTYPE(dtype=second.weights.dtype)
+            continue
+        biases[first.name], biases[second.name] = lower, higher
         for tensor, norm, channels in known_statistics(facts, link):
             statistics[tensor] = with_statistics(norm, norm.beta - channels.spread(high, len(norm.beta)), norm.gamma)
         folded.append(HighBias(first.name, second.name, high))

@@ -47,6 +47,9 @@ _MOST_SWEEPS = 1000
 _SILENT = 2.0**-32
 """Part of the strongest channel that counts as nothing: numbers in float32 have 24 bits."""
 
+_SIGMAS = 6.0
+"""Standard deviations from their mean up to which outputs have to stay finite."""
+
 _LEAST_GAIN = 0.25
 """Bits that a chain must gain for a clip in it to get a bound for each channel, which runtimes do not fuse with the layer."""
 
@@ -80,21 +83,35 @@ class ScaledChain:
 class _Scaled:
     """A layer and the factors that its channels are to be multiplied by; 0 where nothing goes through."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, norm: BatchNorm | None) -> None:
         self.layer = layer
+        self._limits = np.finfo(layer.weights.dtype)
         self.output, self.input = np.ones(layer.channels), np.ones(layer.input_channels)
         self._known: dict[str, tuple[Factors, Factors]] = {}
-        self._largest_bias = self._largest_biases()
+        self._largest = self._largest_values(norm)
 
-    def _largest_biases(self) -> Factors:
-        """The largest bias of each output channel, (C,), in magnitude."""
+    def _largest_values(self, norm: BatchNorm | None) -> Factors:
+        """The largest bias of each output channel, or output as its statistics `norm` tell, (C,), in magnitude."""
         aligned = self.layer.along_channels(np.zeros(self.layer.channels))
         biases = aligned if self.layer.bias is None else aligned + np.abs(self.layer.bias)
-        return np.asarray(np.moveaxis(biases, self.layer.output_axis, 0).reshape(len(aligned), -1).max(axis=1))
+        largest = np.moveaxis(biases, self.layer.output_axis, 0).reshape(self.layer.channels, -1).max(axis=1)
+        if norm is not None and len(norm.beta) == len(largest):
+            largest = np.maximum(largest, np.abs(norm.beta) + _SIGMAS * norm.gamma)
+        return np.asarray(largest)
 
     def overflows(self, factors: Factors) -> NDArray[np.bool_]:
-        """Where biases divided by these, beside what they were before, would be beyond the numbers of their type."""
-        return np.asarray(self._largest_bias * self.output / factors > np.finfo(self.layer.weights.dtype).max)
+        """Where biases or outputs divided by these, beside what they were before, would be beyond the numbers of their type."""
+        return np.asarray(self._largest * self.output / factors > self._limits.max)
+
+    def underflows(self, axis: str, factors: Factors) -> NDArray[np.bool_]:
+        """Where weights multiplied by these would lose bits: a channel that counts, on either side, would be subnormal."""
+        own, tiny = self.ranges(axis), self._limits.tiny
+        counts = float(own.max(initial=0.0)) * self._limits.eps
+        least = counts
+        if np.any((own >= tiny) & (least * factors < tiny)):
+            other = self.ranges("I" if axis == "O" else "O")
+            least = other.min(initial=np.inf, where=other >= max(counts, tiny))
+        return np.asarray((own >= tiny) & (np.minimum(own, least) * factors < tiny))
 
     def ranges(self, axis: str) -> Factors:
         """The ranges of its output ("O") or input ("I") channels as scaled so far."""
@@ -223,7 +240,9 @@ class Scaler:
     def __init__(self, chains: Sequence[Chain], facts: Facts) -> None:
         self._chains = chains
         self._facts = facts
-        self._layers = {layer.name: _Scaled(layer) for chain in chains for layer in chain.layers}
+        self._layers = {
+            layer.name: _Scaled(layer, facts.statistics.get(layer.output)) for chain in chains for layer in chain.layers
+        }
         self._factors = {link.first.name: np.ones(link.first.channels) for chain in chains for link in chain.links}
         self._before = [self._range_in_bits(chain) for chain in chains]
         self._silent = [_silent_channels(self._ranges(chain)) for chain in chains]
@@ -273,7 +292,7 @@ class Scaler:
     def _equalize(self, chain: Chain) -> float:
         layers = [self._layers[layer.name] for layer in chain.layers]
         found = factors_from_ranges(self._ranges(chain))
-        kept = np.any([first.overflows(step) for first, step in zip(layers, found)], axis=0)
+        kept = np.any([_is_lost(*each) for each in zip(chain.links, layers, layers[1:], found)], axis=0)
         steps = [np.where(kept, 1.0, step) for step in found]
         for link, first, second, step in zip(chain.links, layers, layers[1:], steps):
             self._factors[link.first.name] *= step
@@ -310,6 +329,14 @@ class Scaler:
         for name, norm, channels in known_statistics(self._facts, link):
             factors = channels.spread(self._factors[link.first.name], len(norm.beta))
             yield name, with_statistics(norm, norm.beta / factors, norm.gamma / factors)
+
+
+def _is_lost(link: Link, first: _Scaled, second: _Scaled, step: Factors) -> NDArray[np.bool_]:
+    """Where dividing the channels of a link by these before it, and multiplying them after it, leaves the numbers of a type."""
+    after = second.underflows("I", link.channels.spread(step, len(second.input)))
+    return np.asarray(
+        first.overflows(step) | first.underflows("O", 1 / step) | link.channels.gathered(after, len(step)).any(axis=1)
+    )
 
 
 def _silent_channels(ranges: Sequence[Factors]) -> NDArray[np.bool_]:

@@ -64,6 +64,7 @@ class ReasonCode(enum.Enum):
     # its high bias is not folded
     HIGH_BIAS_STAYS = "its high bias stays: {reason}"
     BOUNDS_WOULD_MOVE = "{operation} limits it to bounds that would move"
+    BIAS_BEYOND_DTYPE = "biases would be beyond {dtype}"
     READS_PADDING = "{layer} reads padding too, which would be shifted"
 
     # a batch normalization is not folded
@@ -74,6 +75,7 @@ class ReasonCode(enum.Enum):
     NORM_LAYER_UNFIT = "{layer}: {reason}"
     NORM_OTHER_AXIS = "the channels of {layer} are not along axis {axis}"
     NORM_NOT_FINITE = "its parameters are not finite"
+    NORM_BEYOND_DTYPE = "{layer} would have weights or biases that {dtype} cannot hold"
     NORM_NOT_WANTED = "not among the given pairs"
 
     def __call__(self, **arguments: object) -> Reason:

@@ -452,7 +452,7 @@ def test_what_is_known_of_tensors_is_kept_in_the_model(tmp_path):
     assert (known.epsilon, known.beta.dtype) == (0.0, np.float64)
     np.testing.assert_array_equal([known.mean, known.variance], [known.beta, known.gamma**2])
     assert [entry.key for entry in again.model.metadata_props] == ["author", "biascorr.folded"]
-    assert again.model.metadata_props[1].value.startswith('{"s":["one","AAAAPwAAgL8=","AAAAQAAAgD4="],"y":')
+    assert again.model.metadata_props[1].value.startswith('{"s":["one","AAAAPwAAgL8=","AAAAQAAAgD4=","')
 
 
 def test_what_was_known_of_other_tensors_stays():
@@ -500,7 +500,7 @@ def test_what_is_known_of_tensors_that_are_gone_is_ignored():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", '{"s": 3}', '{"s": ["n"]}', '{"s": ["n", "", "", ""]}', '{"s": [1, "", ""]}', '{"s": ["n", 1, 2]}',
+    ["", "{", "[]", "3", '{"s": 3}', '{"s": ["n"]}', '{"s": [1, "", ""]}', '{"s": ["n", 1, 2]}',
      '{"s": ["n", "AAAAAA==", ""]}', '{"s": ["n", "AAAA", "AAAA"]}', '{"s": ["n", "?", "?"]}', '{"s": ["n", "\\u00e9", ""]}',
      "[" * 99999],
 )  # fmt: skip

@@ -59,6 +59,7 @@ def edit(
     _check_names("limits", edits.limits, limiting, "activation that limits values")
     _check_names("removed", edits.removed, computed, "operation")
     position = {output: k for k, node in enumerate(nodes.values()) for output in node.output}
+    folded = folded_of(graph)
     read, types = graph.read(), _types(graph, layers) if edits.limits else {}
     for name, weights in edits.weights.items():
         _set_weights(graph, nodes[name], known[name], weights)
@@ -70,7 +71,7 @@ def edit(
         renamed |= _remove(graph, nodes[name], name)
     graph.remove_dead(read)
     _keep_names(graph, nodes)
-    _keep_statistics(graph, edits.statistics, renamed, position)
+    _keep_statistics(graph, [folded, edits.statistics], renamed, position)
 
 
 def _check_names(what: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -149,14 +150,14 @@ def _keep_names(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> None:
 
 
 def _keep_statistics(
-    graph: Graph, statistics: Mapping[str, BatchNorm], renamed: Mapping[str, str], position: Mapping[str, int]
+    graph: Graph, statistics: Iterable[Mapping[str, BatchNorm]], renamed: Mapping[str, str], position: Mapping[str, int]
 ) -> None:
-    """Adds statistics of tensors; where two have become one, those of the later one are kept."""
+    """Keeps statistics of tensors; where two have become one, those of the later one."""
     known = {}
-    for entries in (folded_of(graph.model), statistics):
+    for entries in statistics:
         for tensor in sorted(entries, key=lambda name: position.get(name, -1)):
             name = tensor
             while name in renamed:
                 name = renamed[name]
             known[name] = entries[tensor]
-    keep_folded(graph.model, {name: norm for name, norm in known.items() if graph.has(name)})
+    keep_folded(graph, {name: norm for name, norm in known.items() if graph.has(name)})

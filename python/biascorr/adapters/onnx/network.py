@@ -14,9 +14,10 @@ from onnx import helper
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
+from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
-from biascorr.adapters.onnx.operators import operator_of
+from biascorr.adapters.onnx.operators import LAYERS, operator_of
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
@@ -30,8 +31,6 @@ from biascorr.quantization import Quantization
 from biascorr.windows import TransposedWindow, Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
-
-_LAYERS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
 
 _POINTWISE = {
     "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
@@ -188,14 +187,20 @@ class OnnxNetwork:
         return bias_of(self._original, self._original_nodes[layer.name], layer.output_axis).change(layer, shift)
 
     def with_shifts(self, shifts: Mapping[str, Shift]) -> OnnxNetwork:
-        """A copy with these shifts added to the biases of layers."""
+        """A copy with these shifts added to the biases of layers.
+
+        They are to keep means as they are, so what is known of these stays.
+        """
         graph, nodes = _copy(self._original)
         read = graph.read()
+        folded = folded_of(graph)
         biases = {layer: bias_of(graph, nodes[layer.name], layer.output_axis) for layer in self.layers if layer.name in shifts}
         writers = [bias.prepare(layer, shifts[layer.name]) for layer, bias in biases.items()]
         for write in writers:
             write()
         graph.remove_dead(read)
+        if folded:
+            keep_folded(graph, folded)
         return OnnxNetwork(graph.model, graph.values, self._name)
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
@@ -225,14 +230,14 @@ class OnnxNetwork:
 
     def _small_constants(self, node: onnx.NodeProto) -> Iterator[str]:
         """The constants of a layer that are read at once, where they are computed."""
-        if operator_of(node) in _LAYERS and self._graph.is_constant(_weights_of(node, self._graph)):
+        if operator_of(node) in LAYERS and self._graph.is_constant(_weights_of(node, self._graph)):
             bias = constant_bias(self._graph, node)
             if bias is not None:
                 yield bias
 
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
-        layers = {*_LAYERS, *_WEIGHTED}
+        layers = {*LAYERS, *_WEIGHTED}
         if any(operator_of(inner) in layers for inner in subgraph_nodes(node)):
             return ReasonCode.LAYERS_IN_SUBGRAPH()
         if not layers.isdisjoint(self._graph.called_operators(node)):
@@ -246,7 +251,7 @@ class OnnxNetwork:
             return ReasonCode.RECURRENT()
         if operator in ("Einsum", "MatMul"):
             return self._matmul(name, node) if operator == "MatMul" else self._einsum(name, node)
-        if operator not in _LAYERS:
+        if operator not in LAYERS:
             return ReasonCode.OPERATOR_UNSUPPORTED() if operator in _WEIGHTED or self._reads_matrix(node) else None
         for reason, given in zip((ReasonCode.WEIGHTS_COMPUTED(), ReasonCode.BIAS_COMPUTED()), node.input[1:3]):
             if given and not self._graph.is_constant(given):

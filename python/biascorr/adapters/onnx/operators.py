@@ -6,6 +6,9 @@ import functools
 
 import onnx
 
+LAYERS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
+"""Operators that are layers where their weights are constant."""
+
 CONTRIBUTED = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 

@@ -54,11 +54,7 @@ def facts_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Facts:
     types = inferred_types(graph.model)
     shapes = known_shapes(types)
     found = {name: _role(name, node, graph, types, shapes) for name, node in acting.items()}
-    return Facts(
-        {name: role for name, role in found.items() if role is not None},
-        shapes,
-        {name: norm for name, norm in folded_of(graph.model).items() if graph.has(name)},
-    )
+    return Facts({name: role for name, role in found.items() if role is not None}, shapes, folded_of(graph))
 
 
 def _role(name: str, node: onnx.NodeProto, graph: Graph, types: Types, shapes: Shapes) -> Role | None:
