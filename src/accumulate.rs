@@ -574,11 +574,11 @@ mod tests {
     #[test]
     fn quotients_are_rounded_once() {
         for (integer, divisor) in
-            [((1i128 << 60) + 1, 3.0), (i128::from(i64::MIN) - 7, 10.0), (1, 49.0), (-(1 << 53) - 1, 7.0)]
+            [((1i128 << 60) + 1, 3.0), (i128::from(i64::MIN) - 7, 10.0), ((1 << 50) + 3, 49.0), (-(1 << 53) - 1, 7.0)]
         {
             let exact = integer as f64 / divisor;
             let found = Compensated::from(integer).divided_by(divisor);
-            // With 2^40 more bits in the numerator, the integer quotient decides which neighbour is nearer.
+            // 40 more bits than the quotient has tell which neighbour is nearer.
             let nearest = ((integer << 40) / divisor as i128) as f64 / (1u64 << 40) as f64;
             assert_eq!(found, nearest, "{integer} / {divisor}, about {exact}");
         }

@@ -5,16 +5,18 @@ Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`,
 :class:`BiasCorrection` and :func:`equalize_model`.
 """
 
-import importlib
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+# ruff: noqa: E402 (numpy, and all that is imported here, takes long enough for a Ctrl-C)
 
-_name = sys.argv[0] if sys.argv else ""
-if (sys.orig_argv[-len(sys.argv)] if _name == "-m" else Path(_name).name.removesuffix(".exe")) == "biascorr":
-    from biascorr.cli.signals import leave_on_signals  # this is the command, and numpy takes long enough for a Ctrl-C
+import sys
+
+_name = sys.argv[0].replace("\\", "/").rpartition("/")[2] if sys.argv else ""
+if (sys.orig_argv[-len(sys.argv)] if _name == "-m" else _name) in ("biascorr", "biascorr.exe"):  # this is the command
+    from biascorr.cli.signals import leave_on_signals
 
     leave_on_signals("nothing was written")
+
+import importlib
+from typing import TYPE_CHECKING
 
 from biascorr._kernels import build_info as _build_info
 from biascorr._kernels import get_num_threads, set_num_threads

@@ -121,7 +121,7 @@ def mean_from_sums(integers: NDArray[Any] | None, reals: NDArray[np.float64] | N
         rounded = total / count
         product, rest = _product(rounded, float(count))
         mean = rounded + ((total - product) - rest + error) / count
-    return np.where(np.isfinite(mean), mean, rounded)
+    return np.asarray(np.where(np.isfinite(mean), mean, rounded), dtype=np.float64)
 
 
 def _two_parts(integers: NDArray[Any]) -> NDArray[np.float64]:

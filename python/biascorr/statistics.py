@@ -178,7 +178,7 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
     array([ 2., 20.], dtype=float32)
     """
-    if type(calibration_input) in (list, tuple):
+    if type(calibration_input) is list or type(calibration_input) is tuple:
         scale, zero_point = _affine(quantization)
         return _kernels.channel_mean(calibration_input, -1, scale, zero_point)
     if isinstance(calibration_input, np.ndarray):

@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 
@@ -49,6 +51,8 @@ class Signals:
 
     def wait_for(self, work: Callable[[], T]) -> T:
         """The result of the work, which another thread does. Raises StoppedError as soon as there is a signal."""
+        from concurrent.futures import Future, ThreadPoolExecutor  # takes longer than all else here
+
         ThreadPoolExecutor(1).submit(work).add_done_callback(self._events.put)
         while True:
             with contextlib.suppress(Empty):
