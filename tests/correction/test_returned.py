@@ -139,10 +139,17 @@ def test_a_model_that_does_not_load_is_not_returned(is_given, monkeypatch):
     reference, data = network("conv")
     given = quantized(reference, [{"x": x[None]} for x in data], reduce_range=True) if is_given else None
 
-    def check(self):  # noqa: ARG001
+    def refused():
         raise ValueError("quantized: onnxruntime cannot run it: Type Error")
 
-    monkeypatch.setattr(OnnxNetwork, "check", check)
+    with_shifts = OnnxNetwork.with_shifts
+
+    def invalid(self, shifts):
+        changed = with_shifts(self, shifts)
+        changed.check = refused
+        return changed
+
+    monkeypatch.setattr(OnnxNetwork, "with_shifts", invalid)
     with pytest.raises(RuntimeError, match=r"corrected model is not valid.*Type Error"):
         correct(reference, data, quantized=given, method="empirical")
 

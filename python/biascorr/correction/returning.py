@@ -59,10 +59,14 @@ def check_returned(network: BiasNetwork, given: BiasNetwork | None, samples: Sam
     ------
     RuntimeError
         It does not.
+    ValueError
+        The runtime does not take the one that was given either.
     """
     try:
         network.check()
     except ValueError as error:
+        if given is not None:
+            given.check()
         raise RuntimeError(f"the corrected model is not valid, so it is not returned: {error}") from error
     if given is None or network is given or not samples.scored_batches:
         return

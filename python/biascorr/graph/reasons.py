@@ -31,13 +31,14 @@ class ReasonCode(enum.Enum):
     NO_STATISTICS = "no BatchNormalization before it gives the mean of its input"
     BELOW_STEP = "its shift is below half a step of its quantized output in all channels"
     BIAS_SKIPPED = "it has no bias, and none was to be added"
+    STEP_TOO_SMALL = "it has no bias, and {dtype} has no number near the step of its products"
     CLAMPED = "it has no bias, and its quantized output is clamped at 0"
 
     # its bias was corrected
     BIAS_ADDED = "it had no bias; one was added"
     BIAS_REWRITTEN = "its bias was computed from constants; it is a real one now"
     BIAS_BETWEEN_STEPS = "its bias is real: it would be lost between the steps of its quantized output"
-    BIAS_STEP_TOO_SMALL = "its bias is real: {dtype} has no number as small as the step of its products"
+    BIAS_STEP_TOO_SMALL = "its bias is real: {dtype} has no number near the step of its products"
     BIAS_CANNOT_MOVE = "{dtype} bias has a step of 0 in {count} of {channels} channels, which stay"
     BIAS_SATURATES = "{dtype} bias saturates in {count} of {channels} channels"
 

@@ -120,15 +120,73 @@ def test_a_new_bias(case):
         assert {array.dtype for array in new} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize("layer", ["Conv", "Gemm"])
-def test_a_step_that_float16_has_not(layer):
-    """The product of the steps of a layer may be below the least number of their type: the new bias is real."""
-    float_model, quantized = pair_of(layer, "float16", 19, 9, scale=2**-9)
+@pytest.mark.parametrize("opset", [17, 19, 21])
+@pytest.mark.parametrize("layer", ["Conv", "ConvTranspose", "Gemm"])
+def test_a_step_that_float16_has_not(layer, opset):
+    """The product of the steps of a layer may be far below the least number of their type: the new bias is real.
+
+    Before a quantizer, onnxruntime would quantize it with a step of 0.
+    """
+    domain = "" if opset >= 19 else "com.microsoft"
     data = samples(24, *SHAPES[layer], dtype="float16") / np.float16(256)
+    for output in (None, (1 / 64, np.int8(0))):
+        float_model, quantized = pair_of(layer, "float16", opset, 8, domain, scale=2**-9, output=output)
+        correction = corrected(float_model, quantized, data)
+        reason = "float16 has no number near the step of its products"
+        if output is None:
+            assert correction.report[0].reason == f"it had no bias; one was added; its bias is real: {reason}"
+            (bias,) = [array for name, array in constants_of(correction.model).items() if name not in constants_of(quantized)]
+            assert bias.dtype == np.float16
+        else:
+            assert correction.report[0].reason == f"it has no bias, and {reason}"
+            assert correction.model == quantized
+
+
+def test_a_step_below_the_normal_numbers_of_float16():
+    """It is near enough to the product that integer kernels take for it."""
+    float_model, quantized = pair_of("Conv", "float16", 21, 10, scale=2**-4, output=(1 / 64, np.int8(0)))
+    data = samples(24, *SHAPES["Conv"], dtype="float16") / np.float16(8)
     correction = corrected(float_model, quantized, data)
-    assert correction.report[0].reason.endswith("its bias is real: float16 has no number as small as the step of its products")
-    (bias,) = [array for name, array in constants_of(correction.model).items() if name not in constants_of(quantized)]
-    assert bias.dtype == np.float16
+    assert correction.report[0].reason == "it had no bias; one was added"
+    steps = constants_of(correction.model)["t_bias_scale"]
+    assert (steps < np.finfo(np.float16).smallest_normal).any()
+    assert_mean_outputs_agree(float_model, correction.model, data, "Conv", 0.01)
+
+
+FUSED = [  # where onnxruntime would make a Gemm, and then something of it that it does not take itself
+    ("float32", 10, 5, "", [None, 3], np.int8(-128)),
+    ("float32", 10, 5, "com.microsoft", [None, 3], np.int8(-128)),
+    ("float16", 17, 8, "com.microsoft", [None, 3], np.int8(-128)),
+    ("float16", 13, 7, "com.microsoft", [2, 5, 3], np.int8(-128)),
+    ("float32", 21, 10, "", [2, 5, 3], None),
+    ("float16", 21, 10, "", [2, 5, 3], None),
+]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_a_real_bias_that_is_added_is_not_quantized_by_onnxruntime(case, existing):
+    dtype, opset, ir_version, domain, shape, zero_point = case
+    output = None if zero_point is None else (np.float32(1 / 32), zero_point)
+    _, quantized = pair_of("MatMul", dtype, opset, ir_version, domain, per_channel=False, output=output)
+    for value in (quantized.graph.input[0], quantized.graph.output[0]):
+        channels = value.type.tensor_type.shape.dim[-1].dim_value
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TYPES[dtype], [*shape[:-1], channels]))
+    if existing:  # a number, which has to grow
+        layer = next(node for node in quantized.graph.node if node.name == "layer")
+        made, layer.output[0] = layer.output[0], "before"
+        quantized.graph.node.insert(
+            list(quantized.graph.node).index(layer) + 1, helper.make_node("Add", ["before", "b"], [made], "add")
+        )
+        quantized.graph.initializer.append(numpy_helper.from_array(np.array(0.25, dtype), "b"))
+    network, shift = OnnxNetwork.load(quantized, "quantized"), np.linspace(0.3, 2.1, 4)
+    x = samples(*(size or 6 for size in shape), dtype=dtype)
+    change, moved = network.bias_change(network.layers[0], shift), network.with_shifts({"layer": shift})
+    limit = np.inf if output is None else 255 / 32
+    for level in (onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        before, after = (outputs_of(each.model, x, level) for each in (network, moved))
+        is_inside = (before > 0) & (after < limit) if output is not None else np.ones(before.shape, bool)
+        np.testing.assert_allclose((after - before - change.applied)[is_inside], 0, atol=0.02 if output is None else 1 / 32)
 
 
 @pytest.mark.parametrize(("zero_point", "step"), [(np.int8(5), 1 / 64), (np.uint8(100), 1 / 64), (np.int16(0), 1 / 2**14)])
@@ -210,6 +268,22 @@ BIASES = {
 }
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_quantized_number_that_grows_stays_quantized(shape):
+    _, quantized = pair_of("Conv", opset=21, ir_version=10)
+    node = next(node for node in quantized.graph.node if node.name == "layer")
+    node.output[0] = "t"
+    nodes = [helper.make_node(op, inputs, [output], output) for op, inputs, output in QUANTIZERS]
+    quantized.graph.node.extend([*nodes, helper.make_node("Add", ["t", "bd"], ["y"], "add")])
+    constants = {"b": np.full(shape, 0.25, np.float32), "bs": np.float32(1 / 128), "bz": np.int16(0)}
+    quantized.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    network, shift = OnnxNetwork.load(quantized, "quantized"), np.array([0.1, -0.2, 0.0, 1.0])
+    moved = network.with_shifts({"layer": shift})
+    assert [each.op_type for each in moved.model.graph.node] == [each.op_type for each in quantized.graph.node]
+    applied = network.bias_change(network.layers[0], shift).applied
+    np.testing.assert_allclose(moved.layers[0].bias.ravel(), 0.25 + applied, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", BIASES)
 @pytest.mark.parametrize("is_node", [False, True])
 def test_a_bias_that_is_computed_from_constants(name, is_node):
@@ -282,6 +356,13 @@ def test_new_biases_can_be_skipped(layer, method):
     if layer != "MatMul":
         correction = corrected(*with_bias(layer, codes, steps), samples(24, *SHAPES[layer]), new_biases="skip")
         assert [row.method for row in correction.report] == ["empirical"]
+
+
+def test_a_model_that_onnxruntime_refuses_to_optimize_is_not_blamed_on_its_correction():
+    """It makes a QLinearMatMul, which no such old opset has."""
+    float_model, quantized = pair_of("MatMul", "float32", 9, 4, "com.microsoft", output=(1 / 32, np.int8(0)))
+    with pytest.raises(ValueError, match="^quantized: onnxruntime cannot run it: .*QLinearMatMul"):
+        corrected(float_model, quantized, samples(4, *SHAPES["MatMul"]))
 
 
 def test_new_biases_are_added_or_skipped():

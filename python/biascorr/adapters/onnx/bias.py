@@ -37,6 +37,9 @@ _INTEGER_BIAS = {"QLinearConv": 8, "QGemm": 6}
 _ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
 """Operators that add, and the inputs that they add."""
 
+_STEP_ERROR = 1 / 64
+"""Part of itself by which the step of a bias may differ from that of its products, which integer kernels take for it."""
+
 _LOST = 1 / 8
 """Part of a shift that may be lost between the steps of a grid."""
 
@@ -89,6 +92,17 @@ class Bias(abc.ABC):
 
     def _name(self, suffix: str = "") -> str:
         return f"{self._node.output[0]}_bias{suffix}"
+
+    def _for_add(self, shift: Shift) -> Shift:
+        """A shift as an Add gets it: with all axes of the output where the layer is quantized, as far as these are known.
+
+        An Add of a vector becomes part of a Gemm in onnxruntime, which then quantizes its bias by operators that are not in
+        every opset, and reshapes some inputs in a way that it refuses itself.
+        """
+        shift = aligned(shift, self._axis)
+        is_quantized = any(dequantizer_of(self._graph, each) is not None for each in self._node.input)
+        rank = (self._graph.rank(self._node.output[0]) if is_quantized else None) or 0
+        return shift.reshape((1,) * (rank - shift.ndim) + shift.shape)
 
 
 def bias_of(graph: Graph, node: onnx.NodeProto, output_axis: int) -> Bias:
@@ -238,7 +252,10 @@ class _ConstantBias(Bias):
         self._graph.set_constant(self._reader, self._index, stored.astype(layer.weights.dtype), self._name())
 
     def _as_stored(self, shift: Shift) -> Shift:
-        return shift / self._factor if self._is_own else aligned(shift, self._axis)
+        if self._is_own:
+            return np.asarray(shift / self._factor)
+        stored, shape = aligned(shift, self._axis), self._values().shape
+        return stored if np.broadcast_shapes(stored.shape, shape) == shape else self._for_add(shift)
 
     @abc.abstractmethod
     def _moved(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
@@ -299,7 +316,7 @@ class _QuantizedBias(_RealBias):
         kept = values if values.size != before.size else values.reshape(before.shape)
         is_own = graph.only_reader(source.input[at]) is source
         quantizer = graph.producer.get(dequantizer.quantized) if is_own else None
-        is_alone = graph.only_reader(dequantizer.quantized) is node and kept.shape == before.shape
+        is_alone = graph.only_reader(dequantizer.quantized) is node
         if quantizer is not None and operator_of(quantizer) == "QuantizeLinear" and is_alone:
             real = self._unquantized(graph.value(quantizer.input[0]), dequantizer, before, kept)
             return lambda: graph.set_constant(quantizer, 0, real, f"{source.output[0]}_bias")
@@ -380,6 +397,8 @@ class _NewInput(Bias):
 
     def change(self, layer: Layer, shift: Shift) -> BiasChange:
         values, step, reasons = self._values(layer, shift)
+        if self._stays(reasons):
+            return BiasChange(None, (ReasonCode.STEP_TOO_SMALL(dtype=layer.weights.dtype.name),))
         real = values.astype(np.float64) * (1.0 if step is None else step.astype(np.float64))
         return BiasChange(real * self._factor, (ReasonCode.BIAS_ADDED(), *reasons))
 
@@ -397,7 +416,7 @@ class _NewInput(Bias):
     def _step(self, layer: Layer) -> tuple[NDArray[Any] | None, tuple[Reason, ...]]:
         """The product of the steps of both operands, () or (channels,), in their type.
 
-        None where one is not quantized so, or their type has no such small numbers, which is remarked.
+        None where one is not quantized so, or their type has no number near it, which is remarked.
         """
         dequantizers = self._dequantizers()
         steps = [None if each is None else _steps_of_channels(each, layer) for each in dequantizers]
@@ -406,13 +425,19 @@ class _NewInput(Bias):
             return None, ()
         product = np.asarray(functools.reduce(np.multiply, known))
         dtype = steps[1].dtype if steps[1] is not None else product.dtype
-        if (product[product > 0] < np.finfo(dtype).smallest_normal).any():
+        step = product.astype(dtype)
+        if (np.abs(step - product) > _STEP_ERROR * product).any():
             return None, (ReasonCode.BIAS_STEP_TOO_SMALL(dtype=dtype.name),)
-        return product.astype(dtype), ()
+        return step, ()
+
+    def _stays(self, reasons: tuple[Reason, ...]) -> bool:
+        """Whether there is no step for a bias, and none for the one that onnxruntime makes of a real one before a quantizer."""
+        reader = self._graph.only_reader(self._node.output[0])
+        return bool(reasons) and reader is not None and operator_of(reader) == "QuantizeLinear"
 
     def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
-        values, step, _ = self._values(layer, shift)
-        return lambda: self._write(values, step)
+        values, step, reasons = self._values(layer, shift)
+        return lambda: None if self._stays(reasons) else self._write(values, step)
 
     def _write(self, values: NDArray[Any], step: NDArray[Any] | None) -> None:
         graph, node = self._graph, self._node
@@ -446,7 +471,8 @@ class _NewAdd(Bias):
         return BiasChange(shift.astype(layer.weights.dtype).astype(np.float64), (ReasonCode.BIAS_ADDED(),))
 
     def prepare(self, layer: Layer, shift: Shift) -> Callable[[], None]:
-        return lambda: self._write_real(layer, aligned(shift, self._axis))
+        bias = self._for_add(shift)
+        return lambda: self._write_real(layer, bias)
 
     def set(self, layer: Layer, bias: NDArray[Any]) -> None:
         self._write_real(layer, bias)
@@ -517,13 +543,10 @@ class _NewQuantizedAdd(_NewAdd):
         bias, real = graph.fresh_name(self._name()), graph.fresh_name(f"{output}_real_before_bias")
         constant = graph.add_initializer(self._name("_quantized"), codes)
 
-        def dequantize(source: str, made: str) -> onnx.NodeProto:
-            return helper.make_node(
-                "DequantizeLinear", [source, *parameters], [made], f"{made}_DequantizeLinear", domain=domain
-            )
+        def made_by(op: str, source: str, made: str) -> onnx.NodeProto:
+            return helper.make_node(op, [source, *parameters], [made], graph.fresh_name(f"{made}_{op}"), domain=domain)
 
-        def quantize(source: str, made: str) -> onnx.NodeProto:
-            return helper.make_node("QuantizeLinear", [source, *parameters], [made], f"{made}_QuantizeLinear", domain=domain)
+        quantize, dequantize = (functools.partial(made_by, op) for op in ("QuantizeLinear", "DequantizeLinear"))
 
         node.name = layer.name
         graph.give_up_output(node, f"{output}_before_bias")

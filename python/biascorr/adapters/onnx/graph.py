@@ -6,6 +6,7 @@ for.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from onnx import helper, numpy_helper
 
 from biascorr.adapters.onnx.operators import operator_of
 from biascorr.adapters.onnx.runtime import Session
+from biascorr.adapters.onnx.shapes import Shapes, inferred_types, known_shapes
 from biascorr.adapters.onnx.tensors import Values, array_of, bytes_of, key_of, tensor_of
 from biascorr.graph.layer import Constant, LazyArray
 
@@ -144,6 +146,15 @@ class Graph:
     def is_read(self, name: str) -> bool:
         """Whether a node, a subgraph or the model's caller reads a tensor."""
         return bool(self._readers.get(name)) or self._captured.get(name, 0) > 0 or name in self.outputs
+
+    def rank(self, name: str) -> int | None:
+        """How many axes a tensor has; None where that is not known without running the model."""
+        shape = self._shapes.get(name)
+        return None if shape is None else len(shape)
+
+    @functools.cached_property
+    def _shapes(self) -> Shapes:
+        return known_shapes(inferred_types(self._model))
 
     def tensor(self, name: str) -> onnx.TensorProto | None:
         """The tensor that has the values of a constant; None where they are computed."""

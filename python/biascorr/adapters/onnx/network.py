@@ -21,7 +21,6 @@ from biascorr.adapters.onnx.operators import LAYERS, operator_of
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
-from biascorr.adapters.onnx.shapes import inferred_types, known_shapes
 from biascorr.adapters.onnx.tensors import Values, whole_model
 from biascorr.graph.layer import Constant, Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
@@ -299,12 +298,8 @@ class OnnxNetwork:
             weights = LazyArray(shape[-2:], weights.dtype, lambda: np.asarray(batched).reshape(shape[-2:]))
         if index == 1:
             return self._found(name, node, weights, "IO", -1, -1)
-        axis = -1 if self._rank(node.input[1]) == 1 else -2
+        axis = -1 if self._graph.rank(node.input[1]) == 1 else -2
         return self._found(name, node, weights, "OI", axis, axis)
-
-    def _rank(self, name: str) -> int | None:
-        shape = known_shapes(inferred_types(self._graph.model)).get(name)
-        return None if shape is None else len(shape)
 
     def _einsum(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """A product with one matrix, wherever its axes are: each of them is summed over, or is the channels of the output."""

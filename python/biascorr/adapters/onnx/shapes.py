@@ -9,7 +9,7 @@ from typing import TypeAlias
 import onnx
 from onnx import helper, shape_inference
 
-from biascorr.adapters.onnx.operators import operator_of
+from biascorr.adapters.onnx.operators import CONTRIBUTED, operator_of
 
 _KNOWN_VALUES = 64
 """Elements that a constant may have to count as a shape or axes, whose values shape inference needs."""
@@ -55,7 +55,11 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if name not in declared
     ]
     graph = helper.make_graph(
-        [node for node in model.graph.node if not (operator_of(node) == "Constant" and node.output[0] in large)],
+        [
+            _inferable(node, tensors | in_nodes)
+            for node in model.graph.node
+            if not (operator_of(node) == "Constant" and node.output[0] in large)
+        ],
         "shapes",
         [*model.graph.input, *weights],
         list(model.graph.output),
@@ -63,3 +67,11 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         value_info=list(model.graph.value_info),
     )
     return helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version)
+
+
+def _inferable(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> onnx.NodeProto:
+    """A node that onnx knows: Cast for a quantizer of onnxruntime, which is of the type of its zero point or step."""
+    index = {"QuantizeLinear": 2, "DequantizeLinear": 1}.get(operator_of(node))
+    if index is None or node.domain != CONTRIBUTED or index >= len(node.input) or node.input[index] not in constants:
+        return node
+    return helper.make_node("Cast", node.input[:1], node.output, node.name, to=constants[node.input[index]].data_type)
