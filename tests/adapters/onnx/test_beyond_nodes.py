@@ -336,3 +336,101 @@ def test_vectors(left, method):
         assert row.method == method
         assert row.shift_after < 1e-5 * row.shift_before
     onnxruntime.InferenceSession(correction.model.SerializeToString())
+
+
+def branch(name, *nodes):
+    return helper.make_graph(
+        [*nodes, helper.make_node("Slice", ["x", "from", "to", "axes"], [name])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.int64([each]), key) for key, each in (("from", 0), ("to", 3), ("axes", 1))],
+    )
+
+
+def with_branches(then, other):
+    """A model of two layers after an If."""
+    model = model_from_text(
+        "g (float[N,4] x) => (float[N,3] y) { [a] t = MatMul(i, w) r = Relu(t) [b] y = MatMul(r, v) }",
+        w=weights(3, 5), v=weights(5, 3), condition=np.array(True),
+    )  # fmt: skip
+    node = helper.make_node("If", ["condition"], ["i"], then_branch=then, else_branch=other)
+    nodes = [node, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+@pytest.mark.parametrize("name", ["t", "r", "y"])
+@pytest.mark.parametrize("method", ["mean", "empirical"])
+def test_tensors_of_subgraphs_that_are_called_like_others(name, method):
+    found, expected = (
+        corrected(with_branches(branch(each), branch(each)), samples(8, 4), method=method) for each in (name, "inner")
+    )
+    assert [layer.method for layer in found.report] == [method, method]
+    assert [layer.shift_before for layer in found.report] == [layer.shift_before for layer in expected.report]
+    network = OnnxNetwork.load(with_branches(branch(name), branch(name)), "model")
+    assert network.order[1:] == ["a", "Relu:r", "b"]
+
+
+def test_a_loop_that_carries_a_tensor_called_like_another():
+    body = parser.parse_graph(
+        "body (int64 k, bool c, float[N,4] y) => (bool d, float[N,4] z) { d = Identity(c) z = Add(y, x) }"
+    )
+    model = model_from_text(
+        "g (float[N,4] x) => (float[N,3] y) { [a] y = MatMul(i, w) }", w=weights(4, 3), n=np.int64(3), c=np.array(True)
+    )
+    nodes = [helper.make_node("Loop", ["n", "c", "x"], ["i"], body=body), *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    assert [layer.method for layer in corrected(model, samples(8, 4), method="empirical").report] == ["empirical"]
+
+
+@pytest.mark.parametrize("where", ["branch of the model", "branch of the function"])
+def test_a_function_with_a_layer_between_subgraphs_has_a_row(where):
+    inner = helper.make_node("MatMul", ["i0", "i0"], ["o"])
+    if where == "branch of the function":
+        value = helper.make_tensor_value_info("m", onnx.TensorProto.FLOAT, None)
+        block = helper.make_graph([helper.make_node("MatMul", ["i0", "i0"], ["m"])], "b", [], [value])
+        constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True)))
+        inner = [constant, helper.make_node("If", ["c"], ["o"], then_branch=block, else_branch=block)]
+        model = model_from_text("g (float[4,4] x) => (float[4,4] y) { t = Neg(x) [b] y = MatMul(t, w) }", w=weights(4, 4))
+        model = with_function(model, "Neg", body=inner)
+        name = "Neg:t"
+    else:
+        call = helper.make_node("Square", ["square"], ["unread"], domain="example.com")
+        cut = helper.make_node("Slice", ["x", "from4", "to4", "axes4"], ["square"])
+        model = with_branches(branch("o", cut, call), branch("o"))
+        for key, each in (("from4", 0), ("to4", 1), ("axes4", 1)):
+            model.graph.initializer.append(numpy_helper.from_array(np.int64([each]), key))
+        transposed = helper.make_node("Transpose", ["i0"], ["i1"])
+        body = [transposed, helper.make_node("MatMul", ["i1", "i0"], ["o"])]
+        model.functions.append(
+            helper.make_function("example.com", "Square", ["i0"], ["o"], body, [helper.make_opsetid("", 17)])
+        )
+        model.opset_import.append(helper.make_opsetid("example.com", 1))
+        name = "If:i"
+    rows = {row.name: row.reason for row in corrected(model, [samples(4, 4)] * 4, method="mean").report}
+    assert rows[name] == "its function has layers, which are not corrected"
+
+
+def test_functions_of_one_name_are_told_apart():
+    model = model_from_text(
+        "g (float[4,4] x) => (float[4,4] y) { [one] t = Neg(x) [two] u = Neg(t) [a] y = MatMul(u, w) }",
+        w=weights(4, 4),
+        ir_version=10,
+    )
+    model = with_function(model, "Neg")
+    other = helper.make_node("MatMul", ["i0", "i0"], ["o"])
+    model.functions.add().CopyFrom(model.functions[0])
+    model.functions[1].overload = model.graph.node[1].overload = "other"
+    model.functions[1].node[0].CopyFrom(other)
+    rows = [row.name for row in corrected(model, [samples(4, 4)] * 4, method="mean").report]
+    assert rows == ["two", "a"]
+
+
+def test_a_function_that_draws_numbers_is_no_constant():
+    model = model_from_text("g (float[N,4] x) => (float[N,4] y) { t = Neg(one) y = Add(x, t) }", one=np.float32([1, 1, 1, 1]))
+    body = [helper.make_node("RandomUniformLike", ["i0"], ["o"])]
+    network = OnnxNetwork.load(with_function(model, "Neg", body=body), "model")
+    assert [operation.name for operation in network.operations] == ["Neg:t", "Add:y"]

@@ -62,11 +62,11 @@ class Graph:
                 self._captured[name] = self._captured.get(name, 0) + 1
         self._sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
         self._names = set(_names_in(model.graph))
+        self.functions = {(each.domain, each.name, each.overload): each for each in model.functions}
+        self._called: dict[tuple[str, str, str], set[str]] = {}
         self._constant = self._find_constants()
         self._kept: dict[str, NDArray[Any]] = {}
         self._gone: set[str] = set()
-        self.functions = {(each.domain, each.name): each for each in model.functions}
-        self._called: dict[tuple[str, str], set[str]] = {}
         self._declared: dict[str, list[onnx.ValueInfoProto]] = {}
         for value in (*model.graph.input, *model.graph.value_info):
             self._declared.setdefault(value.name, []).append(value)
@@ -112,23 +112,22 @@ class Graph:
         """Tensors that follow from initializers and constants alone."""
         constant = {*self.initializers, *self._sparse}
         for node in self._ordered:
-            pure = operator_of(node) not in _RANDOM and not any(_subgraphs(node))
-            if pure and all(not name or name in constant for name in node.input):
+            is_pure = not any(_subgraphs(node)) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
+            if is_pure and all(not name or name in constant for name in node.input):
                 constant.update(filter(None, node.output))
         return constant
 
     def called_operators(self, node: onnx.NodeProto) -> set[str]:
-        """The operators in the model's own function that a node calls, and in those that it calls."""
-        return self._operators_of((node.domain, node.op_type), ())
+        """The operators in the model's own functions that a node or its subgraphs call, and in those that these call."""
+        return set().union(*(self._operators_of(called_by(each)) for each in (node, *subgraph_nodes(node))))
 
-    def _operators_of(self, function: tuple[str, str], callers: tuple[tuple[str, str], ...]) -> set[str]:
-        if function not in self.functions or function in callers:
+    def _operators_of(self, function: tuple[str, str, str]) -> set[str]:
+        if function not in self.functions:
             return set()
         if function not in self._called:
-            found = set()
-            for node in self.functions[function].node:
-                found |= {operator_of(node)} | self._operators_of((node.domain, node.op_type), (*callers, function))
-            self._called[function] = found
+            nodes = self.functions[function].node
+            inner = {operator_of(each) for node in nodes for each in (node, *subgraph_nodes(node))}
+            self._called[function] = inner.union(*map(self.called_operators, nodes))
         return self._called[function]
 
     @property
@@ -507,6 +506,11 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
+def called_by(node: onnx.NodeProto) -> tuple[str, str, str]:
+    """The key of the function of the model that a node calls, if it is one."""
+    return node.domain, node.op_type, node.overload
+
+
 def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     """All nodes inside the subgraphs of a node."""
     for graph in _subgraphs(node):
@@ -523,8 +527,10 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that the subgraphs of a node read or give out; those of the main graph are among them."""
-    for inner in subgraph_nodes(node):
-        yield from inner.input
-    for subgraph in (subgraph for each in (node, *subgraph_nodes(node)) for subgraph in _subgraphs(each)):
-        yield from (output.name for output in subgraph.output)
+    """Names that the subgraphs of a node read or give out and do not make: those may be other tensors of the same name."""
+    for graph in _subgraphs(node):
+        made = {value.name for value in (*graph.input, *graph.initializer)}
+        made.update(tensor.values.name for tensor in graph.sparse_initializer)
+        made.update(name for inner in graph.node for name in inner.output)
+        read = itertools.chain.from_iterable((*inner.input, *captured(inner)) for inner in graph.node)
+        yield from (name for name in (*read, *(value.name for value in graph.output)) if name not in made)

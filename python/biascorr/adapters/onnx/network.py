@@ -15,7 +15,7 @@ from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
-from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_nodes, subgraph_nodes, weight_index
+from biascorr.adapters.onnx.graph import Graph, attributes, called_by, captured, named_nodes, subgraph_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
 from biascorr.adapters.onnx.operators import LAYERS, operator_of
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
@@ -259,7 +259,7 @@ class OnnxNetwork:
 
     def _reads_matrix(self, node: onnx.NodeProto) -> bool:
         """Whether an operator that could multiply with it reads a constant matrix."""
-        if operator_of(node) in _UNWEIGHTED or (node.domain, node.op_type) in self._graph.functions:
+        if operator_of(node) in _UNWEIGHTED or called_by(node) in self._graph.functions:
             return False
         constants = [self._graph.constant(each) for each in node.input if each and self._graph.is_constant(each)]
         return any(sum(size > 1 for size in each.shape) > 1 and each.dtype.kind not in "biUSO" for each in constants)
@@ -387,11 +387,11 @@ class OnnxNetwork:
 
 def _check_functions(model: onnx.ModelProto, name: str) -> None:
     """Raises ValueError where functions call themselves, or are written out to more nodes than can be run."""
-    functions = {(each.domain, each.name): each for each in model.functions}
-    sizes: dict[tuple[str, str], int] = {}
+    functions = {(each.domain, each.name, each.overload): each for each in model.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
 
-    def size_of(node: onnx.NodeProto, callers: tuple[tuple[str, str], ...]) -> int:
-        key = (node.domain, node.op_type)
+    def size_of(node: onnx.NodeProto, callers: tuple[tuple[str, str, str], ...]) -> int:
+        key = called_by(node)
         if key in callers:
             raise ValueError(f"{name}: function {key[1]} of domain {key[0]!r} calls itself")
         if key in functions and key not in sizes:
