@@ -110,6 +110,8 @@ def folder(inputs, tmp_path):
     return tmp_path
 
 
+FLOAT = "; a float model: quantize it now"
+
 GIVEN = ["data", "models"]
 COMMANDS = ["correct", "equalize"]
 both_commands = pytest.mark.parametrize("command", COMMANDS)
@@ -847,11 +849,29 @@ def test_correction_of_an_equalized_model(folder):
     assert correction.choice.is_equalized
     corrected = sum(layer.method is not None for layer in correction.report)
     line = f"out.onnx: {corrected} of 5 layers corrected by {method} from 4 samples, equalized"
-    assert done.stdout.splitlines()[-1] == line
+    assert done.stdout.splitlines()[-1] == line + FLOAT
 
 
 def test_model_that_equalization_makes_no_better_is_written_as_it_came(gated, folder):
     done = run(*gated, "--equalize", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "out.onnx: 0 of 1 layers corrected from 12 samples, not equalized"
+    assert done.stdout.splitlines()[-1] == "out.onnx: 0 of 1 layers corrected from 12 samples, not equalized" + FLOAT
     assert onnx.load(folder / "out.onnx") == gated_network()
+
+
+@pytest.mark.parametrize("method", ["auto", "mean"])
+@pytest.mark.parametrize("kind", ["no layers", "recurrent"])
+def test_a_model_of_which_nothing_could_be_corrected_has_a_status_of_its_own(kind, method, folder):
+    """It is written all the same, as it was."""
+    body, constants = "y = Relu(x)", {}
+    if kind == "recurrent":
+        body, constants = "y, h = RNN<hidden_size=2>(x, w, r)", {"w": weights(1, 2, 3), "r": weights(1, 2, 2)}
+    model = model_from_text(f"g (float[N,4,3] x) => (float[?,?,?,?] y) {{ {body} }}", **constants)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, folder / "float.onnx")
+    np.savez(folder / "x.npz", x=samples(8, 4, 3))
+    done = run("correct", "float.onnx", "--data", "x.npz", "--method", method, "-o", "out.onnx", cwd=folder)
+    assert done.returncode == 3, done.stderr
+    reason = {"no layers": "the model has no layers", "recurrent": "it is recurrent, which is not corrected"}[kind]
+    assert done.stdout.splitlines()[-1] == f"nothing could be corrected: {reason}"
+    assert onnx.load(folder / "out.onnx") == model

@@ -33,6 +33,7 @@ from biascorr.correction.correct import Correction
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
+from biascorr.graph.reasons import ReasonCode
 from biascorr.report.terminal import (
     printable,
     table_from_chains,
@@ -50,7 +51,10 @@ _WIDEST = 10_000  # characters of a line in a file
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 130 on Ctrl-C, 143 on SIGTERM, 129 on SIGHUP."""
+"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 3 when it is written although no layer could be
+corrected, 130 on Ctrl-C, 143 on SIGTERM, 129 on SIGHUP."""
+
+_NOTHING_CORRECTED = 3
 
 
 def _fail(error: object) -> NoReturn:
@@ -287,7 +291,11 @@ def _print_correction(result: Correction, output: Path) -> None:
     is_equalized = ", equalized" if result.choice.is_equalized else ", not equalized"
     equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
-    print(f"{printable(output)}: {layers} {how}from {result.samples} samples{equalized}", flush=True)
+    kind = "; a float model: quantize it now" if result.is_simulated else ""
+    print(f"{printable(output)}: {layers} {how}from {result.samples} samples{equalized}{kind}", flush=True)
+    if not corrected and result.left != ReasonCode.NOT_BETTER():
+        print(f"nothing could be corrected: {result.left or 'the model has no layers'}", flush=True)
+        raise SystemExit(_NOTHING_CORRECTED)
 
 
 def _print_equalization(result: Equalization, output: Path) -> None:

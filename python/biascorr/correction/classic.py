@@ -29,7 +29,7 @@ from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers, with_current_statistics
 from biascorr.graph.layer import Layer
 from biascorr.graph.matching import match_by_name
-from biascorr.graph.network import EditableNetwork, Feeds, ModelInput, Network, require_edits
+from biascorr.graph.network import EditableNetwork, Feeds, ModelInput, Network, require_edits, require_float
 from biascorr.graph.reasons import LayerReport
 
 _DEFAULTS = QuantParams()
@@ -301,7 +301,9 @@ class BiasCorrection:
 
 
 def _loaded(model: Any, name: str) -> EditableNetwork:
-    return require_edits(network_from_model(model, name), name, "simulated quantization")
+    network = require_edits(network_from_model(model, name), name, "simulated quantization")
+    require_float(network, name, "give the float model, whose quantization is simulated")
+    return network
 
 
 def _candidate(

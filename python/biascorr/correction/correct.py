@@ -16,13 +16,14 @@ from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import Deployed, check_returned, deployed
+from biascorr.correction.roles import Pair, check_roles, paired
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.graph.layer import Layer
-from biascorr.graph.matching import Match, match_by_name, match_layers
+from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
-from biascorr.graph.reasons import LayerReport, ReasonCode
+from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.independence import take_apart
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
@@ -72,6 +73,8 @@ class Correction:
         How many were read; a batch counts as one sample where the model fixes its size.
     equalization : Equalization or None
         The equalization of the float model, whether that was better or not; None where it was not asked for.
+    is_simulated : bool
+        Whether quantization was simulated: then the corrected model is the float one, to be quantized now.
     deployed : mapping from str to Score
         The scores of the uncorrected and of the best candidate as onnxruntime runs them with its default options, on this CPU.
         Empty where quantization is simulated, or nothing could be scored.
@@ -85,12 +88,20 @@ class Correction:
     samples: int
     batches: int
     equalization: Equalization | None = None
+    is_simulated: bool = False
     deployed: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         """The label of the choice, as in `scores`: "mean", "empirical 0.5", "equalized, activation shrunk", "none"."""
         return str(self.choice)
+
+    @property
+    def left(self) -> Reason | None:
+        """Why nothing was corrected: the reason that most layers have; None where a layer was."""
+        reasons = [reason for layer in self.report for reason in layer.reasons]
+        is_any_corrected = any(layer.method is not None for layer in self.report)
+        return None if is_any_corrected or not reasons else max(reasons, key=reasons.count)
 
     @property
     def model(self) -> Any:
@@ -218,8 +229,10 @@ def correct(
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
-    _check_inputs_and_outputs(reference, given or reference)
-    matches = None if given is None else match_layers(reference.layers, given.layers)
+    check_roles(reference, given)
+    notes = _check_inputs_and_outputs(reference, given or reference)
+    pair = Pair(reference, {}) if given is None else paired(reference, given)
+    reference, notes = pair.reference, [*notes, *pair.notes]
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto")
@@ -229,9 +242,9 @@ def correct(
             take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add")
-        if given is not None and matches is not None:
-            made = _candidates(options, reference, given, matches, False, True)
-            equalization, attempts = None, [_Attempt(given, matches, made)]
+        if given is not None:
+            made = _candidates(options, reference, given, pair.matches, False, True)
+            equalization, attempts = None, [_Attempt(given, pair.matches, made)]
         else:
             equalization, attempts = _simulated_attempts(options, reference, quant_params or QuantParams(), equalize)
         candidates = [candidate for each in attempts for candidate in each.candidates]
@@ -240,7 +253,7 @@ def correct(
         network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
         check_returned(network, given, samples, threads)
         found = Deployed() if given is None else deployed(given, candidates[0], network, best, expected)
-        notes = [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
+        notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
     if found.is_worse and method == "auto":
         notes.append(
             f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
@@ -255,6 +268,7 @@ def correct(
         samples.count,
         samples.batches_read,
         equalization,
+        given is None,
         found.scores,
     )
 
@@ -370,15 +384,18 @@ def _check_options(method: str, strength: float, shrunk: bool, has_data: bool) -
         raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
 
 
-def _check_inputs_and_outputs(reference: Network, quantized: Network) -> None:
-    """Raises ValueError where the networks do not take the same samples, or give out something else."""
+def _check_inputs_and_outputs(reference: Network, quantized: Network) -> list[str]:
+    """Raises ValueError where the networks do not take the same samples, or give out nothing in common; remarks."""
     expected, found = ({each.name: each.dtype for each in network.inputs} for network in (reference, quantized))
     if found != expected:
         listed = [", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) for inputs in (found, expected)]
         raise ValueError(f"quantized: not of this float model: takes {listed[0]}, expected {listed[1]}")
-    if len(reference.outputs) != len(quantized.outputs):
-        counts = f"{len(quantized.outputs)} outputs, expected {len(reference.outputs)}"
-        raise ValueError(f"quantized: not of this float model: {counts}")
+    common = [name for name in reference.outputs if name in quantized.outputs]
+    if not common and len(reference.outputs) != len(quantized.outputs):
+        listed = [", ".join(network.outputs) for network in (quantized, reference)]
+        raise ValueError(f"quantized: not of this float model: gives out {listed[0]}, expected {listed[1]}")
+    others = [name for name in dict.fromkeys([*reference.outputs, *quantized.outputs]) if name not in common]
+    return [f"not scored, as only one of the models gives it out: {', '.join(others)}"] if common and others else []
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.equalization.equalize import check_float, equalize
+from biascorr.equalization.equalize import EQUALIZE_FIRST, equalize
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.equalization.high_bias import acting, fold_high_biases
 from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers
-from biascorr.graph.network import EditableNetwork, require_edits
+from biascorr.graph.network import EditableNetwork, require_edits, require_float
 from biascorr.graph.operations import Facts
 
 
@@ -255,7 +255,7 @@ def _checked_pairs(argument: str, pairs: Sequence[tuple[str, str]]) -> Iterator[
 
 def _network(model: Any) -> EditableNetwork:
     network = require_edits(network_from_model(model, "model"), "model", "equalization")
-    check_float(network)
+    require_float(network, "model", EQUALIZE_FIRST)
     return network
 
 

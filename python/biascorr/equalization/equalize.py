@@ -25,7 +25,7 @@ from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.equalization.folding import Fold, fold_batch_norms
 from biascorr.equalization.high_bias import HighBias, fold_high_biases
 from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
-from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits
+from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits, require_float
 from biascorr.graph.operations import Activation, ActivationType
 from biascorr.graph.reasons import Reason, ReasonCode, text_of
 
@@ -34,6 +34,9 @@ _ROUNDING = 1e-4
 
 _ROUNDINGS = 8
 """Steps of a coarser type that rounding explains."""
+
+
+EQUALIZE_FIRST = "equalize the float model, then quantize it"
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def equalized(
     replace_relu6: bool = False,
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
-    check_float(network)
+    require_float(network, "model", EQUALIZE_FIRST)
     meter = _Meter(network, samples, progress, threads)
     network, folds, left = fold_batch_norms(network)
     meter.measure("batch norm fold", network, bool(folds))
@@ -220,13 +223,6 @@ def equalized(
     for name, reason in kept.items():
         reasons[name] = (*reasons.get(name, ()), ReasonCode.HIGH_BIAS_STAYS(reason=reason))
     return Equalization(network, folds, replaced, chains, high_biases, reasons, meter.changes)
-
-
-def check_float(network: Network) -> None:
-    """Raises ValueError where a layer has quantized weights."""
-    for layer in network.layers:
-        if layer.weight_step is not None:
-            raise ValueError(f"model: layer {layer.name} has quantized weights; equalize the float model, then quantize it")
 
 
 def _with_relu(network: EditableNetwork) -> tuple[EditableNetwork, list[str]]:

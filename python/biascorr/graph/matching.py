@@ -6,6 +6,8 @@ of 32 parts of the weights, with signs that are always the same. By the Cauchy-S
     |W - Wq|^2 >= sum over parts of (s - sq)^2 / (weights of the part)
 
 so that the nearest weights are found without comparing each layer with each.
+
+A layer is its product, not its name or operator: a MatMul may have become a Gemm, with its weights transposed or scaled.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, LazyArray
 
 _SUFFIX = re.compile(r"(_quant|(_matmul)?_Q\d+)$")
 """Suffixes that onnxruntime appends to names: of operators with quantized weights inside, and in blocks of few bits."""
@@ -31,6 +34,11 @@ _SIGNS = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), 4093)
 
 _ROUNDING = 1e-3
 """Part of a bound that may be rounding of the sums in it."""
+
+_REMEDY = (
+    "give the float model that was quantized: where a pre-processing step folded batch normalizations or scaled layers, the "
+    "file that this step wrote"
+)
 
 _BLOCK = 1 << 22
 """Weights that are compared at once, so that comparing takes little memory."""
@@ -60,26 +68,30 @@ def match_layers(reference: Sequence[Layer], quantized: Sequence[Layer]) -> dict
     """The match of each quantized layer by its name; those that have none are missing.
 
     It has the same name; or else the name without what the quantizer appended; or else the nearest weights that quantization
-    can have made these of. Only layers that share their weights can have the same match.
+    can have made these of. Only layers that share their weights can have the same match. The reference of a match has its
+    weights in the form of the quantized layer.
 
-    Raises ValueError where a layer of the same name has other weights, or no layer has a match.
+    Raises ValueError where two layers of the same name are left over whose weights differ, or no layer has a match.
     """
     matching = _Matching(reference)
     for candidates in (matching.of_same_name, matching.of_name_before_suffix, matching.of_nearest_weights):
         matching.match(quantized, candidates)
+    for layer in quantized:
+        matching.check_left(layer)
     if quantized and not matching.found:
         raise ValueError(
-            f"quantized: not of this float model: no layer named {quantized[0].name} in it, nor one of its weights"
+            f"quantized: not of this float model: no layer named {quantized[0].name} in it, nor one of its weights; {_REMEDY}"
         )
-    return {layer.name: matching.checked(layer) for layer in quantized if layer.name in matching.found}
+    return {layer.name: matching.found[layer.name] for layer in quantized if layer.name in matching.found}
 
 
 class _Matching:
     def __init__(self, reference: Sequence[Layer]) -> None:
         self._by_name = {layer.name: layer for layer in reference}
         self._owners: dict[str, Layer] = {}
-        self._groups: dict[tuple[str, tuple[int, ...]], tuple[list[Layer], NDArray[np.float64]]] = {}
-        self.found: dict[str, Layer] = {}
+        self._groups: dict[_Kind, tuple[list[Layer], NDArray[np.float64]]] = {}
+        self._comparisons: dict[tuple[str, str], _Comparison] = {}
+        self.found: dict[str, Match] = {}
 
     def match(self, quantized: Sequence[Layer], candidates: Callable[[Layer], Iterator[Layer]]) -> None:
         """Matches what has no match yet with the first candidate that is free, one that no layer has before one that has."""
@@ -94,20 +106,32 @@ class _Matching:
                 if taken is None and self._is_free(layer, each):
                     taken = each  # shared weights: one that no layer has is better
             if taken is not None:
-                self.found[layer.name], self._owners[taken.name] = taken, layer
+                self.found[layer.name], self._owners[taken.name] = self._match(layer, taken), layer
+
+    def _match(self, layer: Layer, match: Layer) -> Match:
+        comparison = self._compared(layer, match)
+        return Match(comparison.reference, layer, not comparison.is_equal, comparison.is_finite)
+
+    def _compared(self, layer: Layer, other: Layer) -> _Comparison:
+        key = layer.name, other.name
+        if key not in self._comparisons:
+            self._comparisons[key] = _Comparison(layer, other)
+        return self._comparisons[key]
 
     def _is_free(self, layer: Layer, match: Layer) -> bool:
         owner = self._owners.get(match.name)
         return owner is None or _are_equal(owner, layer)
 
     def of_same_name(self, layer: Layer) -> Iterator[Layer]:
-        if layer.name in self._by_name:
-            yield self._by_name[layer.name]
+        yield from self._plausible(layer, layer.name)
 
     def of_name_before_suffix(self, layer: Layer) -> Iterator[Layer]:
-        match = self._by_name.get(_SUFFIX.sub("", layer.name))
-        if match is not None and _kind(match) == _kind(layer):
-            yield match
+        yield from self._plausible(layer, _SUFFIX.sub("", layer.name))
+
+    def _plausible(self, layer: Layer, name: str) -> Iterator[Layer]:
+        """The float layer of this name: exporters count names, and another network may have the same ones."""
+        if name in self._by_name and not self._compared(layer, self._by_name[name]).difference:
+            yield self._by_name[name]
 
     def of_nearest_weights(self, layer: Layer) -> Iterator[Layer]:
         """Nearest first."""
@@ -119,57 +143,78 @@ class _Matching:
         following = [*bounds[order[1:]], np.inf]
         compared: list[tuple[float, int]] = []
         for k, bound in zip(order, following):
-            comparison = _Comparison(layer, alike[k])
+            comparison = self._compared(layer, alike[k])
             if not comparison.difference:
                 heapq.heappush(compared, (comparison.error, int(k)))
             while compared and compared[0][0] <= bound * (1 + _ROUNDING):
                 yield alike[heapq.heappop(compared)[1]]
 
-    def _group(self, kind: tuple[str, tuple[int, ...]]) -> tuple[list[Layer], NDArray[np.float64]]:
-        """The float layers of this operator and shape, and their signatures."""
+    def _group(self, kind: _Kind) -> tuple[list[Layer], NDArray[np.float64]]:
+        """The float layers of this kind, and their signatures."""
         if kind not in self._groups:
             alike = [each for each in self._by_name.values() if _kind(each) == kind]
             self._groups[kind] = alike, np.array([_signature(each) for each in alike])
         return self._groups[kind]
 
-    def checked(self, layer: Layer) -> Match:
-        """Raises ValueError where no rounding can have made a layer's weights from those of its match."""
-        match = self.found[layer.name]
-        comparison = _Comparison(layer, match)
-        if comparison.difference:
-            raise ValueError(f"quantized: not of this float model: layer {layer.name} has {comparison.difference}")
-        return Match(match, layer, not comparison.is_equal, comparison.is_finite)
+    def check_left(self, layer: Layer) -> None:
+        """Raises ValueError where a layer has no match, and the float layer of its name is nobody's: weights were changed."""
+        for name in (layer.name, _SUFFIX.sub("", layer.name)):
+            if layer.name not in self.found and name in self._by_name and name not in self._owners:
+                difference = self._compared(layer, self._by_name[name]).difference
+                raise ValueError(f"quantized: not of this float model: layer {layer.name} has {difference}; {_REMEDY}")
 
 
 def match_by_name(reference: Sequence[Layer], simulated: Sequence[Layer]) -> dict[str, Match]:
     """The match of each layer of a network that was quantized in simulation, where nothing but the weights changes."""
     by_name: Mapping[str, Layer] = {layer.name: layer for layer in reference}
-    matching = {layer.name: (by_name[layer.name], layer) for layer in simulated}
-    compared = {name: _Comparison(layer, match) for name, (match, layer) in matching.items()}
+    compared = {layer.name: (layer, _Comparison(layer, by_name[layer.name])) for layer in simulated}
     return {
-        name: Match(match, layer, not compared[name].is_equal, compared[name].is_finite)
-        for name, (match, layer) in matching.items()
+        name: Match(by_name[name], layer, not comparison.is_equal, comparison.is_finite)
+        for name, (layer, comparison) in compared.items()
     }
 
 
-def _kind(layer: Layer) -> tuple[str, tuple[int, ...]]:
-    return layer.op, layer.weights.shape
+_Kind: TypeAlias = tuple[str, tuple[int, ...]]
+
+
+def _kind(layer: Layer) -> _Kind:
+    """What layers of the same product have in common: of a matrix, its sizes (inputs, outputs)."""
+    if not _is_matrix(layer):
+        return layer.op, layer.weights.shape
+    return "product", tuple(layer.weights.shape[layer.layout.index(letter)] for letter in "IO")
+
+
+def _is_matrix(layer: Layer) -> bool:
+    return layer.window is None and sorted(layer.layout) == ["I", "O"]
+
+
+def _in_form_of(layer: Layer, other: Layer) -> Layer:
+    """A layer whose weights are laid out and scaled as those of another one of its kind."""
+    weights, factor = layer.weights, layer.gain / other.gain if other.gain else np.nan
+    if _is_matrix(layer) and layer.layout != other.layout:
+        turned = weights
+        weights = LazyArray(turned.shape[::-1], turned.dtype, lambda: np.asarray(turned).T)
+    if factor != 1.0:
+        plain = weights
+        weights = LazyArray(plain.shape, plain.dtype, lambda: np.asarray(plain) * plain.dtype.type(factor))
+    return layer if weights is layer.weights else replace(layer, weights=weights, layout=other.layout, gain=other.gain)
 
 
 def _are_equal(one: Layer, other: Layer) -> bool:
-    return one.weights.shape == other.weights.shape and _Comparison(one, other).is_equal
+    return _kind(one) == _kind(other) and _Comparison(one, other).is_equal
 
 
 def _signature(layer: Layer) -> NDArray[np.float64]:
     """Signed sums of equal parts of the weights, each divided by the root of how many there are, (parts,)."""
-    flat = np.asarray(layer.weights).ravel()
+    array = np.asarray(layer.weights)
+    flat = (array.T if layer.layout == "OI" and _is_matrix(layer) else array).ravel()
     parts = min(_PARTS, flat.size)
     if not parts:
         return np.zeros(0)
     starts = np.linspace(0, flat.size, parts, endpoint=False, dtype=np.int64)
     with np.errstate(invalid="ignore"):
         sums = np.add.reduceat(flat * np.resize(_SIGNS, flat.size), starts, dtype=np.float64)
-    return np.asarray(sums / np.sqrt(np.diff([*starts, flat.size])))
+    return np.asarray(layer.gain * sums / np.sqrt(np.diff([*starts, flat.size])))
 
 
 class _Comparison:
@@ -182,6 +227,8 @@ class _Comparison:
 
     Attributes
     ----------
+    reference : Layer
+        In the form of the quantized layer.
     difference : str
         Why the weights cannot be the float ones, rounded; empty where they can.
     error : float
@@ -197,11 +244,17 @@ class _Comparison:
 
     def __init__(self, quantized: Layer, reference: Layer) -> None:
         shape = quantized.weights.shape
-        self.error, self.is_equal, self.is_finite = np.inf, False, True
-        if reference.weights.shape != shape:
-            self.difference = f"weights of shape {shape}, expected {reference.weights.shape}"
+        self.error, self.is_equal, self.is_finite, self.reference = np.inf, False, True, reference
+        if _kind(reference) != _kind(quantized):
+            same = reference.weights.shape == shape
+            self.difference = (
+                f"operator {quantized.op}, expected {reference.op}"
+                if same
+                else f"weights of shape {shape}, expected {reference.weights.shape}"
+            )
             return
-        given, expected = np.asarray(quantized.weights), np.asarray(reference.weights)
+        self.reference = _in_form_of(reference, quantized)
+        given, expected = np.asarray(quantized.weights), np.asarray(self.reference.weights)
         step = None if quantized.weight_step is None else np.asarray(quantized.weight_step)
         square = norm = 0.0
         far, self.is_equal = 0, True
@@ -215,7 +268,7 @@ class _Comparison:
                 far += int(np.count_nonzero(error > np.broadcast_to(step, shape)[rows]))
         self.error = float(np.nan_to_num(np.sqrt(square), nan=np.inf))
         is_far = 2 * far > given.size or np.sqrt(square) > np.sqrt(norm)
-        self.difference = "other weights (was a BatchNormalization folded, or the model scaled?)" if is_far else ""
+        self.difference = "other weights" if is_far else ""
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from biascorr.graph.layer import Constant, Layer
 from biascorr.graph.operations import BatchNorm, Facts, Operation
-from biascorr.graph.reasons import LayerReport, Reason
+from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.quantization import Quantization
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
@@ -180,10 +180,27 @@ def require_biases(network: Network, name: str) -> BiasNetwork:
     return cast(BiasNetwork, _checked(network, ("with_shifts",), f"{name}: the biases of such a model cannot be changed"))
 
 
+_EDITS = ("edited", "with_quantizers")
+
+
+def is_editable(network: Network) -> bool:
+    """Whether its weights, bounds and operations can be changed."""
+    return all(hasattr(network, method) for method in _EDITS)
+
+
 def require_edits(network: Network, name: str, purpose: str) -> EditableNetwork:
     """The network, as one that can be edited. Raises TypeError, with the name and the purpose, where it cannot."""
-    methods = ("edited", "with_quantizers")
-    return cast(EditableNetwork, _checked(network, methods, f"{name}: {purpose} needs a model whose weights can be changed"))
+    return cast(EditableNetwork, _checked(network, _EDITS, f"{name}: {purpose} needs a model whose weights can be changed"))
+
+
+def require_float(network: Network, name: str, remedy: str) -> None:
+    """Raises ValueError, with the name and the remedy, where a layer has quantized weights."""
+    for layer in network.layers:
+        if layer.weight_step is not None:
+            raise ValueError(f"{name}: layer {layer.name} has quantized weights; {remedy}")
+    for report in network.unsupported:
+        if any(reason.code is ReasonCode.DYNAMIC for reason in report.reasons):
+            raise ValueError(f"{name}: layer {report.name} is quantized when it runs; {remedy}")
 
 
 def _checked(network: Network, methods: Sequence[str], message: str) -> Network:

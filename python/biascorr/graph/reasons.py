@@ -11,6 +11,7 @@ class ReasonCode(enum.Enum):
 
     # the layer is unsupported
     OPERATOR_UNSUPPORTED = "operator is not supported"
+    DYNAMIC = "it is quantized when it runs, which is not corrected: quantize it statically"
     RECURRENT = "it is recurrent, which is not corrected"
     NO_MATRIX_PRODUCT = "{equation} is no product with one matrix"
     LAYERS_IN_SUBGRAPH = "its subgraphs have layers, which are not corrected"

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType
 
 from biascorr.adapters.onnx.network import OnnxNetwork
 from networks import (
@@ -22,7 +22,6 @@ from networks import (
     run,
     samples,
     stripped,
-    two_layers,
     weights,
     with_constants,
 )
@@ -660,17 +659,6 @@ def test_quantized_model_with_other_weights_is_refused(layer, name):
         mean_corrected(with_constants(model, **{name: other}), X, quantized=Quantizer().model())
 
 
-def test_quantized_model_with_batch_normalization_folded_in_is_refused():
-    text = "g (float[?,3,8,8] x) => (float[?,8,?,?] y) { [padded] t = Conv(x, w1, b1) y = BatchNormalization(t, g, b, m, v) }"
-    constants = constants_of(network()) | {"g": np.full(8, 0.8), "b": np.zeros(8), "m": np.zeros(8), "v": np.ones(8)}
-    names = ("w1", "b1", "g", "b", "m", "v")
-    model = model_from_text(text, **{name: constants[name].astype(np.float32) for name in names})
-    folded_text = "g (float[?,3,8,8] x) => (float[?,8,?,?] y) { [padded] y = Conv(x, w1, b1) }"
-    folded = model_from_text(folded_text, w1=constants["w1"] * np.float32(0.8), b1=constants["b1"])
-    with pytest.raises(ValueError, match=r"^quantized: .*layer padded "):
-        mean_corrected(model, X, quantized=quantized(folded, BATCHES))
-
-
 def test_layer_without_a_counterpart_is_left_alone_with_a_reason():
     given = Quantizer().model()
     node_named(given, "last").name = "renamed"
@@ -697,16 +685,6 @@ def test_layers_that_are_not_quantized_are_left_alone_with_a_reason():
         np.testing.assert_array_equal(constants_of(correction.model)[name], constants_of(given)[name])
 
 
-def test_layers_of_dynamic_quantization_are_left_alone_with_a_reason(tmp_path):
-    onnx.save(two_layers(), tmp_path / "float.onnx")
-    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", extra_options={"MatMulConstBOnly": True})
-    given = onnx.load(tmp_path / "dynamic.onnx")
-    correction = mean_corrected(two_layers(), samples(4, 3, 6, 6), quantized=given)
-    assert "ConvInteger" in [layer.op for layer in correction.report]
-    assert all(layer.method is None and "not supported" in layer.reason for layer in correction.report)
-    assert correction.model == given
-
-
 def test_weights_that_are_not_finite_are_left_alone_with_a_reason():
     model = network()
     broken = constants_of(model)["w4"].copy()
@@ -725,12 +703,6 @@ def test_errors_say_which_of_the_models_is_meant(tmp_path):
         mean_corrected(tmp_path / "none.onnx", X, quantized=network())
     with pytest.raises(TypeError, match=r"^quantized: int"):
         mean_corrected(network(), X, quantized=3)
-
-
-def test_float_model_given_as_the_quantized_one_has_nothing_to_correct():
-    correction = mean_corrected(network(), X, quantized=network())
-    assert all(layer.method is None and layer.reason == "weights are not quantized" for layer in correction.report)
-    assert correction.model == network()
 
 
 SHARED_BIASES = {

@@ -43,14 +43,17 @@ _COPIES = {
 }  # fmt: skip
 """Operators after which weights are the same in another form."""
 
-_RECURRENT = {"DynamicQuantizeLSTM", "GRU", "LSTM", "RNN"}
+_DYNAMIC = {"ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+"""Operators whose input is quantized when they run, with a step that depends on it."""
+
+_RECURRENT = {"GRU", "LSTM", "RNN"}
 """Operators whose weights act on what they made before."""
 
 _WEIGHTED = {
-    "ConvInteger", "DeformConv", "DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
-    "GemmFastGelu", "GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "MoE",
+    "DeformConv", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
+    "GemmFastGelu", "GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulNBits", "MoE",
     "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE", "QOrderedMatMul",
-    "TransposeMatMul", "ai.onnx.ml::LinearClassifier", "ai.onnx.ml::LinearRegressor", *_RECURRENT,
+    "TransposeMatMul", "ai.onnx.ml::LinearClassifier", "ai.onnx.ml::LinearRegressor", *_DYNAMIC, *_RECURRENT,
 }  # fmt: skip
 """Operators that multiply with weights and are not corrected; some of them only in forms that are not lowered."""
 
@@ -246,8 +249,8 @@ class OnnxNetwork:
         operator = operator_of(node)
         if operator == "MatMulNBits":
             return self._matmul_n_bits(name, node)
-        if operator in _RECURRENT:
-            return ReasonCode.RECURRENT()
+        if operator in _RECURRENT or operator in _DYNAMIC:
+            return ReasonCode.RECURRENT() if operator in _RECURRENT else ReasonCode.DYNAMIC()
         if operator in ("Einsum", "MatMul"):
             return self._matmul(name, node) if operator == "MatMul" else self._einsum(name, node)
         if operator not in LAYERS:

@@ -1,0 +1,90 @@
+"""The two models that are given: which is float, which is quantized, and whether one was made of the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from biascorr.equalization.folding import fold_batch_norms
+from biascorr.graph.matching import Match, match_layers
+from biascorr.graph.network import EditableNetwork, Network, is_editable, require_float
+from biascorr.graph.operations import Kind
+from biascorr.graph.reasons import ReasonCode
+
+_QUANTIZE_STATICALLY = "quantize it statically (onnxruntime: quantize_static), so that there are biases to correct"
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A float network and the quantized layers that were made of its layers.
+
+    Parameters
+    ----------
+    reference : Network
+        Float; with its batch normalizations folded where the quantized one has none.
+    matches : mapping from str to Match
+        By the names of the quantized layers.
+    notes : tuple of str
+        What had to be done.
+    """
+
+    reference: Network
+    matches: Mapping[str, Match]
+    notes: tuple[str, ...] = ()
+
+
+def check_roles(reference: Network, quantized: Network | None) -> None:
+    """Raises ValueError where a model is given in place of another one."""
+    if quantized is None:
+        require_float(reference, "model", "give the float model, and this one as `quantized` (--quantized)")
+        return
+    has_quantized = any(layer.weight_step is not None for layer in quantized.layers)
+    is_dynamic = any(reason.code is ReasonCode.DYNAMIC for report in quantized.unsupported for reason in report.reasons)
+    if not has_quantized and not is_dynamic:
+        require_float(reference, "model", "and no layer of `quantized` has: exchange the two models")
+    require_float(reference, "model", "give the float model that was quantized")
+    if is_dynamic and not has_quantized:
+        operators = ", ".join(sorted({report.op for report in quantized.unsupported}))
+        raise ValueError(f"quantized: it is quantized when it runs ({operators}); {_QUANTIZE_STATICALLY}")
+
+
+def paired(reference: Network, quantized: Network) -> Pair:
+    """Matches the layers of two networks; of the float one with its batch normalizations folded where that matches more.
+
+    Raises ValueError where the quantized network is not of this float one, or the same.
+    """
+    try:
+        found, error = match_layers(reference.layers, quantized.layers), None
+    except ValueError as not_matched:
+        found, error = {}, not_matched
+    pair = Pair(reference, found)
+    if len(found) < len(quantized.layers):
+        folded = _folded(reference, quantized)
+        pair, error = (folded, None) if len(folded.matches) > len(found) else (pair, error)
+    if error is not None:
+        raise error
+    quantizes = any(operation.kind is Kind.QUANTIZE for operation in quantized.operations)
+    has_steps = any(layer.weight_step is not None for layer in quantized.layers)
+    if quantized.layers and not (quantizes or has_steps or any(match.is_quantized for match in pair.matches.values())):
+        raise ValueError("quantized: its weights are those of the float model, and nothing in it is quantized")
+    return pair
+
+
+def _folded(reference: Network, quantized: Network) -> Pair:
+    """With the batch normalizations folded into the layers before them, or all: whichever matches more layers, if any."""
+    best = Pair(reference, {})
+    if not is_editable(reference):
+        return best
+    network = cast(EditableNetwork, reference)
+    _, folds, _ = fold_batch_norms(network)
+    for wanted in {tuple((fold.layer, fold.batch_norm) for fold in folds if fold.is_after or every) for every in (False, True)}:
+        folded, done, _ = fold_batch_norms(network, wanted)
+        with contextlib.suppress(ValueError):
+            matches = match_layers(folded.layers, quantized.layers) if done else {}
+            if len(matches) > len(best.matches):
+                best = Pair(
+                    folded, matches, (f"{len(done)} batch normalizations were folded into layers, as in the quantized model",)
+                )
+    return best
