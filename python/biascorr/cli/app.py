@@ -230,7 +230,7 @@ def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_re
         result.save(output, force=force)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
-    except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
     signals.leave_from_now_on(f"but {printable(output)} is written")
     try:
