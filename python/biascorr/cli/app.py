@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -42,6 +42,7 @@ from biascorr.report.terminal import (
     table_from_report,
     table_from_scores,
 )
+from biascorr.whole_file import check_output
 
 Result = TypeVar("Result", Correction, Equalization)
 
@@ -170,7 +171,7 @@ def correct(
             progress=progress,
         )
 
-    _run(work, output, force, _print_correction)
+    _run(work, output, force, _print_correction, (model, quantized, data))
 
 
 @app.command()
@@ -208,17 +209,23 @@ def equalize(
             progress=progress,
         )
 
-    _run(work, output, force, _print_equalization)
+    _run(work, output, force, _print_equalization, (model, data))
 
 
-def _run(work: Callable[[Progress], Result], output: Path, force: bool, print_result: Callable[[Result, Path], None]) -> None:
+def _run(
+    work: Callable[[Progress], Result],
+    output: Path,
+    force: bool,
+    print_result: Callable[[Result, Path], None],
+    inputs: Iterable[Path | None],
+) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
     warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     try:
-        _check_output(output, force)
+        _check_output(output, force, inputs)
         console = Console(stderr=True)
         with _temporary_folder(), Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
@@ -272,11 +279,14 @@ def _replace_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _check_output(output: Path, force: bool) -> None:
+def _check_output(output: Path, force: bool, inputs: Iterable[Path | None]) -> None:
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; --force overwrites it")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{output}: no such folder: {output.parent}")
+    check_output(output, force=force)
+    for path in inputs:
+        files = [] if path is None or not output.exists() or not path.exists() else path.iterdir() if path.is_dir() else [path]
+        if any(file.exists() and file.samefile(output) for file in files):
+            raise ValueError(f"{output}: it is an input, {path}; give the output another name")
 
 
 def _print_correction(result: Correction, output: Path) -> None:

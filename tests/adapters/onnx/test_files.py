@@ -1,10 +1,12 @@
 """Models in files: external data, what is no model, and outputs that are written whole or not at all."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +16,10 @@ import pytest
 from google.protobuf.message import EncodeError
 from onnx import helper, numpy_helper
 
+from biascorr import whole_file
 from biascorr.adapters.onnx import files
+from biascorr.adapters.onnx.network import OnnxNetwork
+from biascorr.adapters.onnx.tensors import array_of
 from networks import as_constant_nodes, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
 X = samples(4, 3, 6, 6)
@@ -30,7 +35,8 @@ def outcome(model):
 
 
 def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Names of files; a star in place of what is drawn anew each time."""
+    return sorted(re.sub(r"\.[0-9a-f]{8}\.data$", ".*.data", path.name) for path in folder.iterdir())
 
 
 # External data
@@ -383,8 +389,8 @@ def test_model_may_be_overwritten_with_its_own_correction(tmp_path):
 
 def test_file_that_appears_while_writing_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "out.onnx"
-    flush = files._flush
-    monkeypatch.setattr(files, "_flush", lambda temporary: (flush(temporary), path.write_bytes(b"precious")))
+    flush = whole_file._flush
+    monkeypatch.setattr(whole_file, "_flush", lambda temporary: (flush(temporary), path.write_bytes(b"precious")))
     with pytest.raises(FileExistsError, match=re.escape(str(path))):
         mean_corrected(two_layers(), X).save(path)
     assert path.read_bytes() == b"precious"
@@ -532,7 +538,7 @@ def small_limit(monkeypatch):
 def test_model_over_the_limit_is_written_with_external_data(tmp_path):
     correction = mean_corrected(wide_model(), X)
     correction.save(tmp_path / "out.onnx")
-    assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert names_in(tmp_path) == ["out.onnx", "out.onnx.*.data"]
     assert (tmp_path / "out.onnx").stat().st_size < 1000
     assert onnx.load(tmp_path / "out.onnx").graph.node == correction.model.graph.node
     for name, array in constants_of(onnx.load(tmp_path / "out.onnx")).items():
@@ -551,7 +557,7 @@ def test_changes_of_a_model_over_the_limit_are_saved(tmp_path):
     correction = mean_corrected(wide_model(), X)
     correction.model.producer_name = "me"
     correction.save(tmp_path / "out.onnx")
-    assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert names_in(tmp_path) == ["out.onnx", "out.onnx.*.data"]
     assert onnx.load(tmp_path / "out.onnx").producer_name == "me"
     for name, array in constants_of(onnx.load(tmp_path / "out.onnx")).items():
         np.testing.assert_array_equal(array, constants_of(correction.model)[name])
@@ -561,7 +567,7 @@ def test_changes_of_a_model_over_the_limit_are_saved(tmp_path):
 def test_model_over_the_limit_loads_again(tmp_path):
     mean_corrected(wide_model(), X).save(tmp_path / "once.onnx")
     mean_corrected(tmp_path / "once.onnx", X).save(tmp_path / "twice.onnx")
-    assert names_in(tmp_path) == ["once.onnx", "once.onnx.data", "twice.onnx", "twice.onnx.data"]
+    assert names_in(tmp_path) == ["once.onnx", "once.onnx.*.data", "twice.onnx", "twice.onnx.*.data"]
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -571,13 +577,13 @@ def test_model_over_the_limit_may_have_its_weights_in_constant_nodes(tmp_path):
 
 
 @pytest.mark.usefixtures("small_limit")
-@pytest.mark.parametrize("existing", ["out.onnx", "out.onnx.data"])
-def test_existing_files_are_kept_by_a_model_over_the_limit(existing, tmp_path):
-    (tmp_path / existing).write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match=re.escape(str(tmp_path / existing))):
+def test_existing_files_are_kept_by_a_model_over_the_limit(tmp_path):
+    for name in ("out.onnx", "out.onnx.data"):
+        (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=re.escape(str(tmp_path / "out.onnx"))):
         mean_corrected(wide_model(), X).save(tmp_path / "out.onnx")
-    assert (tmp_path / existing).read_bytes() == b"precious"
-    assert names_in(tmp_path) == [existing]
+    assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert all((tmp_path / name).read_bytes() == b"precious" for name in names_in(tmp_path))
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -586,7 +592,7 @@ def test_existing_files_are_overwritten_by_a_model_over_the_limit_when_forced(tm
         (tmp_path / name).write_bytes(b"precious" * 1000)
     correction = mean_corrected(wide_model(), X)
     correction.save(tmp_path / "out.onnx", force=True)
-    assert names_in(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert [*names_in(tmp_path)] == ["out.onnx", "out.onnx.*.data", "out.onnx.data"]  # that of somebody else stays
     np.testing.assert_array_equal(constants_of(onnx.load(tmp_path / "out.onnx"))["b"], constants_of(correction.model)["b"])
 
 
@@ -598,3 +604,208 @@ def test_permissions_of_external_data_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+def numbered(k):
+    """A model over the limit that is told apart by its weights and by its name."""
+    model = wide_model()
+    model.producer_name = f"model {k}"
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), k), tensor.name))
+    return model
+
+
+def assert_whole(path):
+    """Whatever happened, a model has its own weights."""
+    model = onnx.load(path)
+    k = float(model.producer_name.removeprefix("model "))
+    assert all((array == k).all() for array in constants_of(model).values())
+    return k
+
+
+STEPS = ["open", "fsync", "replace", "link", "chmod", "unlink"]
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_save_that_is_cut_off_leaves_a_model_with_its_own_weights(step, existing, after, tmp_path, monkeypatch):
+    path, left = tmp_path / "out.onnx", after
+    if existing:
+        files.save(*files.load(numbered(1), "model"), path)
+    loaded = files.load(numbered(2), "model")
+
+    def cut_off(call):
+        def cut(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return call(*arguments, **options)
+
+        return cut
+
+    monkeypatch.setattr(os, step, cut_off(getattr(os, step)))
+    with contextlib.suppress(Killed):
+        files.save(*loaded, path, force=existing)
+    monkeypatch.undo()
+    if path.exists():
+        assert assert_whole(path) in ((1, 2) if existing else (2,))
+    else:
+        assert not existing
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_saves_at_the_same_time_never_mix(tmp_path):
+    path, loaded = tmp_path / "out.onnx", {k: files.load(numbered(k), "model") for k in (1, 2, 3)}
+    files.save(*loaded[1], path)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            for done in [pool.submit(files.save, *each, path, force=True) for each in loaded.values()]:
+                done.result()
+            assert_whole(path)
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_data_of_a_model_that_is_overwritten_is_removed_and_no_other(tmp_path):
+    for k, name in ((1, "out.onnx"), (1, "out.onnx.other"), (1, "other.onnx")):
+        files.save(*files.load(numbered(k), "model"), tmp_path / name)
+    (tmp_path / "out.onnx.00000000.data").write_bytes(b"of nobody we know")
+    before = set(tmp_path.iterdir())
+    files.save(*files.load(numbered(2), "model"), tmp_path / "out.onnx", force=True)
+    gone = before - set(tmp_path.iterdir())
+    assert len(gone) == 1
+    assert names_in(tmp_path) == sorted(
+        [f"{name}{end}" for name in ("out.onnx", "out.onnx.other", "other.onnx") for end in ("", ".*.data")]
+        + ["out.onnx.*.data"]
+    )
+    assert [assert_whole(tmp_path / name) for name in ("out.onnx", "out.onnx.other", "other.onnx")] == [2, 1, 1]
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_both_files_are_written_beside_what_a_link_leads_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/out.onnx").symlink_to("../real/out.onnx")
+    files.save(*files.load(numbered(3), "model"), tmp_path / "linked/out.onnx")
+    assert names_in(tmp_path / "linked") == ["out.onnx"]
+    assert names_in(tmp_path / "real") == ["out.onnx", "out.onnx.*.data"]
+    assert (tmp_path / "linked/out.onnx").is_symlink()
+    assert assert_whole(tmp_path / "real/out.onnx") == 3
+    assert files.load(tmp_path / "linked/out.onnx", "model")[0].producer_name == "model 3"
+
+
+def test_forced_output_keeps_its_mode(tmp_path):
+    path = tmp_path / "out.onnx"
+    path.write_bytes(b"before")
+    path.chmod(0o604)
+    mean_corrected(two_layers(), X).save(path, force=True)
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("it is that of all threads"))
+    mean_corrected(two_layers(), X).save(tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "n" * 300, "none/out.onnx", "file/out.onnx", "loop"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_cannot_be_written_is_known_before(name, force, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / name
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        whole_file.check_output(path, force=force)
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        mean_corrected(two_layers(), X).save(path, force=force)
+    assert names_in(tmp_path) == ["file", "folder", "loop", "pipe"]
+
+
+def with_external(folder, place):
+    """A model with a tensor in a file: an initializer, one in a function, in a branch, or of a Constant node."""
+    array = np.arange(1.0, 1001.0, dtype=np.float32)
+    array.tofile(folder / "weights.bin")
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1000])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    constant = helper.make_node("Constant", [], ["w"], value=tensor)
+    add = helper.make_node("Add", ["x", "w"], ["y"])
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 1000]) for name in "xy"]
+    functions, nodes, initializers, opsets = [], [add], [], [helper.make_opsetid("", 17)]
+    if place == "function":
+        functions = [helper.make_function("f", "Shift", ["x"], ["y"], [constant, add], opsets)]
+        nodes, opsets = [helper.make_node("Shift", ["x"], ["y"], domain="f")], [*opsets, helper.make_opsetid("f", 1)]
+    elif place == "branch":
+        then = helper.make_graph(
+            [constant, helper.make_node("Add", ["x", "w"], ["o"])], "b", [], [onnx.ValueInfoProto(name="o")]
+        )
+        condition = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.bool_(True)))
+        nodes = [condition, helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=then)]
+    elif place == "initializer":
+        initializers = [tensor]
+    else:
+        nodes = [constant, add]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], initializers)
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=8), array
+
+
+@pytest.mark.parametrize("place", ["function", "branch", "initializer", "node"])
+def test_external_data_is_read_wherever_a_tensor_is(place, tmp_path, monkeypatch):
+    """Never by onnxruntime, which would take a file of this name in the current folder."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    np.zeros(1000, np.float32).tofile(tmp_path / "elsewhere/weights.bin")
+    model, array = with_external(tmp_path / "model", place)
+    (tmp_path / "model/m.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    x = np.ones((1, 1000), np.float32)
+    (found,) = OnnxNetwork.load(tmp_path / "model/m.onnx", "model").part({"x": x}, ["y"])({"x": x}).values()
+    np.testing.assert_array_equal(found[0], array + 1)
+    with pytest.raises(ValueError, match="tensor w is in an external file; give the path of the model"):
+        files.load(model, "model")
+
+
+def test_models_and_data_as_caches_link_them(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots/abc").mkdir(parents=True)
+    model, array = with_external(tmp_path, "initializer")
+    (tmp_path / "blobs/1f2e").write_bytes(model.SerializeToString())
+    (tmp_path / "weights.bin").rename(tmp_path / "blobs/9a8b")
+    (tmp_path / "snapshots/abc/m.onnx").symlink_to("../../blobs/1f2e")
+    (tmp_path / "snapshots/abc/weights.bin").symlink_to("../../blobs/9a8b")
+    loaded, values = files.load(tmp_path / "snapshots/abc/m.onnx", "model")
+    np.testing.assert_array_equal(array_of(loaded.graph.initializer[0], values), array)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "inside/../../secret", "linked"])
+def test_external_data_out_of_the_folders_of_the_model_is_refused(location, tmp_path):
+    (tmp_path / "model").mkdir()
+    model, _ = with_external(tmp_path / "model", "initializer")
+    (tmp_path / "secret").write_bytes(b"0" * 4000)
+    (tmp_path / "model/linked").symlink_to("../secret")
+    model.graph.initializer[0].external_data[0].value = location
+    (tmp_path / "model/m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="is outside the model's folder"):
+        files.load(tmp_path / "model/m.onnx", "model")
+
+
+def test_an_unknown_type_is_one_line(tmp_path):
+    model, _ = with_external(tmp_path, "initializer")
+    model.graph.initializer[0].data_type = 777
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="^model: .*tensor w: unknown data type 777$"):
+        files.load(tmp_path / "m.onnx", "model")
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a named pipe"), (os.mkdir, "a folder")])
+def test_a_model_that_is_no_file(make, kind, tmp_path):
+    make(tmp_path / "m.onnx")
+    with pytest.raises(OSError, match=rf"^model: {re.escape(str(tmp_path / 'm.onnx'))}: {kind}, expected a file$"):
+        files.load(tmp_path / "m.onnx", "model")

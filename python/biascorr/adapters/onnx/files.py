@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
 from biascorr.adapters.onnx.tensors import LARGE, Values, attach, bytes_of, detach, key_of, main_tensors, raw_of, whole_model
+from biascorr.whole_file import check_output, kind_of, whole_file
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may have; beyond, tensors go to a file beside the model."""
@@ -52,9 +53,11 @@ def load(model: Any, name: str) -> tuple[onnx.ModelProto, Values]:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{name}: {type(model).__name__}, expected a path, bytes or an onnx.ModelProto")
     path = Path(model)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{name}: no such file: {path}")
-    return _detached(_parse(path.read_bytes(), f"{name}: {path}"), path.parent, f"{name}: {path}")
+    if not path.is_file():
+        raise OSError(f"{name}: {path}: {kind_of(path)}")
+    return _detached(_parse(path.read_bytes(), f"{name}: {path}"), path, f"{name}: {path}")
 
 
 def _parse(data: bytes, name: str) -> onnx.ModelProto:
@@ -68,26 +71,26 @@ def _parse(data: bytes, name: str) -> onnx.ModelProto:
     return model
 
 
-def _detached(model: onnx.ModelProto, folder: Path | None, name: str) -> tuple[onnx.ModelProto, Values]:
+def _detached(model: onnx.ModelProto, path: Path | None, name: str) -> tuple[onnx.ModelProto, Values]:
     values = Values()
-    _read_external(model, folder, name, values)
+    _read_external(model, path, name, values)
     detach(model, values)
     light = onnx.ModelProto()
     light.CopyFrom(model)  # protobuf frees what was detached with the model that it was in
     return light, values
 
 
-def _read_external(model: onnx.ModelProto, folder: Path | None, name: str, values: Values) -> None:
-    """Attaches what is in files beside the model: large tensors where they lie, small ones and those of subgraphs as copies."""
+def _read_external(model: onnx.ModelProto, path: Path | None, name: str, values: Values) -> None:
+    """Attaches what is in files beside the model: large tensors where they lie, small ones and inner ones as copies."""
     main = {id(tensor): tensor for tensor in main_tensors(model.graph)}
     files: dict[Path, NDArray[np.uint8]] = {}
-    for tensor in _tensors(model.graph):
+    for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        if folder is None:
+        if path is None:
             raise ValueError(f"{name}: tensor {tensor.name} is in an external file; give the path of the model")
         try:
-            raw = _external_bytes(tensor, folder, files, values)
+            raw = _external_bytes(tensor, path, files, values)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: tensor {tensor.name}: {error}") from None
         except ValueError as error:
@@ -101,34 +104,55 @@ def _read_external(model: onnx.ModelProto, folder: Path | None, name: str, value
 
 
 def _external_bytes(
-    tensor: onnx.TensorProto, folder: Path, files: dict[Path, NDArray[np.uint8]], values: Values
+    tensor: onnx.TensorProto, path: Path, files: dict[Path, NDArray[np.uint8]], values: Values
 ) -> NDArray[np.uint8]:
     """The values of a tensor in its file, which is mapped into memory."""
-    file, offset = _located(tensor, folder)
+    file, offset = _located(tensor, path)
     size = bytes_of(tensor)
     if size and file not in files:
         files[file] = values.map(file)
     return files[file][offset : offset + size] if size else np.zeros(0, np.uint8)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a model: of its graph, of graphs inside, and of its functions."""
+    yield from _tensors_of_graph(model.graph)
+    for function in model.functions:
+        yield from _tensors_of_nodes(function.node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _tensors(subgraph)
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_of_nodes(graph.node)
 
 
-def _located(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int]:
-    """The file that has the values of a tensor, and where they start in it."""
+def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        if attribute.HasField("sparse_tensor"):
+            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+        yield from attribute.tensors
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)
+
+
+def _located(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int]:
+    """The file that has the values of a tensor, and where they start in it: beside the model, or beside what it is a link to.
+
+    Caches keep models and their data as links into one folder.
+    """
     info = ExternalDataInfo(tensor)
-    file = (folder / info.location).resolve()
-    if not file.is_relative_to(folder.resolve()):
+    folders = list(dict.fromkeys([path.parent.resolve(), path.resolve().parent]))
+    places = [(folder / info.location).resolve() for folder in (path.parent, *folders[1:])]
+    is_inside = ".." not in Path(info.location).parts and not Path(info.location).is_absolute()
+    inside = [place for place in places if is_inside and any(place.is_relative_to(folder) for folder in folders)]
+    if not inside:
         raise ValueError(f"external data {info.location} is outside the model's folder")
-    if not file.is_file():
+    file = next((place for place in inside if place.is_file()), None)
+    if file is None:
         raise FileNotFoundError(f"external data {info.location} is missing")
     size, length, offset = bytes_of(tensor), info.length, info.offset or 0
     if length is not None and length != size:
@@ -139,7 +163,10 @@ def _located(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int]:
 
 
 def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes a model, whole or not at all; a model over 2 GB with its tensors in `<path>.data` beside it.
+    """Writes a model, whole or not at all; a model over 2 GB with its tensors in a file beside it.
+
+    That file has a name of its own each time, and the model is written last: whenever this ends, a model has the tensors that
+    it was written with. Those of a model that was overwritten are removed after that.
 
     Raises
     ------
@@ -148,20 +175,52 @@ def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *
     OSError
         It cannot be written; nothing is left of it.
     """
-    path = Path(path)
     if _fits_in_a_message(model):
-        with _whole_file(path, force) as temporary:
+        with whole_file(path, force=force) as temporary:
             temporary.write_bytes(whole_model(model, values).SerializeToString())
         return
+    place = check_output(path, force=force)
     external, values = onnx.ModelProto(), Values(values)
     external.CopyFrom(model)
     detach(external, values)
-    data = path.with_name(path.name + ".data")
-    with _whole_file(path, force) as temporary, _whole_file(data, force) as temporary_data:
-        _write_values(external, values, temporary_data, data.name)
+    data = place.with_name(f"{_stem(place)}.{secrets.token_hex(4)}.data")
+    try:
+        with whole_file(data) as temporary:
+            _write_values(external, values, temporary, data.name)
         light = onnx.ModelProto()
         light.CopyFrom(external)
-        temporary.write_bytes(light.SerializeToString())
+        before = _own_data(place)
+        with whole_file(path, force=force) as temporary:
+            temporary.write_bytes(light.SerializeToString())
+    except BaseException:
+        if data not in _own_data(place):
+            data.unlink(missing_ok=True)
+        raise
+    for old in before:
+        old.unlink(missing_ok=True)
+
+
+def _own_data(path: Path) -> set[Path]:
+    """The data files that were written here for the model that is at this path, if there is one."""
+    own = {each.name: each for each in path.parent.iterdir() if _is_data_of(path, each.name)}
+    if not own or not path.exists():
+        return set()
+    try:
+        model = _parse(path.read_bytes(), str(path))
+    except ValueError:
+        return set()
+    external = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    return {own[name] for name in {ExternalDataInfo(tensor).location for tensor in external} & own.keys()}
+
+
+def _is_data_of(path: Path, name: str) -> bool:
+    stem = _stem(path)
+    return name.startswith(stem) and re.fullmatch(r"\.[0-9a-f]{8}\.data", name[len(stem) :]) is not None
+
+
+def _stem(path: Path) -> str:
+    """What the names of its data files start with: a part of its own, as names may be 255 bytes long."""
+    return path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
 
 def _fits_in_a_message(model: onnx.ModelProto) -> bool:
@@ -185,53 +244,3 @@ def _write_values(model: onnx.ModelProto, values: Values, path: Path, location: 
             del tensor.external_data[:]
             tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in entries.items())
             file.write(raw.data)  # unlike `tofile`, says so where the disk is full
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error."""
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")
-    if path.exists() and not force:
-        raise _existing(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        if force:
-            temporary.replace(path)
-        else:
-            _link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Unlike a rename, fails where somebody else was faster; where files cannot be linked, a rename has to do."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        raise _existing(path) from None
-    except OSError:
-        if path.exists():
-            raise _existing(path) from None
-        temporary.replace(path)
-
-
-def _existing(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists; it is only overwritten when forced")
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
