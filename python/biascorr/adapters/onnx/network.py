@@ -83,6 +83,9 @@ _GIVING = ("ConcatFromSequence", "DequantizeLinear", "OptionalGetElement", "Sequ
 _MANY_NODES = 1_000_000
 """Nodes that the functions of a model may be written out to; onnxruntime writes them out before it runs anything."""
 
+_MOST_CALLS = 100
+"""Functions inside each other; onnxruntime runs no more."""
+
 
 class OnnxNetwork:
     """A model, indexed, with its layers.
@@ -389,7 +392,7 @@ class OnnxNetwork:
 
 
 def _check_functions(model: onnx.ModelProto, name: str) -> None:
-    """Raises ValueError where functions call themselves, or are written out to more nodes than can be run."""
+    """Raises ValueError where functions call themselves, or are deeper or written out to more nodes than can be run."""
     functions = {(each.domain, each.name, each.overload): each for each in model.functions}
     sizes: dict[tuple[str, str, str], int] = {}
 
@@ -397,6 +400,8 @@ def _check_functions(model: onnx.ModelProto, name: str) -> None:
         key = called_by(node)
         if key in callers:
             raise ValueError(f"{name}: function {key[1]} of domain {key[0]!r} calls itself")
+        if len(callers) > _MOST_CALLS:
+            raise ValueError(f"{name}: its functions call each other more than {_MOST_CALLS} deep, which cannot be run")
         if key in functions and key not in sizes:
             sizes[key] = sum(size_of(each, (*callers, key)) for each in functions[key].node)
         inside = sum(size_of(each, callers) for each in subgraph_nodes(node))
