@@ -54,7 +54,8 @@ def plan_stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> li
     for operation in network.operations:
         before = max((level[name] for name in operation.inputs), default=0)
         needed = set().union(*(sources[name] for name in operation.inputs))
-        is_held = operation.is_lasting and operation.kind is not Kind.DEQUANTIZE
+        is_shifted = not measured.isdisjoint(operation.outputs)
+        is_held = operation.is_lasting and (operation.kind is not Kind.DEQUANTIZE or is_shifted)
         for name in operation.outputs:
             level[name], made[name] = before + (name in measured), before // depth
             sources[name] = {name} if is_held else needed

@@ -9,10 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType
 
 from biascorr import correct
 from biascorr.adapters.onnx.network import OnnxNetwork
-from networks import constants_of, samples, weights
+from networks import constants_of, model_from_text, quantized, samples, weights
 
 KERNELS = {"Conv": (4, 3, 1, 1), "ConvTranspose": (3, 4, 1, 1), "Gemm": (3, 4), "MatMul": (3, 4)}
 CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
@@ -210,6 +211,28 @@ def test_a_product_with_a_quantized_output_gets_a_quantized_bias(zero_point, ste
     limits = (np.array([np.iinfo(zero_point.dtype).min, np.iinfo(zero_point.dtype).max]) - int(zero_point)) * step
     assert (abs(before) < limits.max()).mean() > 0.5
     np.testing.assert_allclose(after, np.clip(before + change.applied, *limits), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["empirical", "activation"])
+@pytest.mark.parametrize("quant_format", QuantFormat, ids=str)
+def test_later_layers_are_corrected_after_the_quantized_biases_of_earlier_ones(quant_format, method):
+    text = "g (float[N,8] x) => (float[N,8] y) { [a] t = MatMul(x, v) u = Tanh(t) [b] z = MatMul(u, w) y = Tanh(z) }"
+    scales = np.where(np.arange(8) == 0, 8, 1)  # of one step for all channels, which is coarse for most
+    model = model_from_text(text, **{name: (weights(8, 8, axis=1) * scales / 8).astype(np.float32) for name in "vw"})
+    data = samples(32, 8)
+    given = quantized(model, [{"x": data}], quant_format=quant_format, activation_type=QuantType.QInt8, reduce_range=True)
+    correction = corrected(model, given, data, method=method)
+    network, reference = OnnxNetwork.load(given, "quantized"), OnnxNetwork.load(model, "model")
+    first, _ = network.layers
+    kept = OnnxNetwork.load(correction.model, "corrected").layers[0].bias.ravel()  # no step is lost: it is what was applied
+    after = network.with_shifts({first.name: kept})
+    found = after.part({"x": data}, [after.layers[1].output])({"x": data})[after.layers[1].output]
+    expected = reference.part({"x": data}, ["z"])({"x": data})["z"]
+    shift = (expected.astype(np.float64) - found).mean(axis=0)
+    row = correction.report[1]
+    assert correction.report[0].method == method
+    if method == "empirical":
+        np.testing.assert_allclose(row.shift_before, np.abs(shift).mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("zero_point", [np.uint8(0), np.int8(-128), np.uint8(255)])
