@@ -1,6 +1,7 @@
 """Where samples come from: every form of the same samples gives the same result, every mistake a message that names it."""
 
 import contextlib
+import os
 import re
 import zipfile
 
@@ -411,8 +412,8 @@ def test_file_with_any_byte_changed_gives_samples_or_a_clear_error(save, tmp_pat
 @pytest.mark.parametrize("others", [[], ["readme.txt", "image.png"]])
 def test_folder_without_samples(others, tmp_path):
     for name in others:
-        (tmp_path / name).write_text("no samples")
-    with pytest.raises(ValueError, match=r"data: .*no samples"):
+        (tmp_path / name).write_text("there is no .npy or .npz file in this folder")
+    with pytest.raises(ValueError, match=r"data: .*there is no .npy or .npz file in this folder"):
         mean_corrected(two_layers(), tmp_path)
 
 
@@ -441,3 +442,116 @@ def test_folder_that_is_named_like_a_file(tmp_path):
     (tmp_path / "batches.npz").mkdir()
     np.save(tmp_path / "batches.npz" / "a.npy", X)
     assert mean_corrected(two_layers(), tmp_path / "batches.npz").batches == 1
+
+
+PAIR = [ModelInput("a", np.dtype(np.float32), (None, 6)), ModelInput("b", np.dtype(np.float32), (None, 3))]
+A, B, LABELS = np.zeros((4, 6), np.float32), np.zeros((4, 3), np.float32), np.zeros(4, np.int64)
+WITH_LABELS = {
+    "one input": ([(A, LABELS)], PAIR[:1]),
+    "one input, a list": ([[A, LABELS]], PAIR[:1]),
+    "one input, two labels": ([(A, LABELS, LABELS)], PAIR[:1]),
+    "one input, by name": ([({"a": A}, LABELS)], PAIR[:1]),
+    "one input, label by name": ([{"a": A, "label": LABELS}], PAIR[:1]),
+    "one input, label in a mapping of all": ({"a": A, "label": LABELS}, PAIR[:1]),
+    "two inputs": ([(A, B, LABELS)], PAIR),
+    "two inputs together": ([((A, B), LABELS)], PAIR),
+    "two inputs in a list": ([([A, B], LABELS)], PAIR),
+    "two inputs by name": ([({"a": A, "b": B}, LABELS)], PAIR),
+    "two inputs, label by name": ([{"a": A, "b": B, "label": LABELS}], PAIR),
+    "a generator": (((A, LABELS) for _ in range(2)), PAIR[:1]),
+    "a reader": (Reader([{"a": A, "label": LABELS}]), PAIR[:1]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_labels_beside_inputs(name):
+    data, inputs = WITH_LABELS[name]
+    with pytest.raises(ValueError, match=r"^data.*; drop labels.*, e\.g\. "):
+        list(batches_from_data(data, inputs))
+
+
+def test_labels_in_a_file(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"samples\.npz: has a, label, .*; drop labels and all else, e\.g\. \{'a': batch\['a'\]\}$"
+    ):
+        list(batches_from_data(npz(tmp_path, a=A, label=LABELS), PAIR[:1]))
+
+
+IMAGES = [ModelInput("x", np.dtype(np.float32), (None, 3, 8, 6))]
+REMEDIES = {
+    "channels last": (np.zeros((2, 8, 6, 3), np.float32), r"; x\.transpose\(0, 3, 1, 2\) moves the channels there$"),
+    "no axis of samples": ([np.zeros((3, 8, 6), np.float32)], r"; x\[None\] adds the axis of samples$"),
+    "bytes": (np.zeros((2, 3, 8, 6), np.uint8), r"; convert it as for training, e\.g\. \(x / 255\)\.astype\(np\.float32\)$"),
+    "float64": (np.zeros((2, 3, 8, 6)), r"; convert it, e\.g\. x\.astype\(np\.float32\)$"),
+    "objects": (np.zeros((2, 3, 8, 6), object), r"dtype object, the model takes float32; give arrays of numbers$"),
+    "ragged": ([([[1.0], [1.0, 2.0]],)], r"input x: no array: "),
+    "masked": (
+        np.ma.masked_array(np.zeros((2, 3, 8, 6), np.float32), False),
+        r"a masked array, expected one whose elements all count",
+    ),
+    "masked batch": (
+        [np.ma.masked_array(np.zeros((2, 3, 8, 6), np.float32), True)],
+        r"data\[0\]: input x: a masked array, expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_mistakes_come_with_the_remedy(name):
+    data, message = REMEDIES[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        list(batches_from_data(data, IMAGES))
+
+
+class Refilled(list):
+    """Gives out one array again and again, with other values."""
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        self._buffer = np.empty_like(arrays[0])
+
+    def __iter__(self):
+        for array in super().__iter__():
+            self._buffer[:] = array
+            yield self._buffer
+
+
+class Refilling:
+    """Becomes an array in the same memory as all others."""
+
+    buffer = np.empty((1, 3, 6, 6), np.float32)
+
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        self.buffer[:] = self._array
+        return self.buffer
+
+
+@pytest.mark.parametrize("form", [Refilled, lambda arrays: [Refilling(array) for array in arrays]])
+def test_one_buffer_for_all_batches(form):
+    batches = np.split(X, 6)
+    assert_same_biases(mean_corrected(two_layers(), form(batches)), mean_corrected(two_layers(), batches))
+
+
+@pytest.mark.parametrize("name", ["x.npy", "z.npz"])
+@pytest.mark.parametrize("is_in_folder", [False, True])
+def test_files_that_never_end(name, is_in_folder, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=rf"{re.escape(name)}: a named pipe, expected a file$"):
+        list(batches_from_data(tmp_path if is_in_folder else tmp_path / name, INPUTS))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=rf"{re.escape(name)}: a device, expected a file$"):
+        list(batches_from_data(tmp_path if is_in_folder else tmp_path / name, INPUTS))
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    path = npy(tmp_path)
+    reading = batches_from_data(path, INPUTS)
+    np.testing.assert_array_equal(next(reading)["x"], X[:1])
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: changed while it was read$"):
+        list(reading)

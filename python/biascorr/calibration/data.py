@@ -5,6 +5,7 @@ Whatever the source, batches come out one by one, checked against the inputs of 
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.graph.network import ModelInput
+from biascorr.whole_file import kind_of
 
 _SUFFIXES = (".npy", ".npz")
 
@@ -95,28 +97,50 @@ def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str) -> Ba
         yield label, _by_name(batch, inputs, label)
 
 
-def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, NDArray[Any]]:
+def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, Any]:
     names = [each.name for each in inputs]
+    listed = f"the model has {len(inputs)} inputs ({', '.join(names)})"
     if not isinstance(batch, Mapping):
         arrays = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        if len(arrays) > 1 and (isinstance(arrays[0], Mapping) or _are_inputs(arrays[0], inputs)):
+            raise ValueError(f"{name}: inputs and {len(arrays) - 1} more; drop labels, e.g. (x for x, *labels in data)")
         if len(arrays) != len(inputs):
-            hint = "; drop labels, e.g. (x for x, label in data)" if len(arrays) == len(inputs) + 1 else ""
-            raise ValueError(f"{name}: {len(arrays)} arrays, the model has {len(inputs)} inputs ({', '.join(names)}){hint}")
+            taken = ", ".join(f"x{k}" for k in range(len(inputs))) if len(inputs) > 1 else "x"
+            given = f"({taken})" if len(inputs) > 1 else taken
+            hint = f"; drop labels, e.g. ({given} for {taken}, *labels in data)" if len(arrays) > len(inputs) else ""
+            raise ValueError(f"{name}: {len(arrays)} arrays, {listed}{hint}")
         batch = dict(zip(names, arrays))
     if set(batch) != set(names):
         found = ", ".join(map(str, batch)) or "nothing"
-        raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}")
-    return {key: _array(batch[key]) for key in names}
+        more = set(names) < set(batch)
+        kept = ", ".join(f"{key!r}: batch[{key!r}]" for key in names)
+        hint = f"; drop labels and all else, e.g. {{{kept}}}" if more else ""
+        raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}{hint}")
+    return {key: _array(batch[key], f"{name}: input {key}") for key in names}
 
 
-def _array(values: Any) -> NDArray[Any]:
+def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
+    """Whether a value is a tuple or list with one array for each input, where an input takes no such thing."""
+    return isinstance(value, (tuple, list)) and len(value) == len(inputs) and all(np.ndim(each) > 0 for each in value)
+
+
+def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
+    if isinstance(values, (np.ndarray, _Rows)) and not isinstance(values, np.ma.MaskedArray):
+        return values
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
     if hasattr(values, "detach"):
         values = values.detach().cpu()
-    return np.asarray(values.numpy() if hasattr(values, "numpy") else values)
+    if hasattr(values, "numpy"):
+        return np.asarray(values.numpy())
+    try:
+        return np.asarray(values).copy()  # what is no array may fill the same memory again
+    except ValueError as error:
+        raise ValueError(f"{name}: no array: {error}") from None
 
 
-def _samples(arrays: dict[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
     """Arrays that hold samples along their first axis, in batches of the size that the model takes, or else of this one."""
     counts = {key: len(array) if array.ndim else 0 for key, array in arrays.items()}
     if len(set(counts.values())) > 1:
@@ -132,12 +156,12 @@ def _samples(arrays: dict[str, NDArray[Any]], inputs: Sequence[ModelInput], name
         yield label, {each.name: _part(arrays[each.name], each, start, size) for each in inputs}
 
 
-def _has_batch_axis(array: NDArray[Any], model_input: ModelInput) -> bool:
+def _has_batch_axis(array: Any, model_input: ModelInput) -> bool:
     return model_input.shape is None or array.ndim <= len(model_input.shape)
 
 
-def _part(array: NDArray[Any], model_input: ModelInput, start: int, size: int) -> NDArray[Any]:
-    return array[start : start + size] if _has_batch_axis(array, model_input) else np.asarray(array[start])
+def _part(array: Any, model_input: ModelInput, start: int, size: int) -> NDArray[Any]:
+    return np.asarray(array[start : start + size]) if _has_batch_axis(array, model_input) else np.asarray(array[start])
 
 
 def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
@@ -146,11 +170,15 @@ def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Bat
         return
     for file in _files(path):
         for name, arrays in _without_names(file, _read(file), inputs):
-            yield name, _by_name(arrays, inputs, name)
+            found = _by_name(arrays, inputs, name)
+            yield name, {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    if not files:
+        raise ValueError(f"data: {folder}: there is no .npy or .npz file in this folder")
+    return files
 
 
 def _from_file(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
@@ -167,14 +195,16 @@ def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> lis
 
 
 def _read(path: Path) -> Any:
-    """An array of an .npy file, a dict of those of an .npz file."""
+    """The rows of an .npy file, a dict of the arrays of an .npz file."""
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"data: {path}: expected an .npy or .npz file, or a folder of them")
+    if not path.is_file():
+        raise OSError(f"data: {path}: {kind_of(path)}")
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return _Rows.of(path)
         with path.open("rb") as file, zipfile.ZipFile(file):
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
@@ -185,15 +215,85 @@ def _read(path: Path) -> Any:
         raise ValueError(f"data: {path} cannot be read: {error}") from None
 
 
+class _Rows:
+    """An array in an .npy file, read row by row: mapped into memory, it would end the process if the file were cut meanwhile.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    shape, dtype
+        Of the array, in C order.
+    offset : int
+        Where its values start in the file.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
+        self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
+        self._path, self._offset = path, offset
+
+    @classmethod
+    def of(cls, path: Path) -> _Rows | NDArray[Any]:
+        """The rows of a file; all of it at once where they do not follow each other."""
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(file)
+            if is_fortran or not shape or dtype.hasobject:
+                file.seek(0)
+                whole: NDArray[Any] = np.load(file, allow_pickle=False)
+                return whole
+            rows = cls(path, shape, dtype, file.tell())
+        missing = rows._offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
+        if missing > 0:
+            raise ValueError(f"{missing} bytes are missing")
+        return rows
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | slice) -> NDArray[Any]:
+        start, stop, _ = key.indices(len(self)) if isinstance(key, slice) else (key, key + 1, 1)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with self._path.open("rb") as file:
+            file.seek(self._offset + start * row)
+            raw = file.read((stop - start) * row)
+        if len(raw) < (stop - start) * row:
+            raise ValueError(f"data: {self._path}: changed while it was read")
+        array = np.frombuffer(bytearray(raw), self.dtype).reshape(stop - start, *self.shape[1:])
+        return array if isinstance(key, slice) else array[0]
+
+
 def _check(array: NDArray[Any], expected: ModelInput, name: str) -> None:
+    label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
-        raise TypeError(f"{name}: input {expected.name}: dtype {array.dtype}, the model takes {expected.dtype}")
-    if expected.shape is not None:
-        fits = len(array.shape) == len(expected.shape)
-        fits = fits and all(b is None or a == b for a, b in zip(array.shape, expected.shape))
-        if not fits or array.shape[:1] == (0,):
-            axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
-            raise ValueError(f"{name}: input {expected.name}: shape {array.shape}, the model takes ({axes})")
+        raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
+    if expected.shape is not None and (not _fits(array.shape, expected.shape) or array.shape[:1] == (0,)):
+        axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
+        raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         kind = "nan" if np.isnan(array).any() else "inf"
-        raise ValueError(f"{name}: input {expected.name}: contains {kind}")
+        raise ValueError(f"{label}: contains {kind}")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(b is None or a == b for a, b in zip(shape, expected))
+
+
+def _conversion(array: NDArray[Any], expected: ModelInput) -> str:
+    if array.dtype.kind in "OSU":
+        return "give arrays of numbers"
+    if array.dtype.kind in "iu" and expected.dtype.kind == "f":
+        return f"convert it as for training, e.g. (x / 255).astype(np.{expected.dtype})"
+    return f"convert it, e.g. x.astype(np.{expected.dtype})"
+
+
+def _turned(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
+    """How an array becomes one of the expected shape: its channels moved, or an axis for samples added."""
+    if _fits((1, *shape), expected):
+        return "; x[None] adds the axis of samples"
+    rank = len(shape)
+    for order in ((0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)) if rank > 2 else ():
+        if _fits(tuple(shape[axis] for axis in order), expected):
+            return f"; x.transpose({', '.join(map(str, order))}) moves the channels there"
+    return ""

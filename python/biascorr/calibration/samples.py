@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class Samples:
     def read(self, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
         """Keeps all batches of some data, of which a part is to be scored. Raises ValueError where there are none."""
         total = number_of_batches(data)
-        lasting = isinstance(data, (np.ndarray, Mapping, list, tuple))
+        lasting = type(data) in (np.ndarray, dict, list, tuple)
         for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
             kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may fill them again
             self.add(kept, number_of_samples(feeds, inputs))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Hashable, Sequence
@@ -13,8 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where folders of killed processes stay
+    fcntl = None  # type: ignore[assignment]
+
 from biascorr.arguments import checked_integer
 from biascorr.calibration.resources import free_memory
+
+_PREFIX = "biascorr-"
+"""What the names of temporary folders start with."""
+
+_LOCK = ".lock"
 
 _SHARE = 0.5
 """Part of the free memory that is used where no budget is given; the rest is for the network that runs."""
@@ -57,6 +70,37 @@ class Buffers:
         self._free.clear()
 
 
+class TemporaryFolder:
+    """A temporary folder for this process alone. Those whose processes are gone, killed, are removed when one is made.
+
+    Who makes one keeps a lock on a file in it, which the system gives up with the process, whatever ends it.
+    """
+
+    def __init__(self) -> None:
+        _remove_abandoned(Path(tempfile.gettempdir()))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = (self.path / _LOCK).open("wb")
+        if fcntl is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def cleanup(self) -> None:
+        """Removes it: by another name, so that a thread that still writes there adds nothing."""
+        shutil.rmtree(self.path.rename(f"{self.path}-"), ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(place: Path) -> None:
+    if fcntl is None:
+        return
+    for folder in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # of another user, just removed by somebody else, or in use
+            is_own = not folder.is_symlink() and folder.is_dir() and folder.stat().st_uid == os.getuid()
+            with (folder / _LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_own:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
 class Storage:
     """Arrays by key, for several threads. A context manager: at its end, the temporary folder is removed, whatever happens.
 
@@ -72,7 +116,7 @@ class Storage:
         self._budget = budget
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -122,9 +166,13 @@ class Storage:
     def _written(self, array: NDArray[Any]) -> Path:
         with self._lock:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="biascorr-")
-        path = Path(self._folder.name) / f"{next(self._numbers)}.npy"
-        np.save(path, array, allow_pickle=False)
+                self._folder = TemporaryFolder()
+        path = self._folder.path / f"{next(self._numbers)}.npy"
+        try:
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            remedy = "give a greater memory_budget, or set TMPDIR to a folder with more space"
+            raise OSError(error.errno, f"activations cannot be kept: {error.strerror or error}; {remedy}", str(path)) from error
         return path
 
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -27,6 +26,7 @@ except ImportError as error:
 
 from biascorr import __version__
 from biascorr.calibration.data import Progress
+from biascorr.calibration.storage import TemporaryFolder
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
 from biascorr.correction.correct import Correction
@@ -261,15 +261,15 @@ def _temporary_folder() -> Iterator[None]:
     It stays where they are made, or that thread would go on elsewhere.
     """
     try:
-        folder = tempfile.mkdtemp(prefix="biascorr-")
+        folder = TemporaryFolder()
     except OSError:  # a run within its memory budget needs none
         yield
         return
-    tempfile.tempdir = folder
+    tempfile.tempdir = str(folder.path)
     try:
         yield
     finally:
-        shutil.rmtree(Path(folder).rename(f"{folder}-"), ignore_errors=True)  # by its new name, nothing is added to it
+        folder.cleanup()
 
 
 def _replace_what_cannot_be_encoded() -> None:

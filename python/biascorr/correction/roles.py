@@ -41,11 +41,11 @@ def check_roles(reference: Network, quantized: Network | None) -> None:
         require_float(reference, "model", "give the float model, and this one as `quantized` (--quantized)")
         return
     has_quantized = any(layer.weight_step is not None for layer in quantized.layers)
-    is_dynamic = any(reason.code is ReasonCode.DYNAMIC for report in quantized.unsupported for reason in report.reasons)
-    if not has_quantized and not is_dynamic:
+    codes = {reason.code for report in quantized.unsupported for reason in report.reasons}
+    if not has_quantized and ReasonCode.DYNAMIC not in codes:
         require_float(reference, "model", "and no layer of `quantized` has: exchange the two models")
     require_float(reference, "model", "give the float model that was quantized")
-    if is_dynamic and not has_quantized:
+    if not quantized.layers and codes == {ReasonCode.DYNAMIC}:
         operators = ", ".join(sorted({report.op for report in quantized.unsupported}))
         raise ValueError(f"quantized: it is quantized when it runs ({operators}); {_QUANTIZE_STATICALLY}")
 

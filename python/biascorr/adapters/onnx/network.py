@@ -43,10 +43,10 @@ _COPIES = {
 }  # fmt: skip
 """Operators after which weights are the same in another form."""
 
-_DYNAMIC = {"ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+_DYNAMIC = {"ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 """Operators whose input is quantized when they run, with a step that depends on it."""
 
-_RECURRENT = {"GRU", "LSTM", "RNN"}
+_RECURRENT = {"DynamicQuantizeLSTM", "GRU", "LSTM", "RNN"}
 """Operators whose weights act on what they made before."""
 
 _WEIGHTED = {
