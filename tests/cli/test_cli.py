@@ -378,7 +378,7 @@ BAD_DATA = {
     "dtype.npz": "float64",
     "nan.npz": "nan.npz[0]: input x: contains nan",
     "none.npz": "no samples",
-    "empty": "no samples",
+    "empty": "there is no .npy or .npz file",
     "objects.npz": "objects.npz",
     "truncated.npz": "truncated.npz",
     "damaged.npz": "damaged.npz",
@@ -407,7 +407,7 @@ BAD_INPUTS = [("correct", *each) for each in BAD_INPUTS] + [
     ("equalize", "models/truncated.onnx", "data/good.npz", (), "not an ONNX model, or a truncated one"),
     ("equalize", "models/quantized.onnx", "data/good.npz", (), "layer first has quantized weights; equalize the float model"),
     ("equalize", "models/float.onnx", "data/shape.npz", (), "(1, 2, 6, 6)"),
-    ("equalize", "models/float.onnx", "data/empty", (), "no samples"),
+    ("equalize", "models/float.onnx", "data/empty", (), "there is no .npy or .npz file"),
 ]
 
 
