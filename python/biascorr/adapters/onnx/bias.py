@@ -40,6 +40,9 @@ _ADDS = {"Add": (0, 1), "QLinearAdd": (0, 3)}
 _STEP_ERROR = 1 / 64
 """Part of itself by which the step of a bias may differ from that of its products, which integer kernels take for it."""
 
+_QUANTIZED_PRODUCTS = 10
+"""The opset that gave ONNX the QLinearMatMul that onnxruntime makes of a product between quantizers."""
+
 _LOST = 1 / 8
 """Part of a shift that may be lost between the steps of a grid."""
 
@@ -193,6 +196,8 @@ def gets_quantized_bias(graph: Graph, node: onnx.NodeProto) -> bool:
 
 def _output_grid(graph: Graph, node: onnx.NodeProto) -> list[str] | None:
     """Step and zero point of the quantized output of a product; None where it has none, or not an even grid of both signs."""
+    if graph.opset < _QUANTIZED_PRODUCTS:
+        return None
     quantizer, given = node, list(node.input[6:8])
     if operator_of(node) != "QLinearMatMul":
         reader = graph.only_reader(node.output[0])
