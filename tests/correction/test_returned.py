@@ -179,3 +179,14 @@ def test_auto_returns_the_model_that_was_given_where_the_runtime_makes_the_corre
 def test_simulated_quantization_has_no_deployed_scores():
     reference, data = network("gemm")
     assert correct(reference, data, quant_params=QuantParams("tf", weight_bits=BITS)).deployed == {}
+
+
+@pytest.mark.parametrize("name", ["conv", "gemm"])
+def test_constants_that_nothing_reads(name):
+    """Quantizers leave the float weights behind: large ones are not handed to onnxruntime, which would miss them."""
+    reference, data = network(name)
+    given = quantized(reference, [{"x": x[None]} for x in data], reduce_range=True)
+    given.graph.initializer.append(numpy_helper.from_array(np.ones((64, 64), np.float32), "left_behind"))
+    correction = correct(reference, data, quantized=given, method="empirical")
+    assert correction.deployed.keys() == {"none", "empirical"}
+    assert "left_behind" in {tensor.name for tensor in correction.model.graph.initializer}

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from biascorr.adapters.onnx.operators import operator_of
+from biascorr.adapters.onnx.operators import operator_of, subgraph_nodes, subgraphs
 from biascorr.adapters.onnx.runtime import Session
 from biascorr.adapters.onnx.shapes import Shapes, inferred_types, known_shapes
 from biascorr.adapters.onnx.tensors import Values, array_of, bytes_of, key_of, tensor_of
@@ -112,7 +112,7 @@ class Graph:
         """Tensors that follow from initializers and constants alone."""
         constant = {*self.initializers, *self._sparse}
         for node in self._ordered:
-            is_pure = not any(_subgraphs(node)) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
+            is_pure = not any(subgraphs(node)) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
             if is_pure and all(not name or name in constant for name in node.input):
                 constant.update(filter(None, node.output))
         return constant
@@ -485,7 +485,7 @@ def _names_in(graph: onnx.GraphProto) -> Iterator[str]:
         yield node.name
         yield from node.input
         yield from node.output
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             yield from _names_in(subgraph)
 
 
@@ -511,24 +511,9 @@ def called_by(node: onnx.NodeProto) -> tuple[str, str, str]:
     return node.domain, node.op_type, node.overload
 
 
-def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """All nodes inside the subgraphs of a node."""
-    for graph in _subgraphs(node):
-        for inner in graph.node:
-            yield inner
-            yield from subgraph_nodes(inner)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def captured(node: onnx.NodeProto) -> Iterator[str]:
     """Names that the subgraphs of a node read or give out and do not make: those may be other tensors of the same name."""
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         made = {value.name for value in (*graph.input, *graph.initializer)}
         made.update(tensor.values.name for tensor in graph.sparse_initializer)
         made.update(name for inner in graph.node for name in inner.output)

@@ -15,9 +15,9 @@ from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
-from biascorr.adapters.onnx.graph import Graph, attributes, called_by, captured, named_nodes, subgraph_nodes, weight_index
+from biascorr.adapters.onnx.graph import Graph, attributes, called_by, captured, named_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
-from biascorr.adapters.onnx.operators import LAYERS, operator_of
+from biascorr.adapters.onnx.operators import LAYERS, operator_of, subgraph_nodes
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from biascorr.adapters.onnx.operators import operator_of
+from biascorr.adapters.onnx.operators import operator_of, subgraph_nodes, subgraphs
 from biascorr.adapters.onnx.tensors import Values, array_of, is_packed, key_of, whole_tensor
 from biascorr.graph.network import Allocator
 
@@ -79,6 +79,7 @@ class Session:
         options = _options(optimizations)
         options.intra_op_num_threads = threads
         _make_initializers(model)
+        _remove_unread(model)
         self._held = _shared(model, values)  # onnxruntime may read them as long as it runs
         options.add_external_initializers(list(self._held), list(self._held.values()))
         with _one_line(name):
@@ -154,6 +155,16 @@ def _make_initializers(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(nodes[k].attribute[0].t)
             tensor.name = nodes[k].output[0]
             del nodes[k]
+
+
+def _remove_unread(model: onnx.ModelProto) -> None:
+    """Removes detached initializers that nothing reads: onnxruntime does, too, and then misses them."""
+    nodes = [inner for node in model.graph.node for inner in (node, *subgraph_nodes(node))]
+    graphs = [model.graph, *(graph for node in nodes for graph in subgraphs(node))]
+    read = {name for node in nodes for name in node.input} | {output.name for graph in graphs for output in graph.output}
+    tensors = model.graph.initializer
+    for k in reversed([k for k, each in enumerate(tensors) if key_of(each) is not None and each.name not in read]):
+        del tensors[k]
 
 
 def _shared(model: onnx.ModelProto, values: Values) -> dict[str, Any]:
