@@ -314,7 +314,7 @@ def test_no_data_at_all_is_an_error(quant_params):
 
 
 def test_labels_beside_inputs_are_an_error_that_says_how_to_drop_them():
-    with pytest.raises(ValueError, match=r"data_set\[0\]: 2 arrays.*drop labels, e.g. \(x for x, label in data\)"):
+    with pytest.raises(ValueError, match=r"data_set\[0\]: 2 arrays.*drop labels, e.g. \(x for x, \*labels in data\)"):
         corrected(data=[(batch, np.zeros(4)) for batch in np.split(X, 3)])
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from biascorr.calibration.samples import Samples
 from biascorr.graph.network import BiasNetwork, Feeds, Network
+from biascorr.graph.operations import Kind
 from biascorr.sweep.sweep import outputs_of
 
 _CEILING = 300.0
@@ -215,6 +216,6 @@ def _outputs_of_layers(network: Network) -> set[str]:
     """The tensors that layers have a part in."""
     reached = {layer.output for layer in network.layers}
     for operation in network.operations:
-        if not reached.isdisjoint(operation.inputs):
+        if operation.kind is not Kind.SHAPE and not reached.isdisjoint(operation.inputs):
             reached.update(operation.outputs)
     return reached

@@ -54,7 +54,7 @@ class _Successors:
             if index == last:
                 continue
             last, operation = index, self._operations[index]
-            if operation.kind is Kind.OTHER or not all(name in bends for name in operation.inputs):
+            if operation.kind in (Kind.OTHER, Kind.SHAPE) or not all(name in bends for name in operation.inputs):
                 read.update(operation.inputs)
                 continue
             bent = operation.kind not in _CODES or any(bends[name] for name in operation.inputs)

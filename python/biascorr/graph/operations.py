@@ -21,6 +21,8 @@ class Kind(enum.Enum):
     """Quantizes."""
     DEQUANTIZE = enum.auto()
     """Dequantizes; a sweep stores its integer input instead of its output."""
+    SHAPE = enum.auto()
+    """Gives out the shape of its input, whose values do not matter."""
     POINTWISE = enum.auto()
     """Each element of its output depends on the same elements of its inputs and on constants: activations, above all."""
     OTHER = enum.auto()

@@ -29,7 +29,7 @@ T = TypeVar("T")
 DEPTH = 8
 """Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
 
-_LARGE = 256 << 20
+_LARGE = 64 << 20
 """Bytes of weights beyond which a network is not run at once: onnxruntime keeps a copy of those that run."""
 
 _MANY = 2000

@@ -488,7 +488,7 @@ def _makes_other_type(node: onnx.NodeProto, graph: Graph, others: Set[str]) -> b
 
 
 def _kind(node: onnx.NodeProto) -> Kind:
-    kinds = {"QuantizeLinear": Kind.QUANTIZE, "DequantizeLinear": Kind.DEQUANTIZE}
+    kinds = {"QuantizeLinear": Kind.QUANTIZE, "DequantizeLinear": Kind.DEQUANTIZE, "Shape": Kind.SHAPE, "Size": Kind.SHAPE}
     return kinds.get(operator_of(node), Kind.POINTWISE if operator_of(node) in _POINTWISE else Kind.OTHER)
 
 
