@@ -194,8 +194,11 @@ def gets_quantized_bias(graph: Graph, node: onnx.NodeProto) -> bool:
     return _place_of_bias(graph, node) is None and _output_grid(graph, node) is not None
 
 
-def _output_grid(graph: Graph, node: onnx.NodeProto) -> list[str] | None:
-    """Step and zero point of the quantized output of a product; None where it has none, or not an even grid of both signs."""
+def _output_grid(graph: Graph, node: onnx.NodeProto) -> tuple[list[str], str] | None:
+    """Step and zero point of the quantized output of a product, and the domain of quantizers for it.
+
+    None where it has none, or not an even grid of both signs.
+    """
     if graph.opset < _QUANTIZED_PRODUCTS:
         return None
     quantizer, given = node, list(node.input[6:8])
@@ -211,7 +214,7 @@ def _output_grid(graph: Graph, node: onnx.NodeProto) -> list[str] | None:
     if step.size != 1 or not is_even or not np.isfinite(step).all() or not (step > 0).all():
         return None
     limits = np.iinfo(zero_point.dtype)
-    return None if zero_point.item() in (limits.min, limits.max) else [*given, quantizer.domain]
+    return None if zero_point.item() in (limits.min, limits.max) else (given, quantizer.domain)
 
 
 def _per_channel(change: NDArray[Any], axis: int) -> Shift:
@@ -514,8 +517,7 @@ class _NewQuantizedAdd(_NewAdd):
         return str(between.output[0]) if is_requantized else name
 
     def _grid(self) -> tuple[list[str], str]:
-        *parameters, domain = _output_grid(self._graph, self._node) or ["", "", ""]
-        return parameters, domain
+        return _output_grid(self._graph, self._node) or ([], "")
 
     def _codes(self, shift: Shift) -> tuple[NDArray[Any], NDArray[Any], tuple[Reason, ...]]:
         step, zero_point = (self._graph.value(each).reshape(()) for each in self._grid()[0])
