@@ -138,18 +138,17 @@ def test_a_model_that_computes_something_else_than_was_measured_is_not_returned(
 def test_a_model_that_does_not_load_is_not_returned(is_given, monkeypatch):
     reference, data = network("conv")
     given = quantized(reference, [{"x": x[None]} for x in data], reduce_range=True) if is_given else None
-
-    def refused():
-        raise ValueError("quantized: onnxruntime cannot run it: Type Error")
-
     with_shifts = OnnxNetwork.with_shifts
 
-    def invalid(self, shifts):
+    def fail(**_):
+        raise ValueError("quantized: onnxruntime cannot run it: Type Error")
+
+    def broken(self, shifts):
         changed = with_shifts(self, shifts)
-        changed.check = refused
+        changed.deployed = changed.check = fail
         return changed
 
-    monkeypatch.setattr(OnnxNetwork, "with_shifts", invalid)
+    monkeypatch.setattr(OnnxNetwork, "with_shifts", broken)
     with pytest.raises(RuntimeError, match=r"corrected model is not valid.*Type Error"):
         correct(reference, data, quantized=given, method="empirical")
 

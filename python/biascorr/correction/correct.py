@@ -15,7 +15,7 @@ from biascorr.calibration.samples import ONE_OF, Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
-from biascorr.correction.returning import Deployed, check_returned, deployed
+from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_roles, paired
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import simulated
@@ -251,8 +251,7 @@ def correct(
         best = _best(candidates) if method == "auto" else candidates[-1]
         chosen = next(each for each in attempts if best in each.candidates)
         network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
-        check_returned(network, given, samples, threads)
-        found = Deployed() if given is None else deployed(given, candidates[0], network, best, expected)
+        found = deployed(given, candidates[0], network, best, expected)
         notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
     if found.is_worse and method == "auto":
         notes.append(

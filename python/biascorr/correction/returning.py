@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from biascorr.calibration.samples import Samples
 from biascorr.correction.candidates import Candidate
-from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, OutputErrors, Score, arrays_of
+from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.graph.network import BiasNetwork
-from biascorr.sweep.sweep import outputs_of
 
 _OTHERWISE = 1.0
 """dB by which a runtime's own arithmetic may change a score unmentioned."""
@@ -37,11 +35,34 @@ class Deployed:
     notes: tuple[str, ...] = ()
 
 
-def deployed(given: BiasNetwork, before: Candidate, network: BiasNetwork, best: Candidate, expected: FloatOutputs) -> Deployed:
-    """Scores a given model and the corrected one as their own runtime runs them."""
-    if before.score is NOT_SCORED:
-        return Deployed()
-    scores = {str(each.choice): expected.score_deployed(model) for each, model in ((before, given), (best, network))}
+def deployed(
+    given: BiasNetwork | None, before: Candidate, network: BiasNetwork, best: Candidate, expected: FloatOutputs
+) -> Deployed:
+    """Has a runtime take a corrected model, and compare what it computes with what was measured, and with the one given.
+
+    Raises
+    ------
+    RuntimeError
+        It does not take it, or computes something else than was measured, as it did not with the one given.
+    ValueError
+        It does not take the one that was given either.
+    """
+    try:
+        if given is None or before.score is NOT_SCORED:
+            network.check()
+            return Deployed()
+        agreement = expected.agreement(network)
+        scores = {str(before.choice): expected.score_deployed(given)}
+        scores[str(best.choice)] = scores[str(before.choice)] if network is given else expected.score_deployed(network)
+    except ValueError as error:
+        if given is not None:
+            given.check()
+        raise RuntimeError(f"the corrected model is not valid, so it is not returned: {error}") from error
+    if agreement < _SAME / 2 and agreement < min(expected.agreement(given), _SAME) - _SAME / 2:
+        raise RuntimeError(
+            f"the corrected model gives other outputs than were measured (they agree to {agreement:.0f} dB), so it is not "
+            "returned"
+        )
     found, measured = scores[str(best.choice)], best.score
     notes = []
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
@@ -50,38 +71,3 @@ def deployed(given: BiasNetwork, before: Candidate, network: BiasNetwork, best: 
             "may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
         )
     return Deployed(scores, found.is_worse_than(scores[str(before.choice)]), tuple(notes))
-
-
-def check_returned(network: BiasNetwork, given: BiasNetwork | None, samples: Samples, threads: int) -> None:
-    """Checks that a runtime takes a corrected model, and computes with it what was measured, as it did with the given one.
-
-    Raises
-    ------
-    RuntimeError
-        It does not.
-    ValueError
-        The runtime does not take the one that was given either.
-    """
-    try:
-        network.check()
-    except ValueError as error:
-        if given is not None:
-            given.check()
-        raise RuntimeError(f"the corrected model is not valid, so it is not returned: {error}") from error
-    if given is None or network is given or not samples.scored_batches:
-        return
-    found, usual = (_agreement(each, samples, threads) for each in (network, given))
-    if found < min(usual, _SAME) - _SAME / 2:
-        raise RuntimeError(
-            f"the corrected model gives other outputs than were measured (they agree to {found:.0f} dB, those of the model "
-            f"that was given to {usual:.0f} dB), so it is not returned"
-        )
-
-
-def _agreement(network: BiasNetwork, samples: Samples, threads: int) -> float:
-    """How near the outputs that are measured come to those of the model in its runtime, in dB; for one batch."""
-    batches = samples.scored_batches[:1]
-    (_, measured), errors = next(outputs_of(network, samples, batches, threads)), OutputErrors()
-    for name, value in network.deployed(threads=threads, optimized=False)(next(samples.feeds(batches))).items():
-        errors.add(name, arrays_of(measured[name]), arrays_of(value))
-    return _SAME if errors.score is NOT_SCORED else errors.score.sqnr

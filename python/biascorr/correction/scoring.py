@@ -12,6 +12,7 @@ their signal, in any unit.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,17 @@ class FloatOutputs:
         run = network.deployed(threads=self._threads)
         batches = zip(self._batches, self._samples.feeds(self._batches))
         return self._score(network, ((batch, run(feeds)) for batch, feeds in batches))
+
+    def agreement(self, network: BiasNetwork) -> float:
+        """How near the outputs that are measured come to those that its own runtime computes without optimizations, in dB.
+
+        For one batch; infinite where there is nothing to compare.
+        """
+        batches = self._batches[:1]
+        (_, measured), errors = next(self._run(network, batches)), OutputErrors()
+        for name, value in network.deployed(threads=self._threads, optimized=False)(next(self._samples.feeds(batches))).items():
+            errors.add(name, arrays_of(measured[name]), arrays_of(value))
+        return math.inf if errors.score is NOT_SCORED else errors.score.sqnr
 
     def are_repeatable(self) -> bool:
         """Whether the float network gives the same outputs for a batch again, but for rounding.
