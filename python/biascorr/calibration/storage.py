@@ -79,9 +79,11 @@ class TemporaryFolder:
     def __init__(self) -> None:
         _remove_abandoned(Path(tempfile.gettempdir()))
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = (self.path / _LOCK).open("wb")
+        unlocked = self.path / f"{_LOCK}-to-be"
+        self._lock = unlocked.open("wb")
         if fcntl is not None:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(self.path / _LOCK)  # nobody ever finds it without its lock
 
     def cleanup(self) -> None:
         """Removes it: by another name, so that a thread that still writes there adds nothing."""
