@@ -148,3 +148,45 @@ def test_outputs_that_only_one_model_has_are_noted():
     renamed = model_from_text(f"g (float[N,6] x) => (float[N,4] z) {{ {re.sub(' y = ', ' z = ', text)} }}", s=step, **codes)
     with pytest.raises(ValueError, match="^quantized: not of this float model: gives out z, expected r, y$"):
         correct(reference, samples(40, 6), quantized=renamed)
+
+
+def barely_normalized(folded, *, bits=None):
+    """A Conv and a normalization that hardly scales, apart or as one; quantized where there are bits."""
+    rng = np.random.default_rng(5)
+    w, b = rng.normal(0.2, 1, (4, 3, 3, 3)).astype(np.float32), rng.normal(size=4).astype(np.float32)
+    gamma, beta, mean = (
+        np.float32([1.1, 0.9, 1.2, 1]),
+        rng.normal(size=4).astype(np.float32),
+        rng.normal(size=4).astype(np.float32),
+    )
+    if not folded:
+        body = "[first] t = Conv(x, w, b) [norm] y = BatchNormalization(t, g, be, m, v)"
+        constants = {"w": w, "b": b, "g": gamma, "be": beta, "m": mean, "v": np.ones(4, np.float32)}
+    else:
+        gain = gamma / np.sqrt(np.float32(1 + 1e-5))
+        constants = {"w": w * gain[:, None, None, None], "b": (beta - (mean - b) * gain).astype(np.float32)}
+        body = "[first] y = Conv(x, w, b)"
+    if bits:
+        step = np.abs(constants["w"]).max() / np.float32(2 ** (bits - 1) - 1)
+        constants |= {"w": np.rint(constants["w"] / step).astype(np.int8), "s": step}
+        body = "d = DequantizeLinear(w, s) " + body.replace("(x, w, b)", "(x, d, b)")
+    return model_from_text(f"g (float[N,3,6,6] x) => (float[N,4,4,4] y) {{ {body} }}", **constants)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("method", ["empirical", "mean", "iterative"])
+def test_a_normalization_that_hardly_scales_is_folded_all_the_same(bits, method):
+    given = barely_normalized(True, bits=bits)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*made the outputs worse", UserWarning)
+        found, expected = (correct(barely_normalized(folded), X, quantized=given, method=method) for folded in (False, True))
+    assert found.notes[0] == "1 batch normalizations were folded into layers, as in the quantized model"
+    (row,), (other,) = found.report, expected.report
+    assert row.shift_before == pytest.approx(other.shift_before, rel=1e-3)
+
+
+def test_a_float_model_that_was_only_folded_is_not_quantized():
+    with pytest.raises(
+        ValueError, match=r"^quantized: its weights are those of the float model, and nothing in it is quantized$"
+    ):
+        correct(barely_normalized(False), X, quantized=barely_normalized(True))

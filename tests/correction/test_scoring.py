@@ -130,9 +130,9 @@ def test_worse_in_any_measure_is_worse(score, other, worse):
 
 
 def test_order_is_by_divergence_and_by_ratio_without_one():
-    assert max([Score(10.0), Score(12.0), Score(11.0)], key=lambda score: score.order) == Score(12.0)
+    assert Score.best([Score(10.0), Score(12.0), Score(11.0)]) == Score(12.0)
     scores = [Score(10.0, 0.3), Score(12.0, 0.2), Score(11.0, 0.1)]
-    assert max(scores, key=lambda score: score.order) == Score(11.0, 0.1)
+    assert Score.best(scores) == Score(11.0, 0.1)
 
 
 def test_scores_as_text():
@@ -213,3 +213,18 @@ def test_a_float_network_that_is_random_is_noted(body):
         model_from_text(text, **constants, **more), samples(40, 6), quant_params=QuantParams("tf", weight_bits=BITS)
     )
     assert [note for note in correction.notes if "does not give the same outputs twice" in note]
+
+
+def test_a_divergence_that_is_not_known_is_none_of_0():
+    """It is not known where a network gives out other numbers of rows: then SQNR decides."""
+    assert not Score(29.0, 0.0007).is_worse_than(Score(0.0))
+    assert not Score(29.0).is_worse_than(Score(0.0, 0.1))
+    assert Score(1.0, 0.2).is_worse_than(Score(1.0, 0.1))
+    assert Score.best([Score(2.0), Score(29.0, 0.0007), Score(0.0)]) == Score(29.0, 0.0007)
+
+
+def test_values_where_there_should_be_none_are_noise_whatever_their_type():
+    assert of_one(np.zeros(0, np.int64), np.zeros(4, np.int64)).sqnr == -300.0
+    assert judged([(np.zeros((0, 3)), np.zeros((0, 3)))], [([3.0, -4.0], [3.0, -3.0])]).sqnr == pytest.approx(
+        10 * math.log10(25)
+    )

@@ -82,6 +82,23 @@ def test_names_that_were_counted_anew_prove_nothing():
     assert names(layers(a=A, b=B, c=C), layers(b=rounded(A))) == {"b": "a"}
 
 
+@pytest.mark.parametrize("top", [1, 3, 7])
+def test_exchanged_names_of_layers_with_coarse_weights_prove_nothing(top):
+    """Of means far from 0, and with one weight far out: whatever they are rounded to is nearer to both than 0 is."""
+    arrays = {}
+    for seed, name in enumerate("ab"):
+        arrays[name] = np.random.default_rng(seed).normal(0.5, 0.2, (16, 16)).astype(np.float32)
+        arrays[name][0, 0] = 3 if top > 1 else 1
+    steps = {name: np.float32(np.abs(array).max() / top) for name, array in arrays.items()}
+    coarse = {name: np.rint(array / steps[name]) * steps[name] for name, array in arrays.items()}
+    body = "[{0}] t = MatMul(x, a) [{1}] y = MatMul(t, b)"
+    text = "g (float[N,16] x) => (float[N,16] y) {{ {} }}"
+    float_layers = OnnxNetwork.load(model_from_text(text.format(body.format("a", "b")), **arrays), "model").layers
+    for order in (("a", "b"), ("b", "a")):
+        given = OnnxNetwork.load(model_from_text(text.format(body.format(*order)), **coarse), "quantized").layers
+        assert names(float_layers, given) == {order[0]: "a", order[1]: "b"}
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_equal_layers_are_matched_in_order(count):
     found = names(layers(**{f"f{k}": A for k in range(count)}), layers(**{f"q{k}": rounded(A) for k in range(count)}))

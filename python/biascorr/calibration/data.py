@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
 from biascorr.graph.network import ModelInput
@@ -83,6 +84,8 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
         yield from _from_path(Path(data), inputs, batch_size)
     elif isinstance(data, (np.ndarray, Mapping)):
         yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
+    elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and np.ndim(data[-1]) <= 1 < np.ndim(data[0]):
+        raise ValueError(f"{name}: inputs and what looks like labels; drop labels, e.g. data[0]")
     elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
         yield from _each(data, inputs, name)
     elif hasattr(data, "get_next"):
@@ -126,9 +129,9 @@ def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
 
 def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
-    if isinstance(values, (np.ndarray, _Rows)) and not isinstance(values, np.ma.MaskedArray):
+    if isinstance(values, (np.ndarray, _Rows)) and not isinstance(values, MaskedArray):
         return values
-    if isinstance(values, np.ma.MaskedArray):
+    if isinstance(values, MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
     if hasattr(values, "detach"):
         values = values.detach().cpu()

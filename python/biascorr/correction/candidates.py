@@ -216,6 +216,9 @@ class CandidateBuilder:
             candidate.keep(layer, ReasonCode.MEANS_NOT_FINITE())
             return None
         change = self._quantized.bias_change(layer, shift)
+        stays = any(reason.code is ReasonCode.BIAS_CANNOT_MOVE for reason in change.reasons) and not np.any(change.applied)
+        if change.applied is None or stays:
+            change = replace(change, applied=None)
         method, applied = (None, 0.0) if change.applied is None else (candidate.choice.label, change.applied)
         before, after = (float(np.abs(each).mean()) for each in (shift, shift - applied))
         candidate.reports[layer.name] = LayerReport(layer.name, layer.op, method, layer.channels, before, after, change.reasons)

@@ -404,7 +404,9 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
         raise ValueError(
             "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores"
         )
-    return max((each for each in candidates if not each.score.is_worse_than(before)), key=lambda each: each.score.order)
+    better = [each for each in candidates if not each.score.is_worse_than(before)]
+    best = Score.best(each.score for each in better)
+    return next(each for each in better if each.score is best)
 
 
 def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool) -> list[str]:

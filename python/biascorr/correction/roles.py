@@ -10,8 +10,11 @@ from typing import cast
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.graph.matching import Match, match_layers
 from biascorr.graph.network import EditableNetwork, Network, is_editable, require_float
-from biascorr.graph.operations import Kind
+from biascorr.graph.operations import BatchNorm, Kind
 from biascorr.graph.reasons import ReasonCode
+
+_EQUAL = 1e-5
+"""Part of the weights that folding them in another order of operations changes."""
 
 _QUANTIZE_STATICALLY = "quantize it statically (onnxruntime: quantize_static), so that there are biases to correct"
 
@@ -60,16 +63,27 @@ def paired(reference: Network, quantized: Network) -> Pair:
     except ValueError as not_matched:
         found, error = {}, not_matched
     pair = Pair(reference, found)
-    if len(found) < len(quantized.layers):
+    norms = _norms(reference)
+    if len(found) < len(quantized.layers) or (norms and norms > _norms(quantized)):
         folded = _folded(reference, quantized)
-        pair, error = (folded, None) if len(folded.matches) > len(found) else (pair, error)
+        pair, error = (folded, None) if _fit(folded) > _fit(pair) else (pair, error)
     if error is not None:
         raise error
     quantizes = any(operation.kind is Kind.QUANTIZE for operation in quantized.operations)
     has_steps = any(layer.weight_step is not None for layer in quantized.layers)
-    if quantized.layers and not (quantizes or has_steps or any(match.is_quantized for match in pair.matches.values())):
+    is_rounded = any(match.error > _EQUAL for match in pair.matches.values())
+    if quantized.layers and not (quantized.unsupported or quantizes or has_steps or is_rounded):
         raise ValueError("quantized: its weights are those of the float model, and nothing in it is quantized")
     return pair
+
+
+def _fit(pair: Pair) -> tuple[int, float]:
+    """How well layers fit, the more the better: how many there are, and how little of their weights was rounded away."""
+    return len(pair.matches), -sum(match.error for match in pair.matches.values())
+
+
+def _norms(network: Network) -> int:
+    return sum(isinstance(role, BatchNorm) for role in network.facts().roles.values())
 
 
 def _folded(reference: Network, quantized: Network) -> Pair:
@@ -83,7 +97,7 @@ def _folded(reference: Network, quantized: Network) -> Pair:
         folded, done, _ = fold_batch_norms(network, wanted)
         with contextlib.suppress(ValueError):
             matches = match_layers(folded.layers, quantized.layers) if done else {}
-            if len(matches) > len(best.matches):
+            if matches and _fit(Pair(folded, matches)) > _fit(best):
                 best = Pair(
                     folded, matches, (f"{len(done)} batch normalizations were folded into layers, as in the quantized model",)
                 )

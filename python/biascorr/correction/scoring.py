@@ -54,16 +54,20 @@ class Score:
     divergence: float | None = None
 
     def is_worse_than(self, other: Score) -> bool:
-        """Whether any measure is worse."""
-        return self.sqnr < other.sqnr or (self.divergence or 0.0) > (other.divergence or 0.0)
+        """Whether any measure that both have is worse."""
+        both = self.divergence is not None and other.divergence is not None
+        return self.sqnr < other.sqnr or (both and (self.divergence or 0.0) > (other.divergence or 0.0))
 
     def __str__(self) -> str:
         return f"{self.sqnr:.2f} dB" + ("" if self.divergence is None else f", KL {self.divergence:.3g}")
 
-    @property
-    def order(self) -> tuple[float, float]:
-        """Greater is better: by divergence for classifiers, else by SQNR."""
-        return -(self.divergence or 0.0), self.sqnr
+    @staticmethod
+    def best(scores: Iterable[Score]) -> Score:
+        """The best of some scores: by divergence where all have one, for classifiers, else by SQNR."""
+        scores = list(scores)
+        if any(score.divergence is None for score in scores):
+            return max(scores, key=lambda score: score.sqnr)
+        return max(scores, key=lambda score: (-(score.divergence or 0.0), score.sqnr))
 
 
 NOT_SCORED = Score(float("nan"))
@@ -82,7 +86,7 @@ class _Output:
         if reference.dtype.kind != "f":
             alike = reference.shape == computed.shape and reference == computed
             self.signal += reference.size
-            self.noise += reference.size - np.count_nonzero(alike)
+            self.noise += (reference.size or computed.size) - np.count_nonzero(alike)
             self.probabilities = False
             return
         r, q = reference.astype(np.float64), computed.astype(np.float64)
@@ -123,7 +127,7 @@ class OutputErrors:
         for expected, found in itertools.zip_longest(map(_plain, reference), map(_plain, computed)):
             expected = np.zeros(0, found.dtype) if expected is None else expected
             found = np.zeros(0, expected.dtype) if found is None else found
-            if expected.dtype.kind == found.dtype.kind:
+            if expected.dtype.kind == found.dtype.kind and (expected.size or found.size):
                 self._outputs.setdefault(name, _Output()).add(expected, found)
 
     @property

@@ -40,6 +40,12 @@ _REMEDY = (
     "file that this step wrote"
 )
 
+_COARSE = 0.25
+"""Part of the weights that rounding to few values may change: a float layer of the same name may be another one."""
+
+_NEARER = 0.9
+"""Part of the error of the float layer of the same name below which another one is nearer, and not by chance."""
+
 _BLOCK = 1 << 22
 """Weights that are compared at once, so that comparing takes little memory."""
 
@@ -56,12 +62,15 @@ class Match:
         Whether the weights differ.
     is_finite : bool
         Whether all weights are finite.
+    error : float
+        Norm of the difference of the weights, as a part of the norm of the float ones.
     """
 
     reference: Layer
     quantized: Layer
     is_quantized: bool
     is_finite: bool
+    error: float
 
 
 def match_layers(reference: Sequence[Layer], quantized: Sequence[Layer]) -> dict[str, Match]:
@@ -110,7 +119,7 @@ class _Matching:
 
     def _match(self, layer: Layer, match: Layer) -> Match:
         comparison = self._compared(layer, match)
-        return Match(comparison.reference, layer, not comparison.is_equal, comparison.is_finite)
+        return Match(comparison.reference, layer, not comparison.is_equal, comparison.is_finite, comparison.part)
 
     def _compared(self, layer: Layer, other: Layer) -> _Comparison:
         key = layer.name, other.name
@@ -130,7 +139,11 @@ class _Matching:
 
     def _plausible(self, layer: Layer, name: str) -> Iterator[Layer]:
         """The float layer of this name: exporters count names, and another network may have the same ones."""
-        if name in self._by_name and not self._compared(layer, self._by_name[name]).difference:
+        comparison = self._compared(layer, self._by_name[name]) if name in self._by_name else None
+        if comparison is None or comparison.difference:
+            return
+        nearest = next(self.of_nearest_weights(layer), None) if comparison.part > _COARSE else None
+        if nearest is None or self._compared(layer, nearest).error > _NEARER * comparison.error:
             yield self._by_name[name]
 
     def of_nearest_weights(self, layer: Layer) -> Iterator[Layer]:
@@ -169,7 +182,7 @@ def match_by_name(reference: Sequence[Layer], simulated: Sequence[Layer]) -> dic
     by_name: Mapping[str, Layer] = {layer.name: layer for layer in reference}
     compared = {layer.name: (layer, _Comparison(layer, by_name[layer.name])) for layer in simulated}
     return {
-        name: Match(by_name[name], layer, not comparison.is_equal, comparison.is_finite)
+        name: Match(by_name[name], layer, not comparison.is_equal, comparison.is_finite, comparison.part)
         for name, (layer, comparison) in compared.items()
     }
 
@@ -190,7 +203,7 @@ def _is_matrix(layer: Layer) -> bool:
 
 def _in_form_of(layer: Layer, other: Layer) -> Layer:
     """A layer whose weights are laid out and scaled as those of another one of its kind."""
-    weights, factor = layer.weights, layer.gain / other.gain if other.gain else np.nan
+    weights, factor = layer.weights, 1.0 if layer.gain == other.gain else layer.gain / other.gain if other.gain else np.nan
     if _is_matrix(layer) and layer.layout != other.layout:
         turned = weights
         weights = LazyArray(turned.shape[::-1], turned.dtype, lambda: np.asarray(turned).T)
@@ -231,8 +244,8 @@ class _Comparison:
         In the form of the quantized layer.
     difference : str
         Why the weights cannot be the float ones, rounded; empty where they can.
-    error : float
-        Norm of what rounding changed.
+    error, part : float
+        Norm of what rounding changed, and as a part of that of the float weights.
     is_equal, is_finite : bool
         Whether the weights are the same; whether all are finite.
 
@@ -244,7 +257,7 @@ class _Comparison:
 
     def __init__(self, quantized: Layer, reference: Layer) -> None:
         shape = quantized.weights.shape
-        self.error, self.is_equal, self.is_finite, self.reference = np.inf, False, True, reference
+        self.error, self.part, self.is_equal, self.is_finite, self.reference = np.inf, np.inf, False, True, reference
         if _kind(reference) != _kind(quantized):
             same = reference.weights.shape == shape
             self.difference = (
@@ -267,6 +280,7 @@ class _Comparison:
             if step is not None:
                 far += int(np.count_nonzero(error > np.broadcast_to(step, shape)[rows]))
         self.error = float(np.nan_to_num(np.sqrt(square), nan=np.inf))
+        self.part = self.error / np.sqrt(norm) if norm > 0 else self.error
         is_far = 2 * far > given.size or np.sqrt(square) > np.sqrt(norm)
         self.difference = "other weights" if is_far else ""
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from biascorr import QuantParams, correct
 from biascorr.adapters.onnx.network import OnnxNetwork, axes_of_product
@@ -436,3 +436,35 @@ def test_a_function_that_draws_numbers_is_no_constant():
     body = [helper.make_node("RandomUniformLike", ["i0"], ["o"])]
     network = OnnxNetwork.load(with_function(model, "Neg", body=body), "model")
     assert [operation.name for operation in network.operations] == ["Neg:t", "Add:y"]
+
+
+def test_branches_in_branches_are_counted_once():
+    node = helper.make_node("Identity", ["x"], ["o0"])
+    for depth in range(22):
+        value = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+        other = helper.make_graph(
+            [helper.make_node("Neg", ["x"], [f"e{depth}"])], "e", [], [onnx.ValueInfoProto(name=f"e{depth}")]
+        )
+        then = helper.make_graph([node], "t", [], [onnx.ValueInfoProto(name=value.name)])
+        node = helper.make_node("If", ["c"], [f"o{depth + 1}"], then_branch=then, else_branch=other)
+    call = helper.make_node("Twice", [node.output[0]], ["y"], domain="f")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
+    function = helper.make_function("f", "Twice", ["i"], ["o"], [helper.make_node("Add", ["i", "i"], ["o"])], opsets[:1])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in "xy"]
+    constants = [numpy_helper.from_array(np.array(True), "c")]
+    graph = helper.make_graph([node, call], "g", values[:1], values[1:], constants)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8)
+    start = time.monotonic()
+    assert correct(model, samples(8, 4)).report == []
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("kind", ["the long name of the domain", "no import of the domain"])
+def test_models_that_onnx_infers_no_shapes_of(kind):
+    text = "g (float[N,4] x) => (float[N,4] y) { [a] t = MatMul(x, w) y = Relu(t) }"
+    model = model_from_text(text, w=weights(4, 4))
+    if kind == "the long name of the domain":
+        model.graph.node[0].domain = "ai.onnx"
+    else:
+        model.graph.node[1].op_type, model.graph.node[1].domain = "Gelu", "com.microsoft"
+    assert [row.name for row in corrected(model, samples(16, 4)).report] == ["a"]

@@ -391,3 +391,10 @@ def test_a_model_that_onnxruntime_refuses_to_optimize_is_not_blamed_on_its_corre
 def test_new_biases_are_added_or_skipped():
     with pytest.raises(ValueError, match=r"^new_biases: 'no', expected 'add' or 'skip'$"):
         corrected(*pair_of("Conv"), samples(4, *SHAPES["Conv"]), new_biases="no")
+
+
+def test_a_bias_that_cannot_move_at_all_is_left_as_it_is():
+    float_model, quantized = with_bias("Conv", np.zeros(4, np.int32), np.zeros(4, np.float32))
+    (row,) = corrected(float_model, quantized, samples(24, *SHAPES["Conv"])).report
+    assert (row.method, row.reason) == (None, "int32 bias has a step of 0 in 4 of 4 channels, which stay")
+    assert row.shift_before == row.shift_after > 0

@@ -17,7 +17,7 @@ from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.graph import Graph, attributes, called_by, captured, named_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
-from biascorr.adapters.onnx.operators import LAYERS, operator_of, subgraph_nodes
+from biascorr.adapters.onnx.operators import LAYERS, operator_of, subgraph_nodes, subgraphs
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
@@ -404,7 +404,7 @@ def _check_functions(model: onnx.ModelProto, name: str) -> None:
             raise ValueError(f"{name}: its functions call each other more than {_MOST_CALLS} deep, which cannot be run")
         if key in functions and key not in sizes:
             sizes[key] = sum(size_of(each, (*callers, key)) for each in functions[key].node)
-        inside = sum(size_of(each, callers) for each in subgraph_nodes(node))
+        inside = sum(size_of(each, callers) for graph in subgraphs(node) for each in graph.node)
         return sizes.get(key, 1) + inside
 
     written = sum(size_of(node, ()) for node in model.graph.node) if functions else 0

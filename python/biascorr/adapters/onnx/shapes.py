@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
@@ -22,8 +23,10 @@ Shapes: TypeAlias = Mapping[str, tuple[int | None, ...]]
 
 
 def inferred_types(model: onnx.ModelProto) -> Types:
-    """Element types and shapes of tensors by name, as far as they are known."""
-    inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+    """Element types and shapes of tensors by name, as far as they are known: onnx may fail where onnxruntime does not."""
+    inferred = model.graph
+    with contextlib.suppress(Exception):  # of its own, which has no base but this
+        inferred = shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     values: Iterable[onnx.ValueInfoProto] = (*inferred.input, *inferred.value_info, *inferred.output)
     return {value.name: value.type.tensor_type for value in values}
 
