@@ -19,7 +19,7 @@ BELOW = {
     "equalization": {"adapters", "calibration", "graph", ARRAYS},
     "correction": {"adapters", "calibration", "equalization", "graph", "sweep", ARRAYS},
     "report": {"calibration", "correction", "equalization", "graph", ARRAYS},
-    "cli": {"calibration", "correction", "equalization", "graph", "report", ARRAYS},
+    "cli": {"adapters", "calibration", "correction", "equalization", "graph", "report", ARRAYS},
 }
 """What each folder may import besides itself, lowest first."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 _NEW = 0o666  # less what the umask of the process takes away
+_PRIVATE = 0o600
 
 
 def kind_of(path: Path) -> str:
@@ -19,16 +21,24 @@ def kind_of(path: Path) -> str:
     return f"{next((name for is_kind, name in kinds.items() if is_kind(mode)), 'a device')}, expected a file"
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """The place where a file is going to be written, links followed.
+def mode_of(path: Path) -> int | None:
+    """The permissions of a file; None where there is none."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False, size: int = 0) -> Path:
+    """The place where a file of about this size is going to be written, links followed.
 
     Raises
     ------
     FileExistsError
         It exists and `force` is not set.
     OSError
-        It cannot be written: there is no such folder, or one that is read-only; it is a folder or a device; its name is too
-        long.
+        It cannot be written: there is no such folder, or one that is read-only, or full; it is a folder or a device; its name
+        is too long.
     """
     try:
         place = Path(path).resolve()
@@ -45,6 +55,9 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
         raise PermissionError(f"{path}: folder {place.parent} cannot be written to")
     if not place.name or len(os.fsencode(place.name)) > os.pathconf(place.parent, "PC_NAME_MAX"):
         raise OSError(f"{path}: the name is too long")
+    free = shutil.disk_usage(place.parent).free
+    if free < size:
+        raise OSError(f"{path}: folder {place.parent} has {free} bytes left, about {size} are needed")
     return place
 
 
@@ -53,21 +66,25 @@ def _existing(path: str | os.PathLike[str]) -> FileExistsError:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str], *, force: bool = False, mode: int | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends without an error, and its mode where it existed.
+
+    A new file gets `mode`, or what the umask leaves. Nobody else can read what will be less open before it is.
 
     Raises as :func:`check_output`, and OSError, which names the path, where there is no space left.
     """
     place = check_output(path, force=force)
+    kept = mode_of(place)
+    mode = mode if kept is None else kept
     temporary = place.with_name(f".{secrets.token_hex(8)}.tmp")
     with _of(path):
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _NEW))
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _NEW if mode is None else _PRIVATE))
     try:
         with _of(path):
             yield temporary
             _flush(temporary)
-            if force and place.exists():
-                temporary.chmod(stat.S_IMODE(place.stat().st_mode))
+            if mode is not None:
+                temporary.chmod(mode)
             if force:
                 temporary.replace(place)
             else:

@@ -127,6 +127,7 @@ def test_arguments():
     assert checked_threads(np.int64(2)) == 2
     assert checked_threads(None) == available_cpus()
     assert checked_budget(0) == 0
+    assert checked_budget("1.5GB") == 1_500_000_000
     assert 0 < checked_budget(None) <= free_memory() + GB
 
 
@@ -137,8 +138,8 @@ def test_wrong_numbers_of_threads(function, threads):
         function(two_layers(), samples(4, 3, 6, 6), threads=threads)
 
 
-@pytest.mark.parametrize("budget", [-1, 1.5, True, "2GB"])
+@pytest.mark.parametrize("budget", [-1, 1.5, True, "2 G", "-1"])
 @pytest.mark.parametrize("function", [correct, equalize])
 def test_wrong_budgets(function, budget):
-    with pytest.raises(ValueError, match=r"^memory_budget: .*, expected an integer of at least 0, or None$"):
+    with pytest.raises(ValueError, match=r"^memory_budget: .*, expected (an integer of at least 0, or None|bytes: .*)$"):
         function(two_layers(), samples(4, 3, 6, 6), memory_budget=budget)

@@ -1,6 +1,7 @@
 """Temporary folders: of this process alone, removed with it or by the next one; a full disk is said with the remedy."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biascorr.calibration.storage import Storage, TemporaryFolder
+from biascorr.calibration.storage import Storage, TemporaryFolder, _remove_abandoned
 
 HOLD = """
 import sys, time
@@ -75,5 +76,33 @@ def test_a_full_disk_is_said_with_the_remedy(place, monkeypatch):
     with Storage(0) as storage, pytest.raises(OSError, match="requested.*memory_budget.*TMPDIR") as raised:
         storage["x"] = np.ones(10)
     assert str(place) in str(raised.value) or str(place) in str(raised.value.filename)
-    assert raised.value.errno in (None, errno.ENOSPC)
+    assert raised.value.errno == errno.ENOSPC
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_a_lock_that_is_no_file_hangs_nobody(make, place):
+    (place / "biascorr-of-a-joker").mkdir()
+    make(place / "biascorr-of-a-joker/.lock")
+    TemporaryFolder().cleanup()
+
+
+def test_folders_of_others_are_not_even_opened(place, monkeypatch):
+    (place / "biascorr-of-another").mkdir()
+    (place / "biascorr-of-another/.lock").write_bytes(b"")
+    monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it is of another user"))
+    _remove_abandoned(place)
+    assert (place / "biascorr-of-another/.lock").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_a_place_without_locks_keeps_its_folders(monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first, second = TemporaryFolder(), TemporaryFolder()
+    assert first.path.exists()
+    for folder in (first, second):
+        folder.cleanup()

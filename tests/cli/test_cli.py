@@ -489,6 +489,21 @@ def test_memory_budget_in_bytes(text, expected):
     assert cli._bytes_from_text(text) == expected
 
 
+@both_commands
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_output_that_is_external_data_of_the_model_is_refused(command, link, tmp_path):
+    onnx.save(two_layers(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    np.save(tmp_path / "x.npy", X)
+    before = (tmp_path / "m.data").read_bytes()
+    output = "m.data"
+    if link is not None:
+        link(tmp_path / "m.data", tmp_path / (output := "out.onnx"))
+    done = run(command, "m.onnx", "--data", "x.npy", "-o", output, "--force", cwd=tmp_path)
+    assert_one_error(done)
+    assert f"{output}: it is an input, " in done.stderr
+    assert (tmp_path / "m.data").read_bytes() == before
+
+
 def test_version(tmp_path):
     done = run("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"biascorr {biascorr.__version__}\n", "")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Hashable, Sequence
@@ -29,15 +32,30 @@ _PREFIX = "biascorr-"
 
 _LOCK = ".lock"
 
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
 _SHARE = 0.5
 """Part of the free memory that is used where no budget is given; the rest is for the network that runs."""
 
 
-def checked_budget(memory_budget: int | None) -> int:
-    """Bytes that may be held; None: a share of the memory that is free now. Raises ValueError where it is below 0."""
+def checked_budget(memory_budget: int | str | None) -> int:
+    """Bytes that may be held; None: a share of the memory that is free now.
+
+    Raises ValueError where it is below 0, or a text that names no bytes.
+    """
     if memory_budget is None:
         return int(_SHARE * free_memory())
+    if isinstance(memory_budget, str):
+        return bytes_from_text(memory_budget)
     return checked_integer("memory_budget", memory_budget, 0, otherwise="None")
+
+
+def bytes_from_text(text: str) -> int:
+    """The bytes that a text like "500MB" names. Raises ValueError where it names none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)?", text)
+    if found is None:
+        raise ValueError(f"memory_budget: {text!r}, expected bytes: 500000000, 500MB or 1.5GB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 class Buffers:
@@ -82,7 +100,8 @@ class TemporaryFolder:
         unlocked = self.path / f"{_LOCK}-to-be"
         self._lock = unlocked.open("wb")
         if fcntl is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # where nothing can be locked, nobody takes it for abandoned either
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)  # nobody ever finds it without its lock
 
     def cleanup(self) -> None:
@@ -96,11 +115,15 @@ def _remove_abandoned(place: Path) -> None:
         return
     for folder in place.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # of another user, just removed by somebody else, or in use
-            is_own = not folder.is_symlink() and folder.is_dir() and folder.stat().st_uid == os.getuid()
-            with (folder / _LOCK).open("rb") as lock:
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                continue
+            lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a link or a pipe
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_own:
-                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 class Storage:
@@ -174,7 +197,8 @@ class Storage:
             np.save(path, array, allow_pickle=False)
         except OSError as error:
             remedy = "give a greater memory_budget, or set TMPDIR to a folder with more space"
-            raise OSError(error.errno, f"activations cannot be kept: {error.strerror or error}; {remedy}", str(path)) from error
+            number = error.errno or errno.ENOSPC  # numpy has none where it could not write all of it
+            raise OSError(number, f"activations cannot be kept: {error.strerror or error}; {remedy}", str(path)) from error
         return path
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
-import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -25,8 +25,9 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
+from biascorr.adapters.loading import sizes_by_file
 from biascorr.calibration.data import Progress
-from biascorr.calibration.storage import TemporaryFolder
+from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
 from biascorr.correction.correct import Correction
@@ -49,7 +50,6 @@ Result = TypeVar("Result", Correction, Equalization)
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 _WEIGHT_BITS = 8
 _WIDEST = 10_000  # characters of a line in a file
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 """Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 3 when it is written although no layer could be
@@ -72,10 +72,10 @@ def _line(message: object) -> str:
 
 
 def _bytes_from_text(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)?", text)
-    if found is None:
-        raise typer.BadParameter(f"{text!r}, expected bytes: 500000000, 500MB or 1.5GB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    try:
+        return bytes_from_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("memory_budget: ")) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -171,7 +171,8 @@ def correct(
             progress=progress,
         )
 
-    _run(work, output, force, _print_correction, (model, quantized, data))
+    models = {"model": model, "quantized": quantized}
+    _run(work, output, force, _print_correction, models, data)
 
 
 @app.command()
@@ -209,7 +210,7 @@ def equalize(
             progress=progress,
         )
 
-    _run(work, output, force, _print_equalization, (model, data))
+    _run(work, output, force, _print_equalization, {"model": model}, data)
 
 
 def _run(
@@ -217,7 +218,8 @@ def _run(
     output: Path,
     force: bool,
     print_result: Callable[[Result, Path], None],
-    inputs: Iterable[Path | None],
+    models: Mapping[str, Path | None],
+    data: Path | None,
 ) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
@@ -225,7 +227,7 @@ def _run(
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     try:
-        _check_output(output, force, inputs)
+        _check_output(output, force, models, data)
         console = Console(stderr=True)
         with _temporary_folder(), Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
@@ -279,14 +281,17 @@ def _replace_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _check_output(output: Path, force: bool, inputs: Iterable[Path | None]) -> None:
+def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], data: Path | None) -> None:
+    """The output is another file than all that is read, and has room for a model like the last one."""
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; --force overwrites it")
     check_output(output, force=force)
-    for path in inputs:
-        files = [] if path is None or not output.exists() or not path.exists() else path.iterdir() if path.is_dir() else [path]
-        if any(file.exists() and file.samefile(output) for file in files):
-            raise ValueError(f"{output}: it is an input, {path}; give the output another name")
+    sizes = [sizes_by_file(path, name) for name, path in models.items() if path is not None]
+    samples = [] if data is None else data.iterdir() if data.is_dir() else [data]
+    for file in [*itertools.chain(*sizes), *samples]:
+        if output.exists() and file.exists() and file.samefile(output):
+            raise ValueError(f"{output}: it is an input, {file}; give the output another name")
+    check_output(output, force=force, size=sum(sizes[-1].values()))
 
 
 def _print_correction(result: Correction, output: Path) -> None:

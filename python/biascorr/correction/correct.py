@@ -127,7 +127,7 @@ def correct(
     quant_params: QuantParams | None = None,
     equalize: bool = False,
     new_biases: str = "add",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Correction:
@@ -174,9 +174,9 @@ def correct(
         tries it without, and returns what is best.
     new_biases : str
         "add": a layer without a bias gets one. "skip": it is left as it is, and no node is added to the model.
-    memory_budget : int, optional
-        Bytes of activations held in memory; the rest goes to a temporary folder that is removed at the end. None: half
-        of the memory that is free, in the container that this process is in.
+    memory_budget : int or str, optional
+        Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
+        None: half of the memory that is free, in the container that this process is in.
     threads : int, optional
         Threads that run the model and the statistics, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional

@@ -123,7 +123,7 @@ def equalize(
     *,
     iterations: int | None = None,
     replace_relu6: bool = False,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Equalization:
@@ -145,9 +145,9 @@ def equalize(
     replace_relu6 : bool
         Whether ReLU6 becomes ReLU everywhere, which changes the function. Otherwise, a ReLU6 or Clip between two scaled layers
         gets a bound for each channel where that gains more than it costs, and else ends the chain.
-    memory_budget : int, optional
-        Bytes of samples and outputs held in memory; the rest goes to a temporary folder that is removed at the end.
-        None: half of the memory that is free, in the container that this process is in.
+    memory_budget : int or str, optional
+        Bytes of samples and outputs held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the
+        end. None: half of the memory that is free, in the container that this process is in.
     threads : int, optional
         Threads that run the model, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional

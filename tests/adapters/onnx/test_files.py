@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from biascorr import whole_file
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.adapters.onnx.tensors import array_of
+from biascorr.whole_file import mode_of
 from networks import as_constant_nodes, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
 X = samples(4, 3, 6, 6)
@@ -808,4 +810,77 @@ def test_an_unknown_type_is_one_line(tmp_path):
 def test_a_model_that_is_no_file(make, kind, tmp_path):
     make(tmp_path / "m.onnx")
     with pytest.raises(OSError, match=rf"^model: {re.escape(str(tmp_path / 'm.onnx'))}: {kind}, expected a file$"):
+        files.load(tmp_path / "m.onnx", "model")
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_external_data_is_never_more_open_than_the_model_that_is_replaced(tmp_path, monkeypatch):
+    path, modes = tmp_path / "out.onnx", []
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (modes.extend(map(mode_of, tmp_path.iterdir())), fsync(descriptor)))
+    files.save(*files.load(numbered(1), "model"), path, force=True)
+    assert set(modes) == {0o600} == set(map(mode_of, tmp_path.iterdir()))
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("copy", [shutil.copy, os.link])
+def test_data_that_a_copy_of_the_model_needs_stays(copy, tmp_path):
+    files.save(*files.load(numbered(1), "model"), tmp_path / "out.onnx")
+    copy(tmp_path / "out.onnx", tmp_path / "before.onnx")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    files.save(*files.load(numbered(2), "model"), tmp_path / "out.onnx", force=True)
+    assert [assert_whole(tmp_path / name) for name in ("out.onnx", "before.onnx")] == [2, 1]
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("value", [None, "abc", "-4"])
+def test_a_model_that_is_replaced_may_be_anything(value, tmp_path):
+    path = tmp_path / "out.onnx"
+    path.write_bytes(b"no model")
+    if value is not None:
+        with_entry(external(tmp_path, name="out.onnx"), "offset", value)
+    (tmp_path / "out.onnx.00000000.data").write_bytes(b"of nobody we know")
+    files.save(*files.load(numbered(2), "model"), path, force=True)
+    assert assert_whole(path) == 2
+    assert (tmp_path / "out.onnx.00000000.data").exists()
+
+
+def test_files_of_a_model_and_their_sizes(tmp_path):
+    path = external(tmp_path)
+    tensors = sum(array.nbytes for array in constants_of(two_layers()).values())
+    assert files.sizes_by_file(path, "model") == {path: path.stat().st_size, tmp_path / "model.data": tensors}
+
+
+def test_a_full_disk_is_known_before(tmp_path):
+    with pytest.raises(OSError, match=rf"out\.onnx: folder {re.escape(str(tmp_path))} has \d+ bytes left, about {10**18} are"):
+        whole_file.check_output(tmp_path / "out.onnx", size=10**18)
+
+
+NO_DATA = {
+    "a named pipe": lambda file: os.mkfifo(file),
+    "a folder": lambda file: file.mkdir(),
+    "Symlink loop|Too many levels": lambda file: file.symlink_to(file.name),
+    "is missing": lambda file: file.symlink_to("none"),
+}
+
+
+@pytest.mark.parametrize("message", NO_DATA)
+def test_external_data_that_is_no_file(message, tmp_path):
+    model, _ = with_external(tmp_path, "initializer")
+    (tmp_path / "weights.bin").unlink()
+    NO_DATA[message](tmp_path / "weights.bin")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(OSError, match=f"^model: .*m.onnx: tensor w: .*({message})"):
+        files.load(tmp_path / "m.onnx", "model")
+
+
+@pytest.mark.parametrize(("data_type", "size"), [(onnx.TensorProto.STRING, 500), (onnx.TensorProto.FLOAT, -1000)])
+def test_external_data_that_is_no_array(data_type, size, tmp_path):
+    model, _ = with_external(tmp_path, "initializer")
+    model.graph.initializer[0].data_type = data_type
+    model.graph.initializer[0].dims[:] = [size]
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="^model: .*m.onnx: tensor w: .*, expected an array of numbers$"):
         files.load(tmp_path / "m.onnx", "model")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
 from biascorr.adapters.onnx.tensors import LARGE, Values, attach, bytes_of, detach, key_of, main_tensors, raw_of, whole_model
-from biascorr.whole_file import check_output, kind_of, whole_file
+from biascorr.whole_file import check_output, kind_of, mode_of, whole_file
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may have; beyond, tensors go to a file beside the model."""
@@ -53,11 +53,27 @@ def load(model: Any, name: str) -> tuple[onnx.ModelProto, Values]:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{name}: {type(model).__name__}, expected a path, bytes or an onnx.ModelProto")
     path = Path(model)
+    return _detached(_from_file(path, name), path, f"{name}: {path}")
+
+
+def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
+    """The files that a model is in, with the bytes that it has in each: its own one, and those of its external data.
+
+    Raises as :func:`load`.
+    """
+    sizes = {path: path.stat().st_size if path.is_file() else 0}
+    for tensor, file, _ in _external(_from_file(path, name), path, f"{name}: {path}"):
+        sizes[file] = sizes.get(file, 0) + bytes_of(tensor)
+    return sizes
+
+
+def _from_file(path: Path, name: str) -> onnx.ModelProto:
+    """The model as it is in its file, without its external data."""
     if not path.exists():
         raise FileNotFoundError(f"{name}: no such file: {path}")
     if not path.is_file():
         raise OSError(f"{name}: {path}: {kind_of(path)}")
-    return _detached(_parse(path.read_bytes(), f"{name}: {path}"), path, f"{name}: {path}")
+    return _parse(path.read_bytes(), f"{name}: {path}")
 
 
 def _parse(data: bytes, name: str) -> onnx.ModelProto:
@@ -84,17 +100,11 @@ def _read_external(model: onnx.ModelProto, path: Path | None, name: str, values:
     """Attaches what is in files beside the model: large tensors where they lie, small ones and inner ones as copies."""
     main = {id(tensor): tensor for tensor in main_tensors(model.graph)}
     files: dict[Path, NDArray[np.uint8]] = {}
-    for tensor in _tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        if path is None:
-            raise ValueError(f"{name}: tensor {tensor.name} is in an external file; give the path of the model")
-        try:
-            raw = _external_bytes(tensor, path, files, values)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: tensor {tensor.name}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{name}: tensor {tensor.name}: {error}") from None
+    for tensor, file, offset in _external(model, path, name):
+        size = bytes_of(tensor)
+        if size and file not in files:
+            files[file] = values.map(file)
+        raw = files[file][offset : offset + size] if size else np.zeros(0, np.uint8)
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
         if id(tensor) in main and raw.size >= LARGE:
@@ -103,15 +113,23 @@ def _read_external(model: onnx.ModelProto, path: Path | None, name: str, values:
             tensor.raw_data = raw.tobytes()
 
 
-def _external_bytes(
-    tensor: onnx.TensorProto, path: Path, files: dict[Path, NDArray[np.uint8]], values: Values
-) -> NDArray[np.uint8]:
-    """The values of a tensor in its file, which is mapped into memory."""
-    file, offset = _located(tensor, path)
-    size = bytes_of(tensor)
-    if size and file not in files:
-        files[file] = values.map(file)
-    return files[file][offset : offset + size] if size else np.zeros(0, np.uint8)
+def _external(model: onnx.ModelProto, path: Path | None, name: str) -> Iterator[tuple[onnx.TensorProto, Path, int]]:
+    """The tensors that are in other files, with the file and where they start in it."""
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        if path is None:
+            raise ValueError(f"{name}: tensor {tensor.name} is in an external file; give the path of the model")
+        label = f"{name}: tensor {tensor.name}"
+        try:
+            file, offset = _located(tensor, path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{label}: {error}") from None
+        except (OSError, RuntimeError) as error:  # a name that is too long, or links that go round in circles
+            raise OSError(f"{label}: {getattr(error, 'strerror', None) or error}") from None
+        except ValueError as error:
+            raise ValueError(f"{label}: {str(error).removeprefix(f'tensor {tensor.name}: ')}") from None
+        yield tensor, file, offset
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -144,22 +162,33 @@ def _located(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int]:
 
     Caches keep models and their data as links into one folder.
     """
-    info = ExternalDataInfo(tensor)
+    info = _described(tensor)
     folders = list(dict.fromkeys([path.parent.resolve(), path.resolve().parent]))
     places = [(folder / info.location).resolve() for folder in (path.parent, *folders[1:])]
     is_inside = ".." not in Path(info.location).parts and not Path(info.location).is_absolute()
     inside = [place for place in places if is_inside and any(place.is_relative_to(folder) for folder in folders)]
     if not inside:
         raise ValueError(f"external data {info.location} is outside the model's folder")
-    file = next((place for place in inside if place.is_file()), None)
+    file = next((place for place in inside if place.exists()), None)
     if file is None:
         raise FileNotFoundError(f"external data {info.location} is missing")
+    if not file.is_file():
+        raise OSError(f"external data {info.location}: {kind_of(file)}")
+    if tensor.data_type == onnx.TensorProto.STRING or any(size < 0 for size in tensor.dims):
+        raise ValueError(f"external data {info.location}: of text, or a negative size, expected an array of numbers")
     size, length, offset = bytes_of(tensor), info.length, info.offset or 0
     if length is not None and length != size:
         raise ValueError(f"external data {info.location} has {length} bytes for it, expected {size}")
     if offset < 0 or offset + size > file.stat().st_size:
         raise ValueError(f"external data {info.location} is truncated")
     return file, offset
+
+
+def _described(tensor: onnx.TensorProto) -> ExternalDataInfo:
+    try:
+        return ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise ValueError(f"external data that is described wrongly: {error}") from None
 
 
 def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -185,7 +214,7 @@ def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *
     detach(external, values)
     data = place.with_name(f"{_stem(place)}.{secrets.token_hex(4)}.data")
     try:
-        with whole_file(data) as temporary:
+        with whole_file(data, mode=mode_of(place)) as temporary:
             _write_values(external, values, temporary, data.name)
         light = onnx.ModelProto()
         light.CopyFrom(external)
@@ -197,20 +226,27 @@ def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *
             data.unlink(missing_ok=True)
         raise
     for old in before:
-        old.unlink(missing_ok=True)
+        if not _is_read(old):
+            old.unlink(missing_ok=True)
+
+
+def _is_read(data: Path) -> bool:
+    """Whether a model beside it still refers to it: a copy of the one that it was written with."""
+    try:
+        return any(data.name.encode() in each.read_bytes() for each in data.parent.glob("*.onnx") if each.is_file())
+    except OSError:
+        return True
 
 
 def _own_data(path: Path) -> set[Path]:
     """The data files that were written here for the model that is at this path, if there is one."""
-    own = {each.name: each for each in path.parent.iterdir() if _is_data_of(path, each.name)}
-    if not own or not path.exists():
-        return set()
     try:
-        model = _parse(path.read_bytes(), str(path))
-    except ValueError:
+        own = {each.name: each for each in path.parent.iterdir() if _is_data_of(path, each.name)}
+        model = _parse(path.read_bytes(), str(path)) if own else onnx.ModelProto()
+    except (OSError, ValueError):  # there is none, or none that can be read
         return set()
-    external = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    return {own[name] for name in {ExternalDataInfo(tensor).location for tensor in external} & own.keys()}
+    entries = (entry for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location")
+    return {own[entry.value] for entry in entries if entry.value in own}
 
 
 def _is_data_of(path: Path, name: str) -> bool:
