@@ -555,3 +555,11 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
         file.truncate(1000)
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: changed while it was read$"):
         list(reading)
+
+
+def test_a_tuple_of_arrays_and_labels_or_of_batches():
+    for data, inputs, kept in (((A, LABELS), PAIR[:1], "data[0]"), ((A, B, LABELS), PAIR, "[data[:-1]]")):
+        with pytest.raises(ValueError, match=rf"; drop labels, e\.g\. {re.escape(kept)}$"):
+            list(batches_from_data(data, inputs))
+    assert len(list(batches_from_data(((A, B), (A, B), (A, B)), PAIR))) == 3
+    assert len(list(batches_from_data((A, A), PAIR[:1]))) == 2

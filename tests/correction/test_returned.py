@@ -12,7 +12,7 @@ from onnxruntime.quantization import QuantFormat, QuantType
 
 from biascorr import QuantParams, correct
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.correction.scoring import OutputErrors
+from biascorr.correction.scoring import OutputErrors, Score
 from networks import BITS, model_from_text, quantized, run, samples, weights
 
 FORMATS = {
@@ -171,7 +171,7 @@ def test_auto_returns_the_model_that_was_given_where_the_runtime_makes_the_corre
     assert correction.model.SerializeToString() == given.SerializeToString()
     (note,) = [note for note in correction.notes if "runtime's own arithmetic" in note]
     assert note.endswith("worse than the uncorrected model, which is returned")
-    best = max(correction.scores.values(), key=lambda score: score.order)
+    best = Score.best(correction.scores.values())
     assert best != correction.scores["none"]
 
 

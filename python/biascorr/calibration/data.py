@@ -84,14 +84,20 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
         yield from _from_path(Path(data), inputs, batch_size)
     elif isinstance(data, (np.ndarray, Mapping)):
         yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
-    elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and np.ndim(data[-1]) <= 1 < np.ndim(data[0]):
-        raise ValueError(f"{name}: inputs and what looks like labels; drop labels, e.g. data[0]")
+    elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and _ends_with_labels(data):
+        kept = "data[0]" if len(inputs) == 1 else "[data[:-1]]"
+        raise ValueError(f"{name}: inputs and what looks like labels; drop labels, e.g. {kept}")
     elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
         yield from _each(data, inputs, name)
     elif hasattr(data, "get_next"):
         yield from _each(iter(data.get_next, None), inputs, name)
     else:
         raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
+
+
+def _ends_with_labels(arrays: tuple[Any, ...]) -> bool:
+    """Whether the last one has a number for each sample, where the first has more."""
+    return all(isinstance(each, np.ndarray) for each in arrays) and arrays[-1].ndim <= 1 < arrays[0].ndim
 
 
 def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str) -> Batches:

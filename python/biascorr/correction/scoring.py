@@ -81,8 +81,10 @@ class _Output:
         self.signal = self.noise = self.divergence = 0.0
         self.positions = 0
         self.probabilities = True
+        self.has_elements = False
 
     def add(self, reference: NDArray[Any], computed: NDArray[Any]) -> None:
+        self.has_elements |= bool(reference.size or computed.size)
         if reference.dtype.kind != "f":
             alike = reference.shape == computed.shape and reference == computed
             self.signal += reference.size
@@ -127,12 +129,12 @@ class OutputErrors:
         for expected, found in itertools.zip_longest(map(_plain, reference), map(_plain, computed)):
             expected = np.zeros(0, found.dtype) if expected is None else expected
             found = np.zeros(0, expected.dtype) if found is None else found
-            if expected.dtype.kind == found.dtype.kind and (expected.size or found.size):
+            if expected.dtype.kind == found.dtype.kind:
                 self._outputs.setdefault(name, _Output()).add(expected, found)
 
     @property
     def score(self) -> Score:
-        outputs = self._outputs.values()
+        outputs = [each for each in self._outputs.values() if each.has_elements] or list(self._outputs.values())
         if not outputs:
             return NOT_SCORED
         divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
