@@ -108,7 +108,6 @@ def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str) -> Ba
 
 def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, Any]:
     names = [each.name for each in inputs]
-    listed = f"the model has {len(inputs)} inputs ({', '.join(names)})"
     if not isinstance(batch, Mapping):
         arrays = list(batch) if isinstance(batch, (tuple, list)) else [batch]
         if len(arrays) > 1 and (isinstance(arrays[0], Mapping) or _are_inputs(arrays[0], inputs)):
@@ -117,7 +116,7 @@ def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, A
             taken = ", ".join(f"x{k}" for k in range(len(inputs))) if len(inputs) > 1 else "x"
             given = f"({taken})" if len(inputs) > 1 else taken
             hint = f"; drop labels, e.g. ({given} for {taken}, *labels in data)" if len(arrays) > len(inputs) else ""
-            raise ValueError(f"{name}: {len(arrays)} arrays, {listed}{hint}")
+            raise ValueError(f"{name}: {len(arrays)} arrays, the model has {len(inputs)} inputs ({', '.join(names)}){hint}")
         batch = dict(zip(names, arrays))
     if set(batch) != set(names):
         found = ", ".join(map(str, batch)) or "nothing"
@@ -135,10 +134,10 @@ def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
 
 def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
-    if isinstance(values, (np.ndarray, _Rows)) and not isinstance(values, MaskedArray):
-        return values
     if isinstance(values, MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
+    if isinstance(values, (np.ndarray, _Rows)):
+        return values
     if hasattr(values, "detach"):
         values = values.detach().cpu()
     if hasattr(values, "numpy"):

@@ -70,7 +70,7 @@ class Correction:
     notes : sequence of str
         Remarks about the scores: few samples, outputs that got worse, nothing scored.
     samples, batches : int
-        How many were read; a batch counts as one sample where the model fixes its size.
+        How many were read; a batch counts as one sample where the model fixes its size, or makes samples depend on each other.
     equalization : Equalization or None
         The equalization of the float model, whether that was better or not; None where it was not asked for.
     is_simulated : bool
@@ -149,8 +149,7 @@ def correct(
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
         The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as onnxruntime
-        runs it. With fewer than four samples, all are
-        corrected with and all are scored.
+        runs it. With fewer than four samples, all are corrected with and all are scored.
 
         By name, from all samples:
 
@@ -220,9 +219,7 @@ def correct(
     >>> correction.report[0].reason
     'it had no bias; one was added'
     """
-    _check_options(method, strength, shrunk, data is not None)
-    if new_biases not in NEW_BIASES:
-        raise ValueError(f"new_biases: {new_biases!r}, expected {' or '.join(map(repr, NEW_BIASES))}")
+    _check_options(method, strength, shrunk, new_biases, data is not None)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
         if quantized is not None and is_given:
@@ -370,7 +367,7 @@ def _candidates(
     return [builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized)), *made]
 
 
-def _check_options(method: str, strength: float, shrunk: bool, has_data: bool) -> None:
+def _check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
@@ -381,6 +378,8 @@ def _check_options(method: str, strength: float, shrunk: bool, has_data: bool) -
         raise ValueError(f"shrunk: {shrunk}, expected False with method {method!r}")
     if not has_data and method != "analytical":
         raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
+    if new_biases not in NEW_BIASES:
+        raise ValueError(f"new_biases: {new_biases!r}, expected {' or '.join(map(repr, NEW_BIASES))}")
 
 
 def _check_inputs_and_outputs(reference: Network, quantized: Network) -> list[str]:

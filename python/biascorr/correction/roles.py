@@ -87,18 +87,18 @@ def _norms(network: Network) -> int:
 
 
 def _folded(reference: Network, quantized: Network) -> Pair:
-    """With the batch normalizations folded into the layers before them, or all: whichever matches more layers, if any."""
+    """With the batch normalizations folded into the layers before them, or all of them: whichever fits best, if any."""
     best = Pair(reference, {})
     if not is_editable(reference):
         return best
     network = cast(EditableNetwork, reference)
     _, folds, _ = fold_batch_norms(network)
-    for wanted in {tuple((fold.layer, fold.batch_norm) for fold in folds if fold.is_after or every) for every in (False, True)}:
+    before = [(fold.layer, fold.batch_norm) for fold in folds if fold.is_after]
+    every = [(fold.layer, fold.batch_norm) for fold in folds]
+    for wanted in [before, every] if before != every else [every]:
         folded, done, _ = fold_batch_norms(network, wanted)
+        note = f"{len(done)} batch normalizations were folded into layers, as in the quantized model"
         with contextlib.suppress(ValueError):
-            matches = match_layers(folded.layers, quantized.layers) if done else {}
-            if matches and _fit(Pair(folded, matches)) > _fit(best):
-                best = Pair(
-                    folded, matches, (f"{len(done)} batch normalizations were folded into layers, as in the quantized model",)
-                )
+            pair = Pair(folded, match_layers(folded.layers, quantized.layers) if done else {}, (note,))
+            best = pair if pair.matches and _fit(pair) > _fit(best) else best
     return best

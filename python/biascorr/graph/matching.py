@@ -203,7 +203,8 @@ def _is_matrix(layer: Layer) -> bool:
 
 def _in_form_of(layer: Layer, other: Layer) -> Layer:
     """A layer whose weights are laid out and scaled as those of another one of its kind."""
-    weights, factor = layer.weights, 1.0 if layer.gain == other.gain else layer.gain / other.gain if other.gain else np.nan
+    weights = layer.weights
+    factor = 1.0 if layer.gain == other.gain else float(np.divide(layer.gain, other.gain)) if other.gain else np.nan
     if _is_matrix(layer) and layer.layout != other.layout:
         turned = weights
         weights = LazyArray(turned.shape[::-1], turned.dtype, lambda: np.asarray(turned).T)

@@ -16,9 +16,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from biascorr.adapters.onnx.functions import called_by
 from biascorr.adapters.onnx.operators import operator_of, subgraph_nodes, subgraphs
 from biascorr.adapters.onnx.runtime import Session
-from biascorr.adapters.onnx.shapes import Shapes, inferred_types, known_shapes
+from biascorr.adapters.onnx.shapes import Shapes, Types, inferred_types, known_shapes
 from biascorr.adapters.onnx.tensors import Values, array_of, bytes_of, key_of, tensor_of
 from biascorr.graph.layer import Constant, LazyArray
 
@@ -148,12 +149,18 @@ class Graph:
 
     def rank(self, name: str) -> int | None:
         """How many axes a tensor has; None where that is not known without running the model."""
-        shape = self._shapes.get(name)
+        shape = self.shapes.get(name)
         return None if shape is None else len(shape)
 
     @functools.cached_property
-    def _shapes(self) -> Shapes:
-        return known_shapes(inferred_types(self._model))
+    def types(self) -> Types:
+        """What is known of tensors without running the model; of those that were there when it was first asked for."""
+        return inferred_types(self._model)
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """The shapes among :attr:`types`."""
+        return known_shapes(self.types)
 
     def tensor(self, name: str) -> onnx.TensorProto | None:
         """The tensor that has the values of a constant; None where they are computed."""
@@ -504,11 +511,6 @@ def weight_index(node: onnx.NodeProto, graph: Graph) -> int:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """The attributes of a node by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def called_by(node: onnx.NodeProto) -> tuple[str, str, str]:
-    """The key of the function of the model that a node calls, if it is one."""
-    return node.domain, node.op_type, node.overload
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:

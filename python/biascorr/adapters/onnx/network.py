@@ -15,9 +15,22 @@ from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
-from biascorr.adapters.onnx.graph import Graph, attributes, called_by, captured, named_nodes, weight_index
+from biascorr.adapters.onnx.functions import called_by, check_functions
+from biascorr.adapters.onnx.graph import Graph, attributes, captured, named_nodes, weight_index
 from biascorr.adapters.onnx.lowering import PACKED_BITS, lowered, steps_of_n_bits, weights_of_n_bits
-from biascorr.adapters.onnx.operators import LAYERS, operator_of, subgraph_nodes, subgraphs
+from biascorr.adapters.onnx.operators import (
+    COLLECTING,
+    COPIES,
+    DYNAMIC,
+    GIVING,
+    LAYERS,
+    POINTWISE,
+    RECURRENT,
+    UNWEIGHTED,
+    WEIGHTED,
+    operator_of,
+    subgraph_nodes,
+)
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
@@ -30,61 +43,6 @@ from biascorr.quantization import Quantization
 from biascorr.windows import TransposedWindow, Window
 
 _SPACE = {1: "W", 2: "HW", 3: "DHW"}
-
-_POINTWISE = {
-    "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "QuickGelu", "Relu", "Selu",
-    "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
-}  # fmt: skip
-"""Operators that activations are made of: each element of the output depends on one element of each input."""
-
-_COPIES = {
-    "Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
-}  # fmt: skip
-"""Operators after which weights are the same in another form."""
-
-_DYNAMIC = {"ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-"""Operators whose input is quantized when they run, with a step that depends on it."""
-
-_RECURRENT = {"DynamicQuantizeLSTM", "GRU", "LSTM", "RNN"}
-"""Operators whose weights act on what they made before."""
-
-_WEIGHTED = {
-    "DeformConv", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation",
-    "GemmFastGelu", "GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulNBits", "MoE",
-    "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QMoE", "QOrderedMatMul",
-    "TransposeMatMul", "ai.onnx.ml::LinearClassifier", "ai.onnx.ml::LinearRegressor", *_DYNAMIC, *_RECURRENT,
-}  # fmt: skip
-"""Operators that multiply with weights and are not corrected; some of them only in forms that are not lowered."""
-
-_UNWEIGHTED = {
-    *_POINTWISE, *_COPIES, "And", "BiasAdd", "BiasGelu", "BiasSplitGelu", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
-    "Compress", "Concat", "CumSum", "DFT", "EmbedLayerNormalization", "Equal", "Expand", "FastGelu", "Fmod", "FusedElementwise",
-    "Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "GridSample",
-    "GroupNormalization", "GroupQueryAttention", "If", "InstanceNormalization", "LayerNormalization", "Less", "LessOrEqual",
-    "Loop", "MaxRoiPool", "MaxUnpool", "Mean", "MeanVarianceNormalization", "Mod", "MultiHeadAttention", "NonMaxSuppression",
-    "Not", "OneHot", "Or", "Pad", "QLinearAdd", "QLinearConcat", "QLinearMul", "QLinearWhere", "RMSNormalization", "Range",
-    "Resize", "RoiAlign", "RotaryEmbedding", "STFT", "Scan", "Scatter", "ScatterElements", "ScatterND", "SequenceInsert",
-    "Shape", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Split",
-    "Sum", "TensorScatter", "Tile", "TopK", "Unique", "Upsample", "Where", "Xor",
-}  # fmt: skip
-"""Operators that may read a constant matrix without multiplying with it: others that do are taken for layers."""
-
-_COLLECTING = {
-    "LabelEncoder", "Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
-    "SequenceMap", "SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit", "ai.onnx.ml::LabelEncoder",
-    "ai.onnx.ml::ZipMap",
-}  # fmt: skip
-"""Operators that may make no array of numbers: a sequence, a map, what may be missing, text."""
-
-_GIVING = ("ConcatFromSequence", "DequantizeLinear", "OptionalGetElement", "SequenceAt")
-"""Operators that make an array of what is none."""
-
-_MANY_NODES = 1_000_000
-"""Nodes that the functions of a model may be written out to; onnxruntime writes them out before it runs anything."""
-
-_MOST_CALLS = 100
-"""Functions inside each other; onnxruntime runs no more."""
 
 
 class OnnxNetwork:
@@ -128,7 +86,7 @@ class OnnxNetwork:
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.adapters.onnx.files.load` for the errors."""
         loaded, values = files.load(model, name)
-        _check_functions(loaded, name)
+        check_functions(loaded, name)
         check(loaded, values, name)  # refuses what is no valid model before anything is read from it
         return cls(loaded, values, name)
 
@@ -242,7 +200,7 @@ class OnnxNetwork:
 
     def _layer(self, name: str, node: onnx.NodeProto) -> Layer | Reason | None:
         """The layer that a node is, the reason why it cannot be corrected, or None if it has no weights."""
-        layers = {*LAYERS, *_WEIGHTED}
+        layers = {*LAYERS, *WEIGHTED}
         if any(operator_of(inner) in layers for inner in subgraph_nodes(node)):
             return ReasonCode.LAYERS_IN_SUBGRAPH()
         if not layers.isdisjoint(self._graph.called_operators(node)):
@@ -252,12 +210,12 @@ class OnnxNetwork:
         operator = operator_of(node)
         if operator == "MatMulNBits":
             return self._matmul_n_bits(name, node)
-        if operator in _RECURRENT or operator in _DYNAMIC:
-            return ReasonCode.RECURRENT() if operator in _RECURRENT else ReasonCode.DYNAMIC()
+        if operator in RECURRENT or operator in DYNAMIC:
+            return ReasonCode.RECURRENT() if operator in RECURRENT else ReasonCode.DYNAMIC()
         if operator in ("Einsum", "MatMul"):
             return self._matmul(name, node) if operator == "MatMul" else self._einsum(name, node)
         if operator not in LAYERS:
-            return ReasonCode.OPERATOR_UNSUPPORTED() if operator in _WEIGHTED or self._reads_matrix(node) else None
+            return ReasonCode.OPERATOR_UNSUPPORTED() if operator in WEIGHTED or self._reads_matrix(node) else None
         for reason, given in zip((ReasonCode.WEIGHTS_COMPUTED(), ReasonCode.BIAS_COMPUTED()), node.input[1:3]):
             if given and not self._graph.is_constant(given):
                 return reason
@@ -265,7 +223,7 @@ class OnnxNetwork:
 
     def _reads_matrix(self, node: onnx.NodeProto) -> bool:
         """Whether an operator that could multiply with it reads a constant matrix."""
-        if operator_of(node) in _UNWEIGHTED or called_by(node) in self._graph.functions:
+        if operator_of(node) in UNWEIGHTED or called_by(node) in self._graph.functions:
             return False
         constants = [self._graph.constant(each) for each in node.input if each and self._graph.is_constant(each)]
         return any(sum(size > 1 for size in each.shape) > 1 and each.dtype.kind not in "biUSO" for each in constants)
@@ -391,27 +349,6 @@ class OnnxNetwork:
         return dequantizer.quantized, Quantization.from_step(step, zero_point)
 
 
-def _check_functions(model: onnx.ModelProto, name: str) -> None:
-    """Raises ValueError where functions call themselves, or are deeper or written out to more nodes than can be run."""
-    functions = {(each.domain, each.name, each.overload): each for each in model.functions}
-    sizes: dict[tuple[str, str, str], int] = {}
-
-    def size_of(node: onnx.NodeProto, callers: tuple[tuple[str, str, str], ...]) -> int:
-        key = called_by(node)
-        if key in callers:
-            raise ValueError(f"{name}: function {key[1]} of domain {key[0]!r} calls itself")
-        if len(callers) > _MOST_CALLS:
-            raise ValueError(f"{name}: its functions call each other more than {_MOST_CALLS} deep, which cannot be run")
-        if key in functions and key not in sizes:
-            sizes[key] = sum(size_of(each, (*callers, key)) for each in functions[key].node)
-        inside = sum(size_of(each, callers) for graph in subgraphs(node) for each in graph.node)
-        return sizes.get(key, 1) + inside
-
-    written = sum(size_of(node, ()) for node in model.graph.node) if functions else 0
-    if written > _MANY_NODES:
-        raise ValueError(f"{name}: its functions are written out to {written} nodes, up to {_MANY_NODES} can be run")
-
-
 def axes_of_product(equation: str, index: int) -> tuple[str, int, int] | None:
     """Layout of the weights, the input's axis of channels and the output's, of an Einsum with a matrix as this operand.
 
@@ -469,7 +406,7 @@ def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Opera
         if not graph.is_constant(next(filter(None, node.output), "")):
             inputs = tuple(dict.fromkeys(each for each in (*node.input, *captured(node)) if each in known))
             outputs = tuple(output for output in node.output if output)
-            is_lasting = operator_of(node) not in _COLLECTING and not _makes_other_type(node, graph, others)
+            is_lasting = operator_of(node) not in COLLECTING and not _makes_other_type(node, graph, others)
             others.update(() if is_lasting else outputs)
             operations.append(Operation(name, inputs, outputs, _kind(node), is_lasting))
             known.update(outputs)
@@ -484,12 +421,12 @@ def _makes_other_type(node: onnx.NodeProto, graph: Graph, others: Set[str]) -> b
         to = given.get("to") or given.get("output_dtype")
         dtype = helper.tensor_dtype_to_np_dtype(to) if to else zero_point
         return dtype is not None and dtype.isbuiltin != 1
-    return operator not in _GIVING and not others.isdisjoint(node.input)
+    return operator not in GIVING and not others.isdisjoint(node.input)
 
 
 def _kind(node: onnx.NodeProto) -> Kind:
     kinds = {"QuantizeLinear": Kind.QUANTIZE, "DequantizeLinear": Kind.DEQUANTIZE, "Shape": Kind.SHAPE, "Size": Kind.SHAPE}
-    return kinds.get(operator_of(node), Kind.POINTWISE if operator_of(node) in _POINTWISE else Kind.OTHER)
+    return kinds.get(operator_of(node), Kind.POINTWISE if operator_of(node) in POINTWISE else Kind.OTHER)
 
 
 def _element_type(array: NDArray[Any]) -> int:
@@ -524,7 +461,7 @@ def _shares_weights(node: onnx.NodeProto, graph: Graph) -> bool:
     name = _weights_of(node, graph)
     while graph.only_reader(name) is node:
         maker = graph.producer.get(name)
-        if maker is None or operator_of(maker) not in _COPIES:
+        if maker is None or operator_of(maker) not in COPIES:
             return False
         node, name = maker, maker.input[0]
     return True

@@ -1,4 +1,4 @@
-"""Which operator a node is: a type means something only in its domain. What is inside it."""
+"""Which operator a node is: a type means something only in its domain. What operators do; what is inside a node."""
 
 from __future__ import annotations
 
@@ -9,6 +9,55 @@ import onnx
 
 LAYERS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
 """Operators that are layers where their weights are constant."""
+
+POINTWISE = {
+    "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "QuickGelu", "Relu", "Selu",
+    "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
+}  # fmt: skip
+"""Operators that activations are made of: each element of the output depends on one element of each input."""
+
+COPIES = {
+    "Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""Operators after which weights are the same in another form."""
+
+DYNAMIC = {"ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+"""Operators whose input is quantized when they run, with a step that depends on it."""
+
+RECURRENT = {"DynamicQuantizeLSTM", "GRU", "LSTM", "RNN"}
+"""Operators whose weights act on what they made before."""
+
+WEIGHTED = {
+    "DeformConv", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation", "GemmFastGelu", "GemmFloat8", "MatMulBnb4",
+    "MatMulFpQ4", "MatMulNBits", "MoE", "NhwcConv", "NhwcFusedConv", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul",
+    "QMoE", "QOrderedMatMul", "TransposeMatMul", "ai.onnx.ml::LinearClassifier", "ai.onnx.ml::LinearRegressor", *DYNAMIC,
+    *RECURRENT,
+}  # fmt: skip
+"""Operators that multiply with weights and are not corrected; some of them only in forms that are not lowered."""
+
+UNWEIGHTED = {
+    *POINTWISE, *COPIES, "And", "BiasAdd", "BiasGelu", "BiasSplitGelu", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+    "Compress", "Concat", "CumSum", "DFT", "EmbedLayerNormalization", "Equal", "Expand", "FastGelu", "Fmod", "FusedElementwise",
+    "Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "GridSample",
+    "GroupNormalization", "GroupQueryAttention", "If", "InstanceNormalization", "LayerNormalization", "Less", "LessOrEqual",
+    "Loop", "MaxRoiPool", "MaxUnpool", "Mean", "MeanVarianceNormalization", "Mod", "MultiHeadAttention", "NonMaxSuppression",
+    "Not", "OneHot", "Or", "Pad", "QLinearAdd", "QLinearConcat", "QLinearMul", "QLinearWhere", "RMSNormalization", "Range",
+    "Resize", "RoiAlign", "RotaryEmbedding", "STFT", "Scan", "Scatter", "ScatterElements", "ScatterND", "SequenceInsert",
+    "Shape", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Split",
+    "Sum", "TensorScatter", "Tile", "TopK", "Unique", "Upsample", "Where", "Xor",
+}  # fmt: skip
+"""Operators that may read a constant matrix without multiplying with it: others that do are taken for layers."""
+
+COLLECTING = {
+    "LabelEncoder", "Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
+    "SequenceMap", "SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit", "ai.onnx.ml::LabelEncoder",
+    "ai.onnx.ml::ZipMap",
+}  # fmt: skip
+"""Operators that may make no array of numbers: a sequence, a map, what may be missing, text."""
+
+GIVING = ("ConcatFromSequence", "DequantizeLinear", "OptionalGetElement", "SequenceAt")
+"""Operators that make an array of what is none."""
 
 CONTRIBUTED = "com.microsoft"
 """The domain of onnxruntime's own operators."""

@@ -11,7 +11,7 @@ import onnx
 from biascorr.adapters.onnx.folded import folded_of
 from biascorr.adapters.onnx.graph import Graph, attributes
 from biascorr.adapters.onnx.limits import limits_channels
-from biascorr.adapters.onnx.shapes import Shapes, Types, first_size, inferred_types, known_shapes
+from biascorr.adapters.onnx.shapes import Shapes, Types, first_size
 from biascorr.graph.axes import Order
 from biascorr.graph.operations import (
     Activation,
@@ -51,10 +51,8 @@ def facts_of(graph: Graph, nodes: Mapping[str, onnx.NodeProto]) -> Facts:
     acting = {name: node for name, node in nodes.items() if _acts_on_a_tensor(node, graph)}
     parameters = (_parameters(node, graph) for node in acting.values() if node.op_type in _WITH_PARAMETERS)
     graph.compute(name for names in parameters if names is not None for name in names if name)
-    types = inferred_types(graph.model)
-    shapes = known_shapes(types)
-    found = {name: _role(name, node, graph, types, shapes) for name, node in acting.items()}
-    return Facts({name: role for name, role in found.items() if role is not None}, shapes, folded_of(graph))
+    found = {name: _role(name, node, graph, graph.types, graph.shapes) for name, node in acting.items()}
+    return Facts({name: role for name, role in found.items() if role is not None}, graph.shapes, folded_of(graph))
 
 
 def _role(name: str, node: onnx.NodeProto, graph: Graph, types: Types, shapes: Shapes) -> Role | None:
