@@ -76,7 +76,7 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False, mode: int |
     place = check_output(path, force=force)
     kept = mode_of(place)
     mode = mode if kept is None else kept
-    temporary = place.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = place.with_name(f".{secrets.token_hex(8)}.tmp{place.suffix}")  # some libraries insist on theirs
     with _of(path):
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _NEW if mode is None else _PRIVATE))
     try:

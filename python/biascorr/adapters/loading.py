@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 from biascorr.graph.network import Network, is_network
 
+_KERAS = (".keras", ".h5", ".hdf5")
+"""Suffixes of the files that Keras writes."""
+
+_TENSORFLOW = (
+    'a Keras model needs Keras and TensorFlow: pip install "biascorr[keras]", and tensorflow or tensorflow-cpu, not both'
+)
+_ONNX = 'reading a model needs {}: pip install "biascorr[onnx]"'
+
 
 def network_from_model(model: Any, name: str) -> Network:
-    """The network that a path, bytes or onnx.ModelProto holds, or that another adapter has made; errors call it by the name.
+    """The network of a path, bytes, an onnx.ModelProto or a keras.Model, or that an adapter has made; errors use the name.
 
     Raises
     ------
     FileNotFoundError
         The file or its external data is missing.
     ImportError
-        onnx and onnxruntime are not installed.
+        What runs such a model is not installed.
     TypeError
         It is none of the above.
     ValueError
@@ -26,21 +36,45 @@ def network_from_model(model: Any, name: str) -> Network:
     """
     if is_network(model):
         return cast(Network, model)
-    with _needed():
+    if _is_keras(model, name):
+        with _needed(_TENSORFLOW):
+            from biascorr.adapters.keras.network import KerasNetwork
+        return KerasNetwork.load(model, name)
+    with _needed(_ONNX):
         from biascorr.adapters.onnx.network import OnnxNetwork
     return OnnxNetwork.load(model, name)
 
 
 def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
     """The files that a model is in, with the bytes that it has in each. Raises as :func:`network_from_model`."""
-    with _needed():
+    if _is_keras(path, name):
+        return {path: path.stat().st_size if path.is_file() else 0}
+    with _needed(_ONNX):
         from biascorr.adapters.onnx import files
     return files.sizes_by_file(path, name)
 
 
+def _is_keras(model: Any, name: str) -> bool:
+    """Whether a model is one of Keras 3, or the path of one. Raises TypeError for other models of TensorFlow."""
+    if isinstance(model, (str, PathLike)):
+        path = Path(model)
+        if (path / "saved_model.pb").exists():
+            raise TypeError(f"{name}: {path} is a SavedModel, expected the model that was exported, as a .keras or .h5 file")
+        return path.suffix.lower() in _KERAS
+    if _is_of("tf_keras", model):
+        raise TypeError(f"{name}: a model of tf_keras (Keras 2), expected one of Keras 3: save it as .h5 and give its path")
+    return _is_of("keras", model)
+
+
+def _is_of(module: str, model: Any) -> bool:
+    """Whether it is a model of this module, which has been imported then."""
+    kind = getattr(sys.modules.get(module), "Model", None)
+    return isinstance(kind, type) and isinstance(model, kind)
+
+
 @contextlib.contextmanager
-def _needed() -> Iterator[None]:
+def _needed(message: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f'reading a model needs {error.name}: pip install "biascorr[onnx]"') from error
+        raise ImportError(message.format(error.name)) from error

@@ -83,6 +83,8 @@ class Layer:
         The bias in real units, its axes aligned with the last ones of the output; None where the layer has none.
     shares_weights : bool
         Whether something else reads the same weights.
+    shared_with : str or None
+        Name of the layer of which this is a later call, with the same weights and bias; None where it has its own.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Layer:
     weight_step: Constant | None = None
     bias: NDArray[Any] | None = None
     shares_weights: bool = False
+    shared_with: str | None = None
 
     @property
     def channels(self) -> int:

@@ -14,11 +14,13 @@ class ReasonCode(enum.Enum):
     DYNAMIC = "it is quantized when it runs, which is not corrected: quantize it statically"
     RECURRENT = "it is recurrent, which is not corrected"
     NO_MATRIX_PRODUCT = "{equation} is no product with one matrix"
+    LAYERS_INSIDE = "it has layers inside, which are not corrected"
     LAYERS_IN_SUBGRAPH = "its subgraphs have layers, which are not corrected"
     LAYERS_IN_FUNCTION = "its function has layers, which are not corrected"
     WEIGHTS_COMPUTED = "weights are computed at run time"
     BIAS_COMPUTED = "its bias is computed at run time"
     BIAS_WITHOUT_EFFECT = "its bias has no effect (beta is 0)"
+    BIAS_AXES = "its bias is along axes {axes}, expected one for each channel along {channels}"
     SPATIAL_AXES = "{count} spatial axes, expected 1 to 3"
     NOT_ONE_MATRIX = "weights of shape {shape} are not one matrix"
 
@@ -37,6 +39,7 @@ class ReasonCode(enum.Enum):
 
     # its bias was corrected
     BIAS_ADDED = "it had no bias; one was added"
+    BIAS_IN_NEXT = "its bias is part of that of the pointwise product after it"
     BIAS_REWRITTEN = "its bias was computed from constants; it is a real one now"
     BIAS_BETWEEN_STEPS = "its bias is real: it would be lost between the steps of its quantized output"
     BIAS_STEP_TOO_SMALL = "its bias is real: {dtype} has no number near the step of its products"

@@ -1,0 +1,109 @@
+"""Keras models in and out of files, and what is no such model."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
+from biascorr.whole_file import kind_of, whole_file
+
+SUFFIX = ".keras"
+
+FOLDED = "biascorr.json"
+"""The member of a .keras file that keeps the statistics of batch normalizations that became part of layers."""
+
+
+def load(model: Any, name: str) -> tuple[Any, str]:
+    """A model, given itself or by the path of a file, and the statistics that are in that file.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file is missing.
+    OSError
+        It is no file.
+    TypeError
+        It is no model with a graph: one of a derived class, or that is not built.
+    ValueError
+        The file cannot be read; Keras runs by something else than TensorFlow.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"{name}: Keras runs by {keras.backend.backend()!r}, expected 'tensorflow': set KERAS_BACKEND=tensorflow, or save "
+            "the model as .keras and give its path to a process that has it so"
+        )
+    text = "{}"
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        name = f"{name}: {path}"
+        model, text = _from_file(path, name)
+    _check_graph(model, name)
+    return model, text
+
+
+def _from_file(path: Path, name: str) -> tuple[Any, str]:
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such file")
+    if not path.is_file():
+        raise OSError(f"{name}: {kind_of(path)}")
+    try:
+        model = keras.saving.load_model(path)
+        text = "{}"
+        if path.suffix == SUFFIX:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(FOLDED).decode() if FOLDED in archive.namelist() else text
+        return model, text
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # Keras, zipfile, json and h5py raise a dozen kinds at files that are damaged
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
+            "keras.saving.load_model(path, custom_objects=...) and give the model"
+        ) from error
+
+
+def _check_graph(model: Any, name: str) -> None:
+    if isinstance(model, keras.Sequential) and not model.built:
+        raise TypeError(f"{name}: a sequential model that is not built, expected one with an Input: call it on a batch once")
+    if not is_graph(model):
+        raise TypeError(
+            f"{name}: {type(model).__name__} computes what its method call does, expected a functional or sequential model: "
+            "inputs = keras.Input(...); keras.Model(inputs, model.call(inputs)) often makes one with the same weights"
+        )
+    _check_layers(model, name)
+
+
+def _check_layers(model: Any, name: str) -> None:
+    """Raises TypeError where a layer could not be made again for the model that is returned."""
+    for operation in {id(node.operation): node.operation for node in nodes_of(graph_of(model))}.values():
+        if is_graph(operation):
+            _check_layers(operation, name)
+            continue
+        try:
+            type(operation).from_config(operation.get_config())
+        except Exception as error:
+            raise TypeError(
+                f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "
+                f"saving it needs too: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes a .keras file, whole or not at all.
+
+    Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix.
+    """
+    if Path(path).suffix != SUFFIX:
+        raise ValueError(f"{path}: expected a name that ends with {SUFFIX}, which is how Keras models are saved")
+    with whole_file(path, force=force) as temporary:
+        keras.saving.save_model(model, temporary)
+        if json.loads(statistics):
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.writestr(FOLDED, statistics)
