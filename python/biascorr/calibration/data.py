@@ -47,7 +47,7 @@ def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelI
 def batches_from_data(
     data: Any, inputs: Sequence[ModelInput], *, name: str = "data", batch_size: int = 1
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Batches by input name, as the model takes them.
+    """Batches by input name, as the model takes them; in float32 what numpy has no type for, which holds all such values.
 
     Parameters
     ----------
@@ -70,9 +70,10 @@ def batches_from_data(
         A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
     """
     for label, batch in _named_batches(data, inputs, name, batch_size):
-        for each in inputs:
-            _check(batch[each.name], each, label)
-        yield batch
+        feeds = {each.name: _checked(batch[each.name], each, label) for each in inputs}
+        if number_of_samples(feeds, inputs) == 0:
+            raise ValueError(f"{label}: input {inputs[0].name}: shape {feeds[inputs[0].name].shape} has no samples")
+        yield feeds
 
 
 Batches = Iterator[tuple[str, dict[str, NDArray[Any]]]]
@@ -272,16 +273,18 @@ class _Rows:
         return array if isinstance(key, slice) else array[0]
 
 
-def _check(array: NDArray[Any], expected: ModelInput, name: str) -> None:
+def _checked(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
     label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
         raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
-    if expected.shape is not None and (not _fits(array.shape, expected.shape) or array.shape[:1] == (0,)):
+    if expected.shape is not None and not _fits(array.shape, expected.shape):
         axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
         raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
+    array = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         kind = "nan" if np.isnan(array).any() else "inf"
         raise ValueError(f"{label}: contains {kind}")
+    return array
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -293,7 +296,8 @@ def _conversion(array: NDArray[Any], expected: ModelInput) -> str:
         return "give arrays of numbers"
     if array.dtype.kind in "iu" and expected.dtype.kind == "f":
         return f"convert it as for training, e.g. (x / 255).astype(np.{expected.dtype})"
-    return f"convert it, e.g. x.astype(np.{expected.dtype})"
+    module = "np" if expected.dtype.isbuiltin == 1 else "ml_dtypes"
+    return f"convert it, e.g. x.astype({module}.{expected.dtype})"
 
 
 def _turned(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> str:

@@ -55,7 +55,7 @@ def plan_stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> li
         before = max((level[name] for name in operation.inputs), default=0)
         needed = set().union(*(sources[name] for name in operation.inputs))
         is_shifted = not measured.isdisjoint(operation.outputs)
-        is_held = operation.is_lasting and (operation.kind is not Kind.DEQUANTIZE or is_shifted)
+        is_held = is_shifted or (operation.is_lasting and operation.kind is not Kind.DEQUANTIZE)
         for name in operation.outputs:
             level[name], made[name] = before + (name in measured), before // depth
             sources[name] = {name} if is_held else needed
