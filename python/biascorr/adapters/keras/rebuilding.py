@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from biascorr.adapters.keras.linear import Linear
 from biascorr.adapters.keras.running import Values
-from biascorr.adapters.keras.steps import Step, Steps, graph_of, is_graph, nodes_of
+from biascorr.adapters.keras.steps import Step, Steps, graph_of, input_name, is_graph, nodes_of
 from biascorr.graph.axes import aligned
 
 
@@ -58,7 +59,7 @@ class _Rebuilder:
         if not isinstance(model, keras.Sequential):
             return False
         is_plain = all(isinstance(layer, keras.Layer) for layer in model.layers)
-        return is_plain and not any(self._limits(layer) for layer in model.layers)
+        return is_plain and not any(_needs_operations(layer, *each) for layer in model.layers for each in self._limits(layer))
 
     def _limits(self, operation: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """The limits that an operation gets."""
@@ -85,11 +86,14 @@ class _Rebuilder:
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(tensors)
             is_removed = self._is_removed(node.operation) and not outside & set(map(id, node.outputs))
-            if is_removed:
+            is_limit = bool(self._limits(node.operation)) and not isinstance(node.operation, keras.Layer)
+            self._names -= {node.operation.name} if is_limit else set()
+            if is_removed or is_limit:
                 outputs = tensors[id(node.input_tensors[0])]
             else:
-                outputs = self._limited(node.operation, self._copy(node.operation)(*args, **kwargs))
+                outputs = self._copy(node.operation)(*args, **kwargs)
                 self._fill(node.operation)
+            outputs = self._limited(node.operation, outputs)
             tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs)))
         outputs = keras.tree.map_structure(lambda tensor: tensors[id(tensor)], graph.output)
         return _class_of(model)(inputs, outputs, name=model.name)
@@ -99,12 +103,16 @@ class _Rebuilder:
         if id(operation) not in self._made:
             if is_graph(operation):
                 return self._model(operation)
-            if self._is_removed(operation):  # but it makes an output, which keeps its name
+            if self._is_removed(operation) or self._is_no_relu(operation):  # which keeps its name
                 copy = layers.Identity(name=operation.name)
             else:
                 copy = type(operation).from_config(self._config(operation))
             self._made[id(operation)] = copy
         return self._made[id(operation)]
+
+    def _is_no_relu(self, operation: Any) -> bool:
+        """Whether a ReLU is to limit its tensor to more than positive numbers."""
+        return isinstance(operation, layers.ReLU) and not all(_is_zero(low) for low, _ in self._limits(operation))
 
     def _config(self, operation: Any) -> dict[str, Any]:
         config: dict[str, Any] = operation.get_config()
@@ -112,27 +120,26 @@ class _Rebuilder:
         for step in self._steps.get(id(operation), ()):
             if step.linear is not None and step.first in self._values.biases and step.linear.layer.bias is None:
                 own |= _with_bias(step.linear)
-        for low, _ in self._limits(operation):
+        for low, high in self._limits(operation):
             if isinstance(operation, layers.ReLU):
-                own["max_value"] = None
-            own |= {"activation": "relu" if _is_relu(low) else "linear"} if "activation" in own else {}
+                own["max_value"] = float(high) if high.ndim == 0 and np.isfinite(high) else None
+            elif "activation" in own:
+                own["activation"] = "relu" if _is_zero(low) else "linear"
         return config
 
     def _limited(self, operation: Any, outputs: Any) -> Any:
         """What an operation makes, within the limits that it does not set itself."""
         for low, high in self._limits(operation):
-            is_own = "activation" in operation.get_config() or isinstance(operation, layers.ReLU)
-            if not (is_own and _is_relu(low)) and np.isfinite(low).any():
+            if np.isfinite(low).any() and not (isinstance(operation, keras.Layer) and _is_zero(low)):
                 outputs = self._named(ops.maximum(outputs, low), operation)
-            if np.isfinite(high).any():
+            if np.isfinite(high).any() and not (isinstance(operation, layers.ReLU) and high.ndim == 0):
                 outputs = self._named(ops.minimum(outputs, high), operation)
         return outputs
 
     def _named(self, tensor: Any, operation: Any) -> Any:
         """A tensor whose operation gets a name that no other one has."""
-        name = next(
-            each for k in range(len(self._names) + 1) if (each := f"{operation.name}_limit{k or ''}") not in self._names
-        )
+        candidates = itertools.chain([operation.name], (f"{operation.name}_limit{k or ''}" for k in itertools.count()))
+        name = next(each for each in candidates if each not in self._names)
         self._names.add(name)
         tensor._keras_history.operation.name = name
         return tensor
@@ -176,14 +183,21 @@ def _with_bias(linear: Linear) -> dict[str, Any]:
     return {"bias_axes": "".join(letter for letter in linear.matrix.target if letter in linear.matrix.produced)}
 
 
-def _is_relu(low: NDArray[Any]) -> bool:
-    return bool((np.asarray(low) == 0).all())
+def _needs_operations(layer: Any, low: NDArray[Any], high: NDArray[Any]) -> bool:
+    """Whether a layer does not set its limits itself."""
+    return not _is_zero(low) or bool(np.isfinite(high).any() and (high.ndim > 0 or not isinstance(layer, layers.ReLU)))
+
+
+def _is_zero(low: NDArray[Any]) -> bool:
+    return bool((low == 0).all())
 
 
 def _input(tensor: Any) -> Any:
     layer = tensor._keras_history.operation
     optional = getattr(layer, "optional", False)
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=tensor.name, optional=optional)
+    return keras.Input(
+        batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=input_name(tensor), optional=optional
+    )
 
 
 def _class_of(model: Any) -> Any:

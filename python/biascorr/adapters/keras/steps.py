@@ -86,7 +86,7 @@ def steps_of(model: Any) -> Steps:
     walker = _Walker()
     graph = graph_of(model)
     for tensor in graph.inputs:
-        walker.tensors[id(tensor)] = walker.tensor(tensor.name, tensor)
+        walker.tensors[id(tensor)] = walker.tensor(input_name(tensor), tensor)
     inputs = list(walker.tensors.values())
     walker.walk(graph, "")
     outputs = [walker.tensors[id(tensor)] for tensor in graph.outputs]
@@ -96,6 +96,11 @@ def steps_of(model: Any) -> Steps:
 def graph_of(model: Any) -> Any:
     """The graph of a model: itself, or what a sequential one is inside."""
     return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def input_name(tensor: Any) -> str:
+    """The name of an input of a model: that of its layer, which an unnamed tensor has not."""
+    return str(tensor._keras_history.operation.name)
 
 
 def is_graph(operation: Any) -> bool:
@@ -160,8 +165,8 @@ class _Walker:
         """The tensors that a nested model is called with, in the order of its inputs; None where it cannot be written out."""
         graph, args = graph_of(node.operation), node.arguments.args
         given = args[0] if len(args) == 1 else None
-        if isinstance(given, dict) and set(given) == {each.name for each in graph.inputs}:
-            given = [given[each.name] for each in graph.inputs]
+        if isinstance(given, dict) and set(given) == {input_name(each) for each in graph.inputs}:
+            given = [given[input_name(each)] for each in graph.inputs]
         flat: list[Any] = keras.tree.flatten(given)
         is_plain = len(flat) == len(graph.inputs) and all(isinstance(each, keras.KerasTensor) for each in flat)
         is_masked = any(value is not None for key, value in node.arguments.kwargs.items() if key != "training")
@@ -173,7 +178,7 @@ class _Walker:
         for outer, inner in zip(inputs, graph.inputs):
             tensor = self.tensors[id(outer)]
             if outer.dtype != inner.dtype:
-                cast = self.tensor(self._fresh(f"{name}/{inner.name}"), inner)
+                cast = self.tensor(self._fresh(f"{name}/{input_name(inner)}"), inner)
                 compute = _casting(inner.dtype)
                 self.steps.append(Step(cast, cast, (tensor,), (cast,), node.operation, compute))
                 self._pass_mask(tensor, cast)
