@@ -18,10 +18,10 @@ from biascorr.adapters.keras.folded import folded_of, keep_folded, keep_text, te
 from biascorr.adapters.keras.linear import DEPTHWISE, Linear
 from biascorr.adapters.keras.rebuilding import rebuilt
 from biascorr.adapters.keras.roles import kind_of, roles_of
-from biascorr.adapters.keras.running import Values, packed, prepared
+from biascorr.adapters.keras.running import Functions, Values, packed
 from biascorr.adapters.keras.steps import Step, Steps, steps_of
 from biascorr.graph.axes import aligned
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Constant, Layer
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import (
     Activation,
@@ -47,15 +47,20 @@ class KerasNetwork:
         A functional or sequential model, which is never changed.
     steps : Steps
         Its steps.
+    functions : Functions
+        Those that its steps were made into.
     values : Values
         What is other.
     statistics : mapping from str to BatchNorm
         See :class:`biascorr.graph.operations.Facts`.
     """
 
-    def __init__(self, source: Any, steps: Steps, values: Values, statistics: Mapping[str, BatchNorm]) -> None:
+    def __init__(
+        self, source: Any, steps: Steps, functions: Functions, values: Values, statistics: Mapping[str, BatchNorm]
+    ) -> None:
         self._source = source
         self._all = steps
+        self._functions = functions
         self._values = values
         self._statistics = statistics
         self._steps = _without(steps, values.removed)
@@ -75,7 +80,7 @@ class KerasNetwork:
             keep_text(loaded, text)
         steps = steps_of(loaded)
         try:
-            return cls(loaded, steps, Values(), folded_of(loaded, steps))
+            return cls(loaded, steps, Functions(), Values(), folded_of(loaded, steps))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -124,7 +129,7 @@ class KerasNetwork:
                 needed.update(name for name in step.inputs if name not in given)
         if not steps:
             return lambda feeds: {name: feeds[name] for name in wanted}
-        return prepared(steps[::-1], self._values, given, wanted, self._all.shapes, allocator)
+        return self._functions.prepared(steps[::-1], self._values, given, wanted, self._all.shapes, allocator)
 
     def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:  # noqa: ARG002
         """Prepares the model to run as Keras runs it."""
@@ -165,18 +170,18 @@ class KerasNetwork:
         They are to keep means as they are, so what is known of these stays.
         """
         biases = {**self._values.biases, **self._biases(shifts)}
-        return KerasNetwork(self._source, self._all, replace(self._values, biases=biases), self._statistics)
+        return self._with(replace(self._values, biases=biases))
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> KerasNetwork:
         """A copy in which layers read their input moved to a grid."""
         quantizers = {**self._values.quantizers, **quantizations}
-        return KerasNetwork(self._source, self._all, replace(self._values, quantizers=quantizers), self._statistics)
+        return self._with(replace(self._values, quantizers=quantizers))
 
     def edited(self, edits: Edits) -> KerasNetwork:
         """A copy with these edits. Raises ValueError for what is not in the model, or has another shape."""
         self._check(edits)
         layers = {layer.name: layer for layer in self.layers}
-        weights = {self._step(name).first: each for name, each in edits.weights.items()}
+        weights = {self._step(name).first: _variable(self._step(name), each) for name, each in edits.weights.items()}
         biases = {self._step(name).first: _bias(layers[name], each) for name, each in edits.biases.items()}
         limits = {self._step(name).first: (np.asarray(low), np.asarray(high)) for name, (low, high) in edits.limits.items()}
         values = Values(
@@ -186,7 +191,11 @@ class KerasNetwork:
             self._values.quantizers,
             self._values.removed | {self._step(name).first for name in edits.removed},
         )
-        return KerasNetwork(self._source, self._all, values, self._edited_statistics(edits, values))
+        return self._with(values, self._edited_statistics(edits, values))
+
+    def _with(self, values: Values, statistics: Mapping[str, BatchNorm] | None = None) -> KerasNetwork:
+        known = self._statistics if statistics is None else statistics
+        return KerasNetwork(self._source, self._all, self._functions, values, known)
 
     def _edited_statistics(self, edits: Edits, values: Values) -> dict[str, BatchNorm]:
         """Where two tensors have become one, the later one counts."""
@@ -234,7 +243,7 @@ class KerasNetwork:
         return Layer(
             step.name,
             type(linear.layer).__name__,
-            linear.weights if weights is None else weights,
+            linear.weights if weights is None else linear.weights_of(weights),
             linear.layout,
             step.inputs[0],
             None,
@@ -272,6 +281,13 @@ def _input(name: str, tensor: Any) -> ModelInput:
     if tensor.dtype == "string":
         raise ValueError(f"input {name} takes text, expected a model of numbers: give the one after the text is vectorized")
     return ModelInput(name, np.dtype(tensor.dtype), tuple(tensor.shape))
+
+
+def _variable(step: Step, weights: Constant) -> Any:
+    """Weights as the layer has them."""
+    linear = _linear(step)
+    values = np.asarray(weights).astype(linear.weights.dtype, copy=False)
+    return tf.convert_to_tensor(linear.to_variable(values))
 
 
 def _bound(limit: NDArray[Any]) -> Bound:

@@ -158,7 +158,7 @@ class _Rebuilder:
         for step, linear in products:
             weights = self._values.weights.get(step.first)
             source = getattr(linear.layer, linear.variable)
-            getattr(own, linear.variable).assign(source if weights is None else linear.to_variable(np.asarray(weights)))
+            getattr(own, linear.variable).assign(source if weights is None else weights)
         if own.bias is not None:
             own.bias.assign(products[-1][1].bias_to_variable(self._bias(products), own.bias.shape))
 
@@ -171,7 +171,8 @@ class _Rebuilder:
         first = self._values.biases.get(products[0][0].first) if len(products) > 1 else None
         if first is None:
             return np.asarray(bias)
-        weights = np.asarray(self._values.weights.get(step.first, linear.weights), dtype=np.float64)
+        own = self._values.weights.get(step.first)
+        weights = np.asarray(linear.weights if own is None else own, dtype=np.float64)
         through = first.ravel() @ weights.reshape(weights.shape[-2:])
         return np.asarray(bias + through.reshape(bias.shape))
 
