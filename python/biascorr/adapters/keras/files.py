@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from biascorr.adapters.keras.rebuilding import made_again
 from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
 from biascorr.whole_file import kind_of, whole_file
 
@@ -87,7 +88,7 @@ def _check_layers(model: Any, name: str) -> None:
             _check_layers(operation, name)
             continue
         try:
-            type(operation).from_config(operation.get_config())
+            made_again(operation, operation.get_config())
         except Exception as error:
             raise TypeError(
                 f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "

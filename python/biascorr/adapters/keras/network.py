@@ -67,7 +67,7 @@ class KerasNetwork:
         self._makers = {name: step for step in self._steps for name in step.outputs}
         self.inputs = [_input(name, tensor) for name, tensor in zip(steps.inputs, source.inputs)]
         self.outputs = list(steps.outputs)
-        self.operations = [Operation(each.name, each.inputs, each.outputs, kind_of(each)) for each in self._steps]
+        self.operations = [self._operation(step) for step in self._steps]
         self.layers = [self._layer(step) for step in self._steps if step.linear is not None]
         operators = {step.name: type(step.operation).__name__ for step in steps.steps}
         self.unsupported = [LayerReport(name, operators[name], reasons=(reason,)) for name, reason in steps.left.items()]
@@ -236,6 +236,10 @@ class KerasNetwork:
     def _by_name(self) -> dict[str, Step]:
         return {step.name: step for step in self._steps}
 
+    def _operation(self, step: Step) -> Operation:
+        is_lasting = self._all.others.isdisjoint(step.outputs)
+        return Operation(step.name, tuple(dict.fromkeys(step.inputs)), step.outputs, kind_of(step), is_lasting)
+
     def _layer(self, step: Step) -> Layer:
         linear = _linear(step)
         weights = self._values.weights.get(step.first)
@@ -312,7 +316,7 @@ def _renamed(steps: Steps, removed: frozenset[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for step in steps.steps:
         if step.first in removed and step.outputs[0] not in steps.outputs:
-            renamed[step.outputs[0]] = renamed.get(step.inputs[0], step.inputs[0])
+            renamed |= {made: renamed.get(read, read) for read, made in zip(step.inputs, step.outputs)}
     return renamed
 
 

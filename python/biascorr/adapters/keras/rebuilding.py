@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,26 @@ from biascorr.graph.axes import aligned
 def rebuilt(model: Any, steps: Steps, values: Values) -> Any:
     """A copy of a model with these values: names, types, flags and what it was compiled with are as they were."""
     return _Rebuilder(steps, values).made(model)
+
+
+def made_again(operation: Any, config: dict[str, Any]) -> Any:
+    """An operation like this one, with this configuration; classes and functions of the caller's own are known by its objects.
+
+    Raises what its `from_config` does where that is not enough.
+    """
+    if isinstance(operation, layers.Lambda):  # which Keras makes again only where it is told to trust it
+        mask, shape = operation.mask, operation._output_shape
+        return layers.Lambda(operation.function, shape, mask, operation.arguments, name=operation.name, dtype=config["dtype"])
+    with keras.saving.custom_object_scope(_own_objects(operation)):
+        return type(operation).from_config(config)
+
+
+def _own_objects(operation: Any) -> dict[str, Any]:
+    """The classes and functions of a layer, and of those inside of it, that Keras does not have, by name."""
+    inside = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
+    values = [each for layer in inside for each in (layer, *vars(layer).values())]
+    kinds = [each if hasattr(each, "__name__") else type(each) for each in values if not isinstance(each, types.ModuleType)]
+    return {kind.__name__: kind for kind in kinds if kind.__module__.split(".")[0] not in ("builtins", "keras", "tensorflow")}
 
 
 class _Rebuilder:
@@ -106,7 +127,7 @@ class _Rebuilder:
             if self._is_removed(operation) or self._is_no_relu(operation):  # which keeps its name
                 copy = layers.Identity(name=operation.name)
             else:
-                copy = type(operation).from_config(self._config(operation))
+                copy = made_again(operation, self._config(operation))
             self._made[id(operation)] = copy
         return self._made[id(operation)]
 

@@ -137,7 +137,7 @@ def _bias(step: Step, values: Values) -> Any:
 
 def _computed(step: Step, tensors: Sequence[Any], values: Values, weights: Any, bias: Any) -> Sequence[Any]:
     if step.first in values.removed:
-        return tensors[:1]
+        return tensors
     if step.linear is not None:
         x = tensors[0]
         quantization = values.quantizers.get(step.name)
@@ -145,7 +145,7 @@ def _computed(step: Step, tensors: Sequence[Any], values: Values, weights: Any, 
         return [product if bias is None else ops.add(product, ops.cast(bias, product.dtype))]
     if step.first in values.limits:
         low, high = (ops.cast(bound, tensors[0].dtype) for bound in values.limits[step.first])
-        return [ops.minimum(ops.maximum(tensors[0], low), high)]
+        return [ops.minimum(ops.maximum(tensors[0], low), high), *tensors[1:]]
     return step.compute(*tensors) if step.compute is not None else []
 
 
