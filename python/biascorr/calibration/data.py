@@ -18,6 +18,7 @@ import numpy as np
 from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
+from biascorr.arguments import checked_integer
 from biascorr.calibration.datasets import (
     ITERABLE,
     DataSet,
@@ -66,6 +67,13 @@ def _number_in(data: DataSet, inputs: Sequence[ModelInput], batch_size: int, mos
     limit = _whole(most, fixed)
     count = limit if data.is_infinite else data.count
     return None if are_single is None or count is None else math.ceil(min(count, limit or count) / (fixed or batch_size))
+
+
+def check_amounts(batch_size: Any, max_samples: Any) -> None:
+    """Raises ValueError where they are no integers of at least 1, or None for the latter."""
+    checked_integer("batch_size", batch_size, 1)
+    if max_samples is not None:
+        checked_integer("max_samples", max_samples, 1, otherwise="None")
 
 
 def check_end(data: Any, max_samples: int | None) -> None:
