@@ -202,7 +202,7 @@ UNKNOWN = SimpleNamespace(shape=Unknown())
 def mapped(function, element):
     if isinstance(element, dict):
         return {key: mapped(function, value) for key, value in element.items()}
-    return tuple(mapped(function, each) for each in element) if isinstance(element, tuple) else function(element)
+    return tuple(mapped(function, each) for each in element) if isinstance(element, (tuple, list)) else function(element)
 
 
 def spec_of(element):
@@ -412,8 +412,6 @@ STRUCTURES = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_of_inputs(structure, form):
     batch, inputs = STRUCTURES[structure]
-    if form == "TensorFlow" and structure == "lists":
-        pytest.skip("TensorFlow has none")
     data = {
         "list": lambda: [batch] * 2,
         "generator": lambda: (batch for _ in range(2)),
@@ -428,7 +426,7 @@ def test_structures_of_inputs(structure, form):
     assert list(found[0]) == [each.name for each in inputs]
 
 
-@pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != "lists"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_of_single_samples(structure):
     batch, inputs = STRUCTURES[structure]
     data = TfDataset([mapped(lambda array: array[k], batch) for k in range(4)])  # noqa: B023
