@@ -12,7 +12,7 @@ import collections
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,8 @@ class BiasCorrectionParams:
     input_op_names : iterable of str
         All inputs of the model, in the order that the arrays of a batch have.
     output_op_names : iterable of str
-        Outputs of the model; they have to be there, and that is all.
+        Outputs of the model; they have to be there, and that is all. Of both, names may have the ":0" of TensorFlow's tensors
+        or not, where the model has only the other.
 
     Raises
     ------
@@ -87,12 +88,19 @@ class BiasCorrectionParams:
         Raises ValueError where these names or `output_op_names` are not the network's.
         """
         inputs = {each.name: each for each in network.inputs}
-        if sorted(inputs) != sorted(self.input_op_names):
+        found = [_known(each, inputs) for each in self.input_op_names]
+        if sorted(inputs) != sorted(found):
             raise ValueError(f"input_op_names: {_listed(self.input_op_names)}; the inputs of {name} are {_listed(inputs)}")
-        unknown = [each for each in self.output_op_names if each not in network.outputs]
+        unknown = [each for each in self.output_op_names if _known(each, network.outputs) not in network.outputs]
         if unknown:
             raise ValueError(f"output_op_names: {unknown[0]} is no output of {name}, which has {_listed(network.outputs)}")
-        return [inputs[each] for each in self.input_op_names]
+        return [inputs[each] for each in found]
+
+
+def _known(name: str, names: Collection[str]) -> str:
+    """A name as it is among others: itself, or with the ":0" of TensorFlow's tensors added or removed."""
+    other = name.removesuffix(":0") if name.endswith(":0") else f"{name}:0"
+    return other if other in names and name not in names else name
 
 
 def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
@@ -143,8 +151,9 @@ class BiasCorrection:
     the model with biases that fit its weights once these are quantized. Models, files and data given are not changed.
 
     A data set is anything iterable over batches: arrays, tuples or lists with one array per input, mappings by input name; a
-    `tf.data.Dataset`, a torch `DataLoader`, an onnxruntime `CalibrationDataReader`, an iterator that can be read only once. An
-    array, or a mapping to arrays, holds samples along the first axis.
+    `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, an onnxruntime `CalibrationDataReader`, an iterator that
+    can be read only once. It may be without an end, since no more is read than is needed. An array, or a mapping to arrays,
+    holds samples along the first axis.
 
     All raise FileNotFoundError, ImportError, TypeError and ValueError as :func:`biascorr.correct` does, and ValueError where
     a name is no layer's, or no input's or output's of the model.
