@@ -34,6 +34,7 @@ from biascorr.correction.correct import Correction
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
+from biascorr.graph.layer import without_later_calls
 from biascorr.graph.reasons import ReasonCode
 from biascorr.report.terminal import (
     printable,
@@ -333,7 +334,7 @@ def _print_correction(result: Correction, output: Path) -> None:
 def _print_equalization(result: Equalization, output: Path) -> None:
     _print_steps(result)
     scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
-    layers = f"{scaled} of {len(result.network.layers)} layers scaled"
+    layers = f"{scaled} of {len(without_later_calls(result.network.layers))} layers scaled"
     print(f"{printable(output)}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
 
 

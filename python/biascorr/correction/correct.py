@@ -21,7 +21,7 @@ from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
@@ -469,7 +469,7 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
 def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
-    for layer in attempt.network.layers:
+    for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
             reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
     return [reports[name] for name in attempt.network.order if name in reports]

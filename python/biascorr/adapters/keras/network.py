@@ -258,7 +258,7 @@ class KerasNetwork:
             window=linear.window,
             bias=linear.bias if bias is None else bias,
             shares_weights=step.name != step.first or self._is_called_again(step),
-            shared_with=None if step.name == step.first else step.first,
+            call_of=None if step.name == step.first else step.first,
         )
 
     def _is_called_again(self, step: Step) -> bool:
