@@ -6,15 +6,16 @@
 NETWORK is a .keras or .h5 file, or an ONNX model of convolutions with square padding, batch normalizations, clips, sums, one
 average and one product at its end, which is built in Keras. SAMPLES calibrate, HELD_OUT are scored: .npy files with samples
 along the first axis, with channels last for Keras files and first for ONNX. SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB
-over all outputs and samples, r those of the network as it is given; top-1 is the share of samples with the same greatest output.
+over all outputs and samples, r those of the network as it is given; beside it, the share of samples with the same greatest
+output.
 
 "simulated" quantizes the weights that are there: 8 bits over their whole range, float activations. "LiteRT" is what
 TFLiteConverter makes of the same model, in integers with float inputs and outputs, run by LiteRT with its defaults: the
 converter folds batch normalizations before it quantizes. Rows are the model as it is given, folded and equalized.
 
-`--cost` corrects NETWORK.onnx and the same network in Keras, each in a process of its own: seconds of `biascorr.correct`, of the
-fastest of up to five calls, the peak of memory above a bare process, TensorFlow or onnxruntime included, and the largest
-difference of biases, of a layer's largest one.
+`--cost` corrects NETWORK.onnx and the same network in Keras, each in a process of its own: seconds of `biascorr.correct` in the
+fastest of up to five, the peak of memory above the start of the process, TensorFlow or onnxruntime included, and the largest
+difference of biases, as a part of the layer's largest bias.
 """
 
 import argparse
@@ -30,9 +31,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import biascorr
 from biascorr.adapters.loading import network_from_model
@@ -75,7 +73,7 @@ class Builder:
         for node in model.graph.node:
             if node.op_type != "Constant":
                 self._tensors[node.output[0]] = getattr(self, f"_{node.op_type}")(node, self._attributes(node))
-        self.model = keras.Model(inputs, [self._tensors[value.name] for value in model.graph.output][0])
+        self.model = keras.Model(inputs, self._tensors[model.graph.output[0].name])
 
     def _attributes(self, node: Any) -> dict[str, Any]:
         from onnx import helper
@@ -211,47 +209,46 @@ def variants(model: Any, samples: Array) -> Iterator[tuple[str, Any]]:
     yield "equalized", biascorr.equalize(model, samples).model
 
 
+def print_row(name: str, *cells: str) -> None:
+    print(f"{name:<44}", *(f"{cell:>18}" for cell in cells), flush=True)
+
+
 def print_scores(options: argparse.Namespace) -> None:
     model, samples, held_out = network_and_samples(options)
     per_channel = options.weights == "channel"
     weights_only = biascorr.QuantParams("tf", per_channel=per_channel)
     params = biascorr.QuantParams("tf", per_channel=per_channel, activation_bits=options.activation_bits)
     expected = run_keras(model, held_out)
-    table = Table(f"{options.network.name}, per {options.weights}", box=box.SIMPLE_HEAD)
-    for heading in ("simulated", "LiteRT", "seconds"):
-        table.add_column(heading, justify="right")
+    print_row(f"{options.network.name}, per {options.weights}", "simulated", "LiteRT", "seconds")
 
-    def add(name: str, variant: Any, seconds: float | None = None) -> None:
+    def print_scored(name: str, variant: Any, seconds: str = "") -> None:
         quantized = simulated(network_from_model(variant, "model"), weights_only, ()).model
         found = [run_keras(quantized, held_out), run_tflite(tflite(variant, samples, per_channel), held_out)]
-        table.add_row(name, *(scores(expected, each) for each in found), "" if seconds is None else f"{seconds:.1f}")
+        print_row(name, *(scores(expected, each) for each in found), seconds)
 
     for name, variant in variants(model, samples):
-        add(f"{name}, uncorrected", variant)
+        print_scored(f"{name}, uncorrected", variant)
         for method in options.methods:
             start = time.perf_counter()
             correction = biascorr.correct(variant, samples, quant_params=params, method=method)
-            seconds = time.perf_counter() - start
+            seconds = f"{time.perf_counter() - start:.1f}"
             label = f"{method}: {correction.method}" if method == "auto" else method
-            add(f"{name}, {label}", correction.model, seconds)
-    Console(width=100).print(table)
+            print_scored(f"{name}, {label}", correction.model, seconds)
 
 
-def corrected(path: Path, samples: Path, method: str) -> tuple[float, dict[str, Array]]:
-    """Corrects the model of a path: the seconds, and the biases by the names of layers in Keras."""
+def corrected(path: Path, samples: Path, method: str) -> tuple[float, str, dict[str, Array]]:
+    """Corrects the model of a path: the seconds, what was chosen, and the biases by the names of layers in Keras."""
     network, data = network_from_model(path, "model"), np.load(samples)
     start = time.perf_counter()
     correction = biascorr.correct(network, data, quant_params=biascorr.QuantParams("tf"), method=method)
     seconds = time.perf_counter() - start
     names = (re.sub(r"[^0-9A-Za-z]+", "_", layer.name).strip("_") for layer in correction.network.layers)
-    return seconds, {name: layer.bias.ravel() for name, layer in zip(names, correction.network.layers)}
+    return seconds, correction.method, {name: layer.bias.ravel() for name, layer in zip(names, correction.network.layers)}
 
 
 def print_costs(options: argparse.Namespace) -> None:
     model, samples, _ = network_and_samples(options)
-    table = Table(f"{options.network.name}, {len(samples)} samples", box=box.SIMPLE_HEAD)
-    for heading in ("ONNX, s", "Keras, s", "ONNX, MB", "Keras, MB", "difference of biases"):
-        table.add_column(heading, justify="right")
+    print_row(f"{options.network.name}, {len(samples)} samples", "ONNX", "Keras", "biases differ by")
     with tempfile.TemporaryDirectory() as folder:
         keras_path, keras_samples = Path(folder) / "network.keras", Path(folder) / "samples.npy"
         model.save(keras_path)
@@ -262,11 +259,11 @@ def print_costs(options: argparse.Namespace) -> None:
                 costs.append(least_cost(corrected, path, data, method))
                 if costs[-1].failure:
                     raise RuntimeError(f"{path}, {method}: {costs[-1].failure}")
-            (onnx_seconds, expected), (keras_seconds, found) = (cost.result for cost in costs)
+            (_, _, expected), (_, _, found) = (cost.result for cost in costs)
             difference = max(np.abs(found[name] - bias).max() / np.abs(bias).max() for name, bias in expected.items())
-            seconds = [f"{each:.1f}" for each in (onnx_seconds, keras_seconds)]
-            table.add_row(method, *seconds, *(f"{cost.peak / 1e6:.0f}" for cost in costs), f"{difference:.1e}")
-    Console(width=100).print(table)
+            chosen = " and ".join(dict.fromkeys(cost.result[1] for cost in costs))
+            cells = [f"{cost.result[0]:.1f} s, {cost.peak / 1e6:.0f} MB" for cost in costs]
+            print_row(f"{method}: {chosen}" if method == "auto" else method, *cells, f"{difference:.1e}")
 
 
 def main() -> None:

@@ -35,12 +35,7 @@ def bias_correction_empirical_analytical(model: keras.Model, dataset: tf.data.Da
     """Corrects all layers: those after a batch normalization by the mean input that it gives, the others empirically."""
     conv_bn_dict = find_all_convs_bn_with_activation(model)
     return BiasCorrection.correct_bias(
-        model,
-        BIAS_CORRECTION_PARAMS,
-        QUANT_PARAMS,
-        dataset,
-        conv_bn_dict=conv_bn_dict,
-        perform_only_empirical_bias_corr=False,
+        model, BIAS_CORRECTION_PARAMS, QUANT_PARAMS, dataset, conv_bn_dict=conv_bn_dict, perform_only_empirical_bias_corr=False
     )
 
 
