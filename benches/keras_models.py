@@ -14,8 +14,8 @@ TFLiteConverter makes of the same model, in integers with float inputs and outpu
 converter folds batch normalizations before it quantizes. Rows are the model as it is given, folded and equalized.
 
 `--cost` corrects NETWORK.onnx and the same network in Keras, each in a process of its own: seconds of `biascorr.correct` in the
-fastest of up to five, the peak of memory above the start of the process, TensorFlow or onnxruntime included, and the largest
-difference of biases, as a part of the layer's largest bias.
+fastest of up to five, the CPU time of all its threads, the peak of memory above the start of the process, TensorFlow or
+onnxruntime included, and the largest difference of biases, as a part of the layer's largest bias.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def variants(model: Any, samples: Array) -> Iterator[tuple[str, Any]]:
 
 
 def print_row(name: str, *cells: str) -> None:
-    print(f"{name:<44}", *(f"{cell:>18}" for cell in cells), flush=True)
+    print(f"{name:<40}", *(f"{cell:>18}" for cell in cells), sep="  ", flush=True)
 
 
 def print_scores(options: argparse.Namespace) -> None:
@@ -236,14 +236,14 @@ def print_scores(options: argparse.Namespace) -> None:
             print_scored(f"{name}, {label}", correction.model, seconds)
 
 
-def corrected(path: Path, samples: Path, method: str) -> tuple[float, str, dict[str, Array]]:
-    """Corrects the model of a path: the seconds, what was chosen, and the biases by the names of layers in Keras."""
+def corrected(path: Path, samples: Path, method: str) -> tuple[str, str, dict[str, Array]]:
+    """Corrects the model of a path: the times, what was chosen, and the biases by the names of layers in Keras."""
     network, data = network_from_model(path, "model"), np.load(samples)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     correction = biascorr.correct(network, data, quant_params=biascorr.QuantParams("tf"), method=method)
-    seconds = time.perf_counter() - start
+    times = f"{time.perf_counter() - start:.1f} s, CPU {time.process_time() - cpu_start:.1f} s"
     names = (re.sub(r"[^0-9A-Za-z]+", "_", layer.name).strip("_") for layer in correction.network.layers)
-    return seconds, correction.method, {name: layer.bias.ravel() for name, layer in zip(names, correction.network.layers)}
+    return times, correction.method, {name: layer.bias.ravel() for name, layer in zip(names, correction.network.layers)}
 
 
 def print_costs(options: argparse.Namespace) -> None:
@@ -262,7 +262,7 @@ def print_costs(options: argparse.Namespace) -> None:
             (_, _, expected), (_, _, found) = (cost.result for cost in costs)
             difference = max(np.abs(found[name] - bias).max() / np.abs(bias).max() for name, bias in expected.items())
             chosen = " and ".join(dict.fromkeys(cost.result[1] for cost in costs))
-            cells = [f"{cost.result[0]:.1f} s, {cost.peak / 1e6:.0f} MB" for cost in costs]
+            cells = [f"{cost.result[0]}, {cost.peak / 1e6:.0f} MB" for cost in costs]
             print_row(f"{method}: {chosen}" if method == "auto" else method, *cells, f"{difference:.1e}")
 
 
