@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     if not path.is_file():
         raise OSError(f"{name}: {kind_of(path)}")
     try:
-        model = keras.saving.load_model(path)
+        model = _loaded(path, name)
         text = "{}"
         if path.suffix == SUFFIX:
             with zipfile.ZipFile(path) as archive:
@@ -68,6 +69,19 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
             f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
         ) from error
+
+
+def _loaded(path: Path, name: str) -> Any:
+    """The model in a file; not compiled, with a warning, where its optimizer, losses or metrics cannot be made again."""
+    try:
+        return keras.saving.load_model(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
+        model = keras.saving.load_model(path, compile=False)
+        message = " ".join(str(error).split())[:200]
+        warnings.warn(f"{name}: compile the model that is returned yourself: {message}", stacklevel=2)
+        return model
 
 
 def _check_graph(model: Any, name: str) -> None:

@@ -149,12 +149,12 @@ class _Rebuilder:
         return config
 
     def _limited(self, operation: Any, outputs: Any) -> Any:
-        """What an operation makes, within the limits that it does not set itself."""
+        """What an operation makes, in its type, within the limits that it does not set itself."""
         for low, high in self._limits(operation):
             if np.isfinite(low).any() and not (isinstance(operation, keras.Layer) and _is_zero(low)):
-                outputs = self._named(ops.maximum(outputs, low), operation)
+                outputs = self._named(ops.maximum(outputs, low.astype(outputs.dtype)), operation)
             if np.isfinite(high).any() and not (isinstance(operation, layers.ReLU) and high.ndim == 0):
-                outputs = self._named(ops.minimum(outputs, high), operation)
+                outputs = self._named(ops.minimum(outputs, high.astype(outputs.dtype)), operation)
         return outputs
 
     def _named(self, tensor: Any, operation: Any) -> Any:
