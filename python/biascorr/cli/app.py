@@ -94,7 +94,9 @@ def biascorr(
     """Bias correction for quantized neural networks."""
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx or .keras.")
+]
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
 ]
@@ -115,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 
 @app.command()
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -190,7 +192,7 @@ def correct(
 
 @app.command()
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,

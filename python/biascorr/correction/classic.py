@@ -109,7 +109,7 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The model, which is not changed.
 
     Returns
@@ -149,8 +149,9 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 class BiasCorrection:
     """Bias correction by simulated quantization.
 
-    Models are ONNX: a path, bytes or an onnx.ModelProto. They are float, and so is what is returned: a new onnx.ModelProto,
-    the model with biases that fit its weights once these are quantized. Models, files and data given are not changed.
+    Models are those of ONNX or Keras: a path, bytes, an onnx.ModelProto or a keras.Model. They are float, and so is what is
+    returned, a new model of the same kind, with biases that fit its weights once these are quantized. Models, files and data
+    given are not changed.
 
     A data set is anything iterable over batches: arrays, tuples or lists with one array per input, mappings by input name; a
     `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, an onnxruntime `CalibrationDataReader`, an iterator that
@@ -174,7 +175,7 @@ class BiasCorrection:
 
         Parameters
         ----------
-        reference_model : path, bytes or onnx.ModelProto
+        reference_model : path, bytes, onnx.ModelProto or keras.Model
             The float model.
         bias_correct_params : BiasCorrectionParams
             How much data is used.
@@ -191,7 +192,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             The float model with corrected biases; layers without a bias have one.
 
         Warns
@@ -225,9 +226,9 @@ class BiasCorrection:
 
         Parameters
         ----------
-        reference_model : path, bytes or onnx.ModelProto
+        reference_model : path, bytes, onnx.ModelProto or keras.Model
             The float model.
-        corrected_model : path, bytes or onnx.ModelProto
+        corrected_model : path, bytes, onnx.ModelProto or keras.Model
             The same model, float too; the biases of its other layers may be corrected already, and stay as they are.
         bias_correct_params : BiasCorrectionParams
             How much data is used.
@@ -240,7 +241,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             `corrected_model` with another bias of this layer.
 
         Warns
@@ -275,7 +276,7 @@ class BiasCorrection:
 
         Parameters
         ----------
-        corrected_model : path, bytes or onnx.ModelProto
+        corrected_model : path, bytes, onnx.ModelProto or keras.Model
             The float model; the biases of its layers may be corrected already.
         layer : str
             Name of the layer.
@@ -289,7 +290,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             `corrected_model` with another bias of this layer; unchanged where the layer is one to ignore, or where there is no
             batch normalization before a first layer.
 
