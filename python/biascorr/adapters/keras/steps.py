@@ -133,7 +133,7 @@ class _Walker:
             if inner is not None:
                 self._walk_nested(node, graph_of(operation), name, inner)
                 continue
-            found = linears_of(operation, len(node.input_tensors[0].shape))
+            found = linears_of(operation, len(node.input_tensors[0].shape), node.outputs[0].shape)
             if isinstance(found, list):
                 self._add_layer(name, node, found)
                 continue
@@ -164,7 +164,8 @@ class _Walker:
             given = [given[each.name] for each in graph.inputs]
         flat: list[Any] = keras.tree.flatten(given)
         is_plain = len(flat) == len(graph.inputs) and all(isinstance(each, keras.KerasTensor) for each in flat)
-        is_masked = any(value is not None for key, value in node.arguments.kwargs.items() if key != "training")
+        others = {key: value for key, value in node.arguments.kwargs.items() if key != "training"}
+        is_masked = any(each is not None for each in keras.tree.flatten(others))
         if not is_plain or is_masked or any(len(a.shape) != len(b.shape) for a, b in zip(flat, graph.inputs)):
             return None
         return flat
