@@ -84,9 +84,10 @@ class _Rebuilder:
         outside = {id(tensor) for tensor in graph.outputs}
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(tensors)
-            is_removed = self._is_removed(node.operation) and not outside & set(map(id, node.outputs))
-            if is_removed:
+            if self._is_removed(node.operation):
                 outputs = tensors[id(node.input_tensors[0])]
+                if outside & set(map(id, node.outputs)):
+                    outputs = self._copy(node.operation)(outputs)  # an identity, without what else a normalization is given
             else:
                 outputs = self._limited(node.operation, self._copy(node.operation)(*args, **kwargs))
                 self._fill(node.operation)
