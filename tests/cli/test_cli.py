@@ -787,6 +787,34 @@ def test_equalized_model_is_written_and_what_was_done_printed(folder):
     assert "moved" not in done.stderr
 
 
+def test_what_is_not_folded_is_said_in_one_note(folder):
+    onnx.save(layered_network(), folder / "layered.onnx")
+    command = "correct", "layered.onnx", "--data", "data/good.npz", "--method", "mean", "-o", "out.onnx", "--force"
+    done = run(*command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "folded" not in done.stderr
+    assert done.stdout.count("note: not folded: 1 batch normalization, ") == 1
+    done = run(*command, "--fold", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "not folded" not in done.stdout
+    assert "note: 1 batch normalization folded into layers" in done.stdout.splitlines()
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(folder / "out.onnx").graph.node}
+
+
+@pytest.mark.parametrize("command", ["correct", "equalize"])
+def test_no_more_samples_are_read_than_asked_for(command, folder):
+    with_nan = samples(8, 3, 6, 6)
+    with_nan[7] = np.nan
+    np.save(folder / "x.npy", with_nan)
+    arguments = command, "models/float.onnx", "--data", "x.npy", "--batch-size", "3", "-o", "out.onnx"
+    done = run(*arguments, cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "error: x.npy[6:8]: input x: contains nan\n")
+    done = run(*arguments, "--max-samples", "7", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert command == "equalize" or "from 7 samples" in done.stdout
+    assert run(*arguments, "--max-samples", "0", cwd=folder).returncode == 2
+
+
 def test_channels_that_were_silenced_are_counted(folder):
     faint = weights(4, 3, 1, 1)
     faint[2] *= np.float32(1e-20)

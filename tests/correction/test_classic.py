@@ -1,6 +1,7 @@
 """The classic interface: its recipes, what they promise of mean outputs, and what it says of wrong arguments."""
 
 import inspect
+import itertools
 import os
 from dataclasses import replace
 
@@ -98,7 +99,8 @@ def test_empirical_and_analytical():
     model = network()
     norms = find_all_convs_bn_with_activation(model)
     found = corrected(model, conv_bn_dict=norms, perform_only_empirical_bias_corr=False)
-    hybrid = correct(model, X, method="hybrid", quant_params=QUANT)
+    with pytest.warns(UserWarning, match="^not folded: 1 batch normalization, "):
+        hybrid = correct(model, X, method="hybrid", quant_params=QUANT)
     assert [layer.method for layer in hybrid.report] == ["empirical", "analytical", "empirical", "empirical", "empirical"]
     assert_same_constants(found, hybrid.model, rtol=1e-6, atol=1e-7)
     assert_same_means(means(found, quant_params=QUANT), means(model), OUTPUTS.keys() - {"second"})
@@ -116,7 +118,8 @@ def test_one_layer_analytical():
     model = network()
     info = find_all_convs_bn_with_activation(model)["second"]
     found = BiasCorrection.analytical_bias_correction_per_layer(model, "second", info, QUANT)
-    expected = correct(model, method="analytical", quant_params=QUANT).model
+    with pytest.warns(UserWarning, match="^not folded: 1 batch normalization, "):
+        expected = correct(model, method="analytical", quant_params=QUANT).model
     assert_same_constants(found, expected)
     assert len(constants_of(found)) == len(constants_of(model)) + 1
 
@@ -299,6 +302,27 @@ def test_no_more_batches_are_read_than_are_used():
     assert len(list(batches)) == 2
 
 
+def test_an_infinite_data_set_is_read_as_far_as_it_is_used():
+    class Infinite:
+        """Like a tf.data.Dataset of single samples."""
+
+        def __init__(self):
+            self.read = 0
+            self.element_spec = X[0]
+
+        def cardinality(self):
+            return -1
+
+        def __iter__(self):
+            for x in itertools.cycle(X):
+                self.read += 1
+                yield x
+
+    data = Infinite()
+    assert_same_constants(corrected(data=data, params=BiasCorrectionParams(4, 100, 12, ["x"], ["y"])), corrected())
+    assert data.read == 12
+
+
 def test_data_that_ends_early_is_warned_of():
     with pytest.warns(UserWarning, match="data_set: ended after 3 batches, 5 were asked for"):
         found = corrected(data=iter(np.split(X, 3)), params=BiasCorrectionParams(4, 1, 20, ["x"], ["y"]))
@@ -349,6 +373,28 @@ def test_arrays_of_a_batch_are_in_the_order_of_the_names():
         for names, pair in ((["left", "right"], (left, right)), (["right", "left"], (right, left)))
     ]
     assert found[0] == found[1] != model
+
+
+@pytest.mark.parametrize(("own", "other"), [("", ":0"), (":0", "")])
+def test_names_of_tensors_with_an_index_or_without(own, other):
+    model = network()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.name += own
+    model.graph.node[0].input[0] = model.graph.node[4].input[0] = f"x{own}"
+    model.graph.node[-1].output[0] = f"y{own}"
+    expected = corrected(model, X, BiasCorrectionParams(4, 12, 12, [f"x{own}"], [f"y{own}"]))
+    assert corrected(model, X, BiasCorrectionParams(4, 12, 12, [f"x{other}"], [f"y{other}"])) == expected
+    for names in (["x", "x:0"], ["x:1"], ["x:0:0"] if not own else ["x:0:0:0"]):
+        with pytest.raises(ValueError, match=f"input_op_names: {', '.join(names)}; the inputs of reference_model are x{own}$"):
+            corrected(model, X, BiasCorrectionParams(4, 12, 12, names, [f"y{own}"]))
+
+
+def test_the_exact_name_goes_first():
+    text = """g (float[N,4] x, float[N,4] x__0) => (float[N,3] y) { a = Gemm(x, w, b) c = Gemm(x__0, w, b) y = Sub(a, c) }"""
+    model = model_from_text(text, w=weights(4, 3, axis=1), b=biases(3))
+    model.graph.input[1].name = model.graph.node[1].input[0] = "x:0"
+    found = BiasCorrectionParams(4, 4, 4, ["x:0", "x"], ["y:0"]).inputs_of(OnnxNetwork.load(model, "model"), "model")
+    assert [each.name for each in found] == ["x:0", "x"]
 
 
 # Cost

@@ -53,7 +53,10 @@ from numpy_network import BiasedNetwork, Node, NumpyNetwork, ReadableNetwork, no
 
 METHODS = ("mean", "iterative", "empirical", "activation", "analytical", "hybrid", "auto")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning")  # both do, or neither does
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning"),  # both do, or neither does
+    pytest.mark.filterwarnings("ignore:not folded:UserWarning"),  # batch normalizations are operations to be told apart
+]
 
 
 # The twin
@@ -420,6 +423,16 @@ def test_simulated_quantization(name, method, per_channel):
     found, expected = correct_both(network_of(name), batches_for(name), method=method, quant_params=params)
     assert_same_corrections(found, expected)
     assert any(each.shift_before > 1e-3 for each in found.report if each.method is not None)
+
+
+@pytest.mark.parametrize("method", ["empirical", "analytical"])
+@pytest.mark.parametrize("name", ["norms", "flat_norm"])
+def test_folded_before_quantization_is_simulated(name, method):
+    params = QuantParams("tf", weight_bits=BITS)
+    found, expected = correct_both(network_of(name), batches_for(name), method=method, quant_params=params, fold=True)
+    assert_same_corrections(found, expected)
+    assert found.notes[0] == expected.notes[0]
+    assert "folded into layers" in found.notes[0]
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])

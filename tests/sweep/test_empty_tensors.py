@@ -63,8 +63,22 @@ def test_equalization_with_empty_caches():
 def test_a_batch_without_samples_is_refused():
     data = [{"x": samples(1, 5, 8), "past_key": samples(1, 0, 8), "past_value": samples(1, 0, 8)}]
     data.append({name: array[:0] for name, array in data[0].items()})
-    with pytest.raises(ValueError, match=r"data\[1\]: input x: shape \(0, 5, 8\), the model takes \(any, any, 8\)"):
+    with pytest.raises(ValueError, match=r"data\[1\]: input x: shape \(0, 5, 8\) has no samples"):
         correct(decoder(), data, method="mean", quant_params=PARAMS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", ["N", "2"])
+def test_a_cache_along_the_first_axis_that_is_empty_at_first(rows, method):
+    text = f"""g (float[{rows},6] x, float[P,6] past) => (float[M,4] y) {{
+        k = Concat<axis=0>(past, x) [a] t = Gemm(k, w, b) r = Relu(t) [z] y = Gemm(r, v, c) }}"""
+    constants = {"w": weights(6, 5, axis=1), "v": weights(5, 4, axis=1, seed=1), "b": biases(5), "c": biases(4)}
+    x = samples(16, 6)
+    data = [{"x": x[k : k + 2], "past": x[:k]} for k in range(0, 16, 2)]
+    correction = correct(model_from_text(text, **constants), data, method=method, quant_params=PARAMS)
+    assert [layer.name for layer in correction.report] == ["a", "z"]
+    if method == "empirical":
+        assert correction.scores["empirical"].sqnr > correction.scores["none"].sqnr
 
 
 def computed_rows():

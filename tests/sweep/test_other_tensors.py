@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from biascorr import QuantParams, correct, equalize
 from biascorr.adapters.onnx.network import OnnxNetwork
-from networks import BITS, biases, model_from_text, samples, weights
+from networks import BITS, biases, constants_of, model_from_text, samples, weights
 
 METHODS = ["auto", "mean", "iterative", "empirical", "activation", "hybrid"]
 CONSTANTS = {"w": weights(6, 5, axis=1), "v": weights(5, 4, axis=1, seed=1), "b": biases(5), "c": biases(4)}
@@ -33,8 +33,23 @@ SEQUENCES = {
         "float[N,4] y",
     ),
     "an optional": (f"{FIRST} o = Optional(t) r = OptionalGetElement(o) {LAST}", "float[N,4] y"),
+    "made in a branch, read after a layer": (
+        f"""{FIRST} o = Relu(t) m = ReduceMax<keepdims=0>(t) k = Greater(m, zero) s = If(k)
+            <then_branch = then () => (seq(float[N,5]) s1) {{ s1 = SequenceConstruct(t) }},
+             else_branch = other () => (seq(float[N,5]) s2) {{ s2 = SequenceConstruct(t, t) }}>
+            [m] u = Gemm(o, square, b) j = SequenceInsert(s, u) r = ConcatFromSequence<axis=0>(j) {LAST}""",
+        "float[M,4] y",
+    ),
+    "made in a function, read after a layer": (
+        f"{FIRST} o = Relu(t) s = local.Parts(t) [m] u = Gemm(o, square, b) j = SequenceInsert(s, u)"
+        f"r = ConcatFromSequence<axis=0>(j) {LAST}",
+        "float[M,4] y",
+    ),
 }
 PARAMS = QuantParams("tf", weight_bits=BITS)
+ZERO = {"zero": np.float32(0)}
+MORE = {**CONSTANTS, **ZERO, "square": weights(5, 5, axis=1, seed=4)}
+LOCAL = """<domain: "local", opset_import: ["" : 17]> Parts (t) => (s) { s = SequenceConstruct(t) }"""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,9 +57,10 @@ PARAMS = QuantParams("tf", weight_bits=BITS)
 @pytest.mark.parametrize("budget", [None, 0])
 def test_sequences_and_optionals(name, method, budget):
     body, output = SEQUENCES[name]
-    model = model_from_text(f"g (float[N,6] x) => ({output}) {{ {body} }}", **CONSTANTS)
+    model = model_from_text(f"g (float[N,6] x) => ({output}) {{ {body} }} {LOCAL}", **MORE)
+    model.opset_import.append(helper.make_opsetid("local", 1))
     correction = corrected(model, samples(16, 6), method=method, quant_params=PARAMS, memory_budget=budget)
-    assert [row.name for row in correction.report] == ["a", "z"]
+    assert [row.name for row in correction.report] == (["a", "m", "z"] if "[m]" in body else ["a", "z"])
     assert "none" in correction.scores
     if method == "empirical":
         assert correction.scores["empirical"].sqnr > correction.scores["none"].sqnr
@@ -67,6 +83,74 @@ def test_maps_and_text_are_not_scored():
         correction = corrected(model, samples(16, 6), quant_params=PARAMS, memory_budget=budget)
         assert correction.method == plain.method
     onnxruntime.InferenceSession(correction.model.SerializeToString())
+
+
+NUMBERS_AGAIN = {
+    "the shape of bfloat16": "q = Cast<to=16>(t) i = Shape(q) f = Reshape(t, i)",
+    "whether there is one": "o = Optional(t) k = OptionalHasElement(o) f = Where(k, t, t)",
+    "a type that is copied": "q = Cast<to=16>(t) f = CastLike(q, zero)",
+    "text that is compared": "q = Cast<to=8>(t) k = Equal(q, q) f = Where(k, t, t)",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NUMBERS_AGAIN)
+def test_layers_behind_numbers_that_others_gave_are_corrected_as_ever(name, method):
+    """Each of them is `f = t` in other words: so the biases are the same."""
+
+    def biases_of(body):
+        text = (
+            f"g (float[N,6] x) => (float[N,4] y) {{ {FIRST} {body} [m] n = Gemm(f, v, c) h = Relu(n) [z] y = Gemm(h, u, c) }}"
+        )
+        constants = {**CONSTANTS, **ZERO, "u": weights(4, 4, axis=1, seed=2)}
+        model = model_from_text(text, opset=19, ir_version=9, **constants)
+        correction = corrected(model, samples(16, 6), method=method, quant_params=PARAMS)
+        assert [row.name for row in correction.report] == ["a", "m", "z"]
+        return [row.shift_before for row in correction.report], constants_of(correction.model)
+
+    plain = "q = Cast<to=16>(t) f = Cast<to=1>(q)" if name == "a type that is copied" else "f = Identity(t)"
+    shifts, constants = biases_of(NUMBERS_AGAIN[name])
+    expected, others = biases_of(plain)
+    np.testing.assert_allclose(shifts, expected, rtol=1e-5)
+    np.testing.assert_allclose(constants["b"], others["b"], rtol=1e-5)
+
+
+OTHERS = {"bfloat16": TensorProto.BFLOAT16, "float8_e4m3fn": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_inputs_and_outputs_of_types_that_numpy_has_not(kind, method, budget):
+    """They are the same numbers as in float32, and so are the biases and the scores."""
+    to = OTHERS[kind]
+    text = f"""g (float[N,6] x) => (float[N,4] y) {{ f = Cast<to=1>(x) [a] t = Gemm(f, w, b) r = Relu(t) [z] u = Gemm(r, v, c)
+        q = Cast<to={to}>(u) y = Cast<to=1>(q) }}"""
+    plain = model_from_text(text, opset=21, ir_version=10, **CONSTANTS)
+    model = model_from_text(
+        text.replace("q = ", "y = ").replace(" y = Cast<to=1>(q)", ""), opset=21, ir_version=10, **CONSTANTS
+    )
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = to
+    x = samples(16, 6).astype(getattr(ml_dtypes, kind))
+    options = {"method": method, "quant_params": PARAMS, "memory_budget": budget}
+    correction, expected = corrected(model, x, **options), corrected(plain, x.astype(np.float32), **options)
+    for one, other in zip(correction.report, expected.report, strict=True):
+        assert one.shift_before == pytest.approx(other.shift_before, rel=1e-6)
+    scores, others = ({name: score.sqnr for name, score in each.scores.items()} for each in (correction, expected))
+    assert scores == pytest.approx(others)
+    onnxruntime.InferenceSession(correction.model.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int4", "int8"])
+def test_codes_are_not_compared_with_real_numbers(kind):
+    float_model = model_from_text(f"g (float[N,6] x) => (float[N,5] y) {{ {FIRST.replace('t =', 'y =')} }}", **CONSTANTS)
+    constants = {"s": np.float32(1 / 4), "zp": np.zeros((), ml_dtypes.int4 if kind == "int4" else kind)}
+    text = f"g (float[N,6] x) => (float[N,5] y) {{ {FIRST} y = QuantizeLinear(t, s, zp) }}"
+    given = model_from_text(text, opset=21, ir_version=10, **{**CONSTANTS, "w": np.round(CONSTANTS["w"], 1)}, **constants)
+    given.graph.output[0].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(constants["zp"].dtype)
+    correction = corrected(float_model, samples(16, 6), quantized=given, method="empirical")
+    assert all(np.isnan(score.sqnr) for score in correction.scores.values())
 
 
 FLOATS = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")

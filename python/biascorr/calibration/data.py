@@ -1,13 +1,15 @@
-"""Where calibration samples come from: arrays, files, folders, readers, any iterable of batches.
+"""Where calibration samples come from: arrays, files, folders, data sets, readers, any iterable of batches.
 
 Whatever the source, batches come out one by one, checked against the inputs of the model.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,18 @@ import numpy as np
 from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
+from biascorr.arguments import checked_integer
+from biascorr.calibration.datasets import (
+    ITERABLE,
+    DataSet,
+    Remedies,
+    data_set_from,
+    has_single_samples,
+    is_tensor,
+    leaves_of,
+    stacked,
+    without_nesting,
+)
 from biascorr.graph.network import ModelInput
 from biascorr.whole_file import kind_of
 
@@ -26,16 +40,47 @@ Progress = Callable[[str, int, int | None], None]
 """Called with the step, how much of it is done, and how much there is (None if unknown)."""
 
 
-def number_of_batches(data: Any) -> int | None:
+def number_of_batches(
+    data: Any, inputs: Sequence[ModelInput] = (), *, batch_size: int = 1, max_samples: int | None = None
+) -> int | None:
     """How many batches the data gives, None where that is not known before reading it."""
+    data_set = data_set_from(data)
+    if data_set is not None:
+        return _number_in(data_set, inputs, batch_size, max_samples)
+    if max_samples is not None:
+        return None
     if isinstance(data, (str, PathLike)):
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
-    one_batch_each = isinstance(data, Sized) and not isinstance(data, (np.ndarray, Mapping)) and not hasattr(data, "get_next")
+    has_samples = isinstance(data, (np.ndarray, Mapping)) or is_tensor(data)
     try:
-        return len(data) if one_batch_each else None
+        return len(data) if isinstance(data, Sized) and not has_samples and not hasattr(data, "get_next") else None
     except TypeError:  # datasets whose class has a length although they have none themselves
         return None
+
+
+def _number_in(data: DataSet, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> int | None:
+    are_single = False if data.are_batches else has_single_samples(data.spec, inputs)
+    if are_single is False:
+        return data.count if most is None else None
+    fixed = _fixed_size(inputs)
+    limit = _whole(most, fixed)
+    count = limit if data.is_infinite else data.count
+    return None if are_single is None or count is None else math.ceil(min(count, limit or count) / (fixed or batch_size))
+
+
+def check_amounts(batch_size: Any, max_samples: Any) -> None:
+    """Raises ValueError where they are no integers of at least 1, or None for the latter."""
+    checked_integer("batch_size", batch_size, 1)
+    if max_samples is not None:
+        checked_integer("max_samples", max_samples, 1, otherwise="None")
+
+
+def check_end(data: Any, max_samples: int | None) -> None:
+    """Raises ValueError where the data never ends, and nothing else limits it."""
+    data_set = data_set_from(data)
+    if max_samples is None and data_set is not None and data_set.is_infinite:
+        raise ValueError(f"data: an infinite data set, expected max_samples with it, or a part of it: {data_set.finite}")
 
 
 def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput]) -> int:
@@ -45,20 +90,23 @@ def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelI
 
 
 def batches_from_data(
-    data: Any, inputs: Sequence[ModelInput], *, name: str = "data", batch_size: int = 1
+    data: Any, inputs: Sequence[ModelInput], *, name: str = "data", batch_size: int = 1, max_samples: int | None = None
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Batches by input name, as the model takes them.
+    """Batches by input name, as the model takes them; in float32 what numpy has no type for, which holds all such values.
 
     Parameters
     ----------
-    data : path, array, mapping, reader or iterable
+    data : path, array, mapping, data set, reader or iterable
         See :func:`biascorr.correct`.
     inputs : sequence of ModelInput
         The inputs of the model, in the order of arrays that come without names.
     name : str
         The name that errors give the data.
     batch_size : int
-        Samples of an array or a file that make a batch, where the model does not fix that.
+        Samples of an array, of a file, or of a data set of single samples that make a batch, where the model does not fix that.
+    max_samples : int, optional
+        No more are read: the last batch is cut, where the model leaves the first axis of its inputs open; where not, batches
+        are read that hold so many at most, and one at least.
 
     Raises
     ------
@@ -69,24 +117,29 @@ def batches_from_data(
     ValueError
         A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
     """
-    for label, batch in _named_batches(data, inputs, name, batch_size):
-        for each in inputs:
-            _check(batch[each.name], each, label)
-        yield batch
+    batches = _named_batches(data, inputs, name, batch_size, max_samples)
+    for label, batch, _ in batches if max_samples is None else _limited(batches, inputs, max_samples):
+        feeds = {each.name: _checked(batch[each.name], each, label) for each in inputs}
+        if number_of_samples(feeds, inputs) == 0:
+            raise ValueError(f"{label}: input {inputs[0].name}: shape {feeds[inputs[0].name].shape} has no samples")
+        yield feeds
 
 
-Batches = Iterator[tuple[str, dict[str, NDArray[Any]]]]
-"""The name that errors give a batch, and the batch."""
+Batches = Iterator[tuple[str, dict[str, NDArray[Any]], int]]
+"""The name that errors give a batch, the batch, and how many samples it has."""
 
 
-def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
+    data_set = data_set_from(data)
     if isinstance(data, (str, PathLike)):
-        yield from _from_path(Path(data), inputs, batch_size)
-    elif isinstance(data, (np.ndarray, Mapping)):
-        yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
+        yield from _from_path(Path(data), inputs, batch_size, most)
+    elif isinstance(data, (np.ndarray, Mapping)) or is_tensor(data):
+        yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size, most)
     elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and _ends_with_labels(data):
         kept = "data[0]" if len(inputs) == 1 else "[data[:-1]]"
         raise ValueError(f"{name}: inputs and what looks like labels; drop labels, e.g. {kept}")
+    elif data_set is not None:
+        yield from _from_data_set(data_set, inputs, name, batch_size, most)
     elif isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
         yield from _each(data, inputs, name)
     elif hasattr(data, "get_next"):
@@ -95,47 +148,126 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
         raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
 
 
+def _limited(batches: Batches, inputs: Sequence[ModelInput], most: int) -> Batches:
+    """So many samples at most; the batch after the last one is not read."""
+    can_be_cut = all(each.shape and each.shape[0] is None for each in inputs)
+    for label, batch, size in batches:
+        if size > most and can_be_cut:
+            yield label, {key: array[:most] for key, array in batch.items()}, most
+        else:
+            yield label, batch, size
+        most -= size
+        if most < (1 if can_be_cut else size):
+            return
+
+
+def _fixed_size(inputs: Sequence[ModelInput]) -> int:
+    """Samples of a batch, 0 where the model leaves that open."""
+    return max((each.shape[0] or 0 for each in inputs if each.shape), default=0)
+
+
+def _whole(most: int | None, size: int) -> int | None:
+    """Samples that are read, at most so many: in whole batches of this size, and in one at least; 0: of any size."""
+    return most if most is None or not size else max(size, most // size * size)
+
+
 def _ends_with_labels(arrays: tuple[Any, ...]) -> bool:
     """Whether the last one has a number for each sample, where the first has more."""
     return all(isinstance(each, np.ndarray) for each in arrays) and arrays[-1].ndim <= 1 < arrays[0].ndim
 
 
-def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str) -> Batches:
+def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str, remedies: Remedies = ITERABLE) -> Batches:
     for k, batch in enumerate(batches):
         label = f"{name}[{k}]"
-        yield label, _by_name(batch, inputs, label)
+        found = _by_name(batch, inputs, label, remedies)
+        yield label, found, _length(found, inputs)
 
 
-def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str) -> dict[str, Any]:
+def _length(batch: Mapping[str, Any], inputs: Sequence[ModelInput]) -> int:
+    """Samples in a batch: its length along the first axis, 1 where the inputs do not agree in that."""
+    lengths = {len(batch[each.name]) if batch[each.name].ndim and each.shape != () else 1 for each in inputs}
+    return lengths.pop() if len(lengths) == 1 else 1
+
+
+def _from_data_set(data: DataSet, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
+    elements = iter(data.elements)
+    first = list(itertools.islice(elements, 1))
+    elements = itertools.chain(first, elements)
+    if first and not data.are_batches and has_single_samples(first[0], inputs):
+        yield from _grouped(elements, inputs, name, batch_size, most, data.of_samples)
+    else:
+        yield from _each(elements, inputs, name, data.of_batches)
+
+
+def _grouped(
+    elements: Iterable[Any], inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None, remedies: Remedies
+) -> Batches:
+    """Single samples in batches of the size that the model takes, or else of this one."""
+    fixed = _fixed_size(inputs)
+    size = fixed or batch_size
+    alone = [replace(each, shape=each.shape and each.shape[1:]) for each in inputs]
+    elements = itertools.islice(elements, _whole(most, fixed))
+    named = (_by_name(element, alone, f"{name}[{k}]", remedies) for k, element in enumerate(elements))
+    copies = ({key: array.copy() for key, array in sample.items()} for sample in named)  # a loader may fill them again
+    for start in itertools.count(0, size):
+        samples = list(itertools.islice(copies, size))
+        if not samples:
+            return
+        if fixed and len(samples) < size:
+            raise ValueError(f"{name}: {start + len(samples)} samples, the model takes a multiple of {size}")
+        label = _label(name, start, start + len(samples))
+        batch = {each.name: stacked([one[each.name] for one in samples], f"{label}: input {each.name}") for each in inputs}
+        yield label, batch, len(samples)
+
+
+def _label(name: str, start: int, stop: int) -> str:
+    return f"{name}[{start}]" if stop == start + 1 else f"{name}[{start}:{stop}]"
+
+
+def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str, remedies: Remedies = ITERABLE) -> dict[str, Any]:
     names = [each.name for each in inputs]
+    batch = without_nesting(batch, inputs)
     if not isinstance(batch, Mapping):
         arrays = list(batch) if isinstance(batch, (tuple, list)) else [batch]
         if len(arrays) > 1 and (isinstance(arrays[0], Mapping) or _are_inputs(arrays[0], inputs)):
-            raise ValueError(f"{name}: inputs and {len(arrays) - 1} more; drop labels, e.g. (x for x, *labels in data)")
+            raise ValueError(f"{name}: inputs and {len(arrays) - 1} more; drop labels, e.g. {_without_labels(1, remedies)}")
         if len(arrays) != len(inputs):
-            taken = ", ".join(f"x{k}" for k in range(len(inputs))) if len(inputs) > 1 else "x"
-            given = f"({taken})" if len(inputs) > 1 else taken
-            hint = f"; drop labels, e.g. ({given} for {taken}, *labels in data)" if len(arrays) > len(inputs) else ""
+            hint = f"; drop labels, e.g. {_without_labels(len(inputs), remedies)}" if len(arrays) > len(inputs) else ""
             raise ValueError(f"{name}: {len(arrays)} arrays, the model has {len(inputs)} inputs ({', '.join(names)}){hint}")
         batch = dict(zip(names, arrays))
     if set(batch) != set(names):
         found = ", ".join(map(str, batch)) or "nothing"
         more = set(names) < set(batch)
-        kept = ", ".join(f"{key!r}: batch[{key!r}]" for key in names)
-        hint = f"; drop labels and all else, e.g. {{{kept}}}" if more else ""
+        chosen = "{" + ", ".join(f"{key!r}: batch[{key!r}]" for key in names) + "}"
+        hint = f"; drop labels and all else, e.g. {remedies.others.format(chosen=chosen)}" if more else ""
         raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}{hint}")
     return {key: _array(batch[key], f"{name}: input {key}") for key in names}
 
 
+def _without_labels(count: int, remedies: Remedies) -> str:
+    """How the first so many members of each batch are had without the others."""
+    if count == 1:
+        return remedies.labels.format(given="x", taken="x", index=0)
+    taken = ", ".join(f"x{k}" for k in range(count))
+    return remedies.labels.format(given=f"({taken})", taken=taken, index=f":{count}")
+
+
 def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
     """Whether a value is a tuple or list with one array for each input, where an input takes no such thing."""
-    return isinstance(value, (tuple, list)) and len(value) == len(inputs) and all(np.ndim(each) > 0 for each in value)
+    if not isinstance(value, (tuple, list)):
+        return False
+    arrays = value if len(value) == len(inputs) else leaves_of(value)
+    return len(arrays) == len(inputs) and all(hasattr(each, "shape") or np.ndim(each) > 0 for each in arrays)
 
 
 def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
     if isinstance(values, MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
+    if hasattr(values, "row_splits"):
+        raise TypeError(f"{name}: a ragged tensor, expected one whose rows have one length, e.g. x.to_tensor()")
+    if hasattr(values, "dense_shape"):
+        raise TypeError(f"{name}: a sparse tensor, expected a dense one, e.g. tf.sparse.to_dense(x)")
     if isinstance(values, (np.ndarray, _Rows)):
         return values
     if hasattr(values, "detach"):
@@ -148,7 +280,9 @@ def _array(values: Any, name: str) -> Any:
         raise ValueError(f"{name}: no array: {error}") from None
 
 
-def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+def _samples(
+    arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None = None
+) -> Batches:
     """Arrays that hold samples along their first axis, in batches of the size that the model takes, or else of this one."""
     counts = {key: len(array) if array.ndim else 0 for key, array in arrays.items()}
     if len(set(counts.values())) > 1:
@@ -157,29 +291,32 @@ def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, ba
     fixed = max((shape[0] or 0 for shape in shapes), default=0)
     size = fixed or (batch_size if len(shapes) == len(inputs) else 1)
     count = next(iter(counts.values()), 0)
+    count = min(count, _whole(most, fixed) or count)
     if fixed and count % size:
         raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
     for start in range(0, count, size):
-        label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{min(start + size, count)}]"
-        yield label, {each.name: _part(arrays[each.name], each, start, size) for each in inputs}
+        stop = min(start + size, count)
+        parts = {each.name: _part(arrays[each.name], each, start, stop) for each in inputs}
+        yield f"{name}[{start}]" if size == 1 else f"{name}[{start}:{stop}]", parts, stop - start
 
 
 def _has_batch_axis(array: Any, model_input: ModelInput) -> bool:
     return model_input.shape is None or array.ndim <= len(model_input.shape)
 
 
-def _part(array: Any, model_input: ModelInput, start: int, size: int) -> NDArray[Any]:
-    return np.asarray(array[start : start + size]) if _has_batch_axis(array, model_input) else np.asarray(array[start])
+def _part(array: Any, model_input: ModelInput, start: int, stop: int) -> NDArray[Any]:
+    return np.asarray(array[start:stop]) if _has_batch_axis(array, model_input) else np.asarray(array[start])
 
 
-def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
+def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> Batches:
     if not path.is_dir():
-        yield from _from_file(path, inputs, batch_size)
+        yield from _from_file(path, inputs, batch_size, most)
         return
     for file in _files(path):
         for name, arrays in _without_names(file, _read(file), inputs):
             found = _by_name(arrays, inputs, name)
-            yield name, {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}
+            batch = {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}
+            yield name, batch, _length(batch, inputs)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -189,9 +326,9 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _from_file(path: Path, inputs: Sequence[ModelInput], batch_size: int) -> Batches:
+def _from_file(path: Path, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> Batches:
     for name, arrays in _without_names(path, _read(path), inputs):
-        yield from _samples(_by_name(arrays, inputs, name), inputs, name, batch_size)
+        yield from _samples(_by_name(arrays, inputs, name), inputs, name, batch_size, most)
 
 
 def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> list[tuple[str, Any]]:
@@ -272,16 +409,18 @@ class _Rows:
         return array if isinstance(key, slice) else array[0]
 
 
-def _check(array: NDArray[Any], expected: ModelInput, name: str) -> None:
+def _checked(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
     label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
         raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
-    if expected.shape is not None and (not _fits(array.shape, expected.shape) or array.shape[:1] == (0,)):
+    if expected.shape is not None and not _fits(array.shape, expected.shape):
         axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
         raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
+    array = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         kind = "nan" if np.isnan(array).any() else "inf"
         raise ValueError(f"{label}: contains {kind}")
+    return array
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -293,7 +432,8 @@ def _conversion(array: NDArray[Any], expected: ModelInput) -> str:
         return "give arrays of numbers"
     if array.dtype.kind in "iu" and expected.dtype.kind == "f":
         return f"convert it as for training, e.g. (x / 255).astype(np.{expected.dtype})"
-    return f"convert it, e.g. x.astype(np.{expected.dtype})"
+    module = "np" if expected.dtype.isbuiltin == 1 else "ml_dtypes"
+    return f"convert it, e.g. x.astype({module}.{expected.dtype})"
 
 
 def _turned(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr import _kernels
-from biascorr.calibration.data import Progress, batches_from_data, number_of_batches, number_of_samples
+from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches, number_of_samples
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
@@ -118,11 +118,24 @@ class Samples:
             self.storage[name, self.batches] = array
         self._indices.append(np.arange(self.count, self.count + size))
 
-    def read(self, data: Any, inputs: Sequence[ModelInput], progress: Progress) -> None:
-        """Keeps all batches of some data, of which a part is to be scored. Raises ValueError where there are none."""
-        total = number_of_batches(data)
+    def read(
+        self,
+        data: Any,
+        inputs: Sequence[ModelInput],
+        progress: Progress,
+        *,
+        batch_size: int = 1,
+        max_samples: int | None = None,
+    ) -> None:
+        """Keeps all batches of some data, of which a part is to be scored, up to so many samples.
+
+        Raises ValueError where there are none, or no end of them.
+        """
+        check_end(data, max_samples)
+        total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
         lasting = type(data) in (np.ndarray, dict, list, tuple)
-        for done, feeds in enumerate(batches_from_data(data, inputs), start=1):
+        batches = batches_from_data(data, inputs, batch_size=batch_size, max_samples=max_samples)
+        for done, feeds in enumerate(batches, start=1):
             kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may fill them again
             self.add(kept, number_of_samples(feeds, inputs))
             progress("reading samples", done, total)

@@ -34,6 +34,7 @@ from biascorr.correction.correct import Correction
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
+from biascorr.graph.layer import without_later_calls
 from biascorr.graph.reasons import ReasonCode
 from biascorr.report.terminal import (
     printable,
@@ -93,7 +94,13 @@ def biascorr(
     """Bias correction for quantized neural networks."""
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx or .keras.")
+]
+BatchSize = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
+]
+MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read no more samples. By default, all of them.")]
 MemoryBudget = Annotated[
     int | None,
     typer.Option(
@@ -110,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 
 @app.command()
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -141,7 +148,12 @@ def correct(
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
     ] = False,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Simulated quantization: fold batch normalizations into layers first.")
+    ] = False,
     new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
+    batch_size: BatchSize = 1,
+    max_samples: MaxSamples = None,
     memory_budget: MemoryBudget = None,
     threads: Threads = None,
     force: Force = False,
@@ -151,9 +163,9 @@ def correct(
         raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
 
     def work(progress: Progress) -> Correction:
-        if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize):
+        if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize or fold):
             raise ValueError(
-                "--weight-bits, --per-channel and --equalize are of simulated quantization: not with --quantized; "
+                "--weight-bits, --per-channel, --equalize and --fold are of simulated quantization: not with --quantized; "
                 "equalize the float model (biascorr equalize), then quantize it"
             )
         return correction.correct(
@@ -164,8 +176,11 @@ def correct(
             strength=strength,
             shrunk=shrunk,
             equalize=equalize,
+            fold=fold,
             new_biases=new_biases,
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+            batch_size=batch_size,
+            max_samples=max_samples,
             memory_budget=memory_budget,
             threads=threads,
             progress=progress,
@@ -177,7 +192,7 @@ def correct(
 
 @app.command()
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -193,6 +208,8 @@ def equalize(
     replace_relu6: Annotated[
         bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
     ] = False,
+    batch_size: BatchSize = 1,
+    max_samples: MaxSamples = None,
     memory_budget: MemoryBudget = None,
     threads: Threads = None,
     force: Force = False,
@@ -205,6 +222,8 @@ def equalize(
             data,
             iterations=iterations,
             replace_relu6=replace_relu6,
+            batch_size=batch_size,
+            max_samples=max_samples,
             memory_budget=memory_budget,
             threads=threads,
             progress=progress,
@@ -223,7 +242,8 @@ def _run(
 ) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
-    warnings.filterwarnings("ignore", ".* made the outputs worse", UserWarning)  # the notes say it
+    for message in (".* made the outputs worse", "not folded: "):
+        warnings.filterwarnings("ignore", message, UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     try:
@@ -316,7 +336,7 @@ def _print_correction(result: Correction, output: Path) -> None:
 def _print_equalization(result: Equalization, output: Path) -> None:
     _print_steps(result)
     scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
-    layers = f"{scaled} of {len(result.network.layers)} layers scaled"
+    layers = f"{scaled} of {len(without_later_calls(result.network.layers))} layers scaled"
     print(f"{printable(output)}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
 
 

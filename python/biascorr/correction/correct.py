@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.calibration.data import Progress
+from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import ONE_OF, Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -18,9 +18,10 @@ from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_roles, paired
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
-from biascorr.correction.simulation import simulated
+from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
-from biascorr.graph.layer import Layer
+from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
@@ -76,7 +77,8 @@ class Correction:
     is_simulated : bool
         Whether quantization was simulated: then the corrected model is the float one, to be quantized now.
     deployed : mapping from str to Score
-        The scores of the uncorrected and of the best candidate as onnxruntime runs them with its default options, on this CPU.
+        The scores of the uncorrected and of the best candidate as their own runtime runs them with its default options, on this
+        CPU.
         Empty where quantization is simulated, or nothing could be scored.
     """
 
@@ -105,7 +107,7 @@ class Correction:
 
     @property
     def model(self) -> Any:
-        """The corrected model, of the framework's own type (onnx.ModelProto)."""
+        """The corrected model, of the framework's own type (onnx.ModelProto, keras.Model)."""
         return self.network.model
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
@@ -126,7 +128,10 @@ def correct(
     shrunk: bool = False,
     quant_params: QuantParams | None = None,
     equalize: bool = False,
+    fold: bool = False,
     new_biases: str = "add",
+    batch_size: int = 1,
+    max_samples: int | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -135,21 +140,22 @@ def correct(
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
-        the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset` or a torch `DataLoader`, gives
-        batches: arrays, tuples with one array per input, or mappings. A path is an .npy or .npz file or a folder of them, one
-        batch per file. Only the method "analytical" does without.
-    quantized : path, bytes or onnx.ModelProto, optional
+        the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
+        `DataLoader`, gives batches: arrays, tuples with one array per input, or mappings; a `tf.data.Dataset` may also give
+        single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
+        does without.
+    quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
         model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
-        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as onnxruntime
-        runs it. With fewer than four samples, all are corrected with and all are scored.
+        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as its own
+        runtime runs it. With fewer than four samples, all are corrected with and all are scored.
 
         By name, from all samples:
 
@@ -171,8 +177,15 @@ def correct(
     equalize : bool
         Whether the float model is equalized before quantization is simulated, as :func:`biascorr.equalize` does it. "auto" also
         tries it without, and returns what is best.
+    fold : bool
+        Whether batch normalizations are folded into layers before quantization is simulated, as far as they can be; the float
+        model that is returned has them folded. Converters do this, and quantize the weights that it makes.
     new_biases : str
         "add": a layer without a bias gets one. "skip": it is left as it is, and no node is added to the model.
+    batch_size : int
+        Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
+    max_samples : int, optional
+        No more samples are read, of any kind of data. None: all of them.
     memory_budget : int or str, optional
         Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
         None: half of the memory that is free, in the container that this process is in.
@@ -191,7 +204,8 @@ def correct(
     FileNotFoundError
         A file is missing.
     ImportError
-        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``).
+        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``), or for a Keras model, Keras and TensorFlow
+        (``pip install "biascorr[keras]" tensorflow``).
     OSError
         The temporary folder is full.
     RuntimeError
@@ -201,12 +215,14 @@ def correct(
         whose weights cannot be changed, and no quantized one is given.
     ValueError
         An option has a value that is not allowed; a model is invalid; the quantized model is not of this float model; there
-        are no samples for a method that needs some; a sample has other names or shapes than the inputs, or nan.
+        are no samples for a method that needs some, or no end of them and no `max_samples`; a sample has other names or shapes
+        than the inputs, or nan.
 
     Warns
     -----
     UserWarning
-        A method asked for by name made the outputs worse.
+        A method asked for by name made the outputs worse; quantization is simulated with neither `fold` nor `equalize`, and
+        there are batch normalizations that could be folded.
 
     Examples
     --------
@@ -220,22 +236,25 @@ def correct(
     'it had no bias; one was added'
     """
     _check_options(method, strength, shrunk, new_biases, data is not None)
+    check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
-    for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize}.items():
+    for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
     check_roles(reference, given)
     notes = _check_inputs_and_outputs(reference, given or reference)
-    pair = Pair(reference, {}) if given is None else paired(reference, given)
+    params = quant_params or QuantParams()
+    pair = _to_simulate(reference, params, fold, equalize) if given is None else paired(reference, given)
     reference, notes = pair.reference, [*notes, *pair.notes]
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto")
         report_progress = progress or (lambda *_: None)
         if data is not None:
-            samples.read(data, (given or reference).inputs, report_progress)
+            inputs = (given or reference).inputs
+            samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
             take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add")
@@ -243,7 +262,7 @@ def correct(
             made = _candidates(options, reference, given, pair.matches, False, True)
             equalization, attempts = None, [_Attempt(given, pair.matches, made)]
         else:
-            equalization, attempts = _simulated_attempts(options, reference, quant_params or QuantParams(), equalize)
+            equalization, attempts = _simulated_attempts(options, reference, params, equalize)
         candidates = [candidate for each in attempts for candidate in each.candidates]
         best = _best(candidates) if method == "auto" else candidates[-1]
         chosen = next(each for each in attempts if best in each.candidates)
@@ -314,6 +333,30 @@ class _Attempt:
     network: BiasNetwork
     matches: Mapping[str, Match]
     candidates: Sequence[Candidate]
+
+
+def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bool) -> Pair:
+    """The float network whose quantization is simulated; warns of batch normalizations that stay in it and need not."""
+    reference = require_edits(network, "model", "simulated quantization")
+    if fold:
+        reference, folds, _ = fold_batch_norms(reference)
+        return Pair(reference, {}, (f"{_normalizations(len(folds))} folded into layers",) if folds else ())
+    if equalize:
+        return Pair(reference, {})
+    layers = {layer.name for layer in layers_to_quantize(reference, params)}
+    count = sum(layer in layers for layer in foldable_batch_norms(reference).values())
+    if not count:
+        return Pair(reference, {})
+    note = (
+        f"not folded: {_normalizations(count)}, which a converter folds into layers before it quantizes these, so that their "
+        "weights will be others than those simulated; fold=True (--fold) folds them first"
+    )
+    warnings.warn(note, stacklevel=3)
+    return Pair(reference, {}, (note,))
+
+
+def _normalizations(count: int) -> str:
+    return f"{count} batch normalization" + ("" if count == 1 else "s")
 
 
 def _simulated_attempts(
@@ -428,7 +471,7 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
 def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
-    for layer in attempt.network.layers:
+    for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
             reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
     return [reports[name] for name in attempt.network.order if name in reports]

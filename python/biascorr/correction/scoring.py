@@ -218,16 +218,22 @@ class FloatOutputs:
 
     def _pairs(self, network: Network) -> dict[str, str]:
         """The outputs that are compared: of the float network, and of the other one."""
-        changing = _outputs_of_layers(network)
+        changing, codes, expected = _outputs_of_layers(network), _codes(network), _codes(self._network)
         names = self._network.outputs
         common = set(names).intersection(network.outputs)
         pairs = {name: name for name in names if name in common} if common else dict(zip(names, network.outputs))
+        pairs = {name: found for name, found in pairs.items() if (name in expected) == (found in codes)}
         return {name: found for name, found in pairs.items() if found in changing} or pairs
 
 
 def arrays_of(output: Any) -> list[NDArray[Any]]:
     """The arrays of an output: itself, those of a sequence, none of anything else."""
     return [each for each in (output if isinstance(output, list) else [output]) if isinstance(each, np.ndarray)]
+
+
+def _codes(network: Network) -> set[str]:
+    """The tensors of quantized values, which are not to be compared with real numbers."""
+    return {name for each in network.operations if each.kind is Kind.QUANTIZE for name in each.outputs}
 
 
 def _outputs_of_layers(network: Network) -> set[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.calibration.data import Progress
+from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -91,7 +91,7 @@ class Equalization:
 
     @property
     def model(self) -> Any:
-        """The equalized model, of the framework's own type (onnx.ModelProto)."""
+        """The equalized model, of the framework's own type (onnx.ModelProto, keras.Model)."""
         return self.network.model
 
     @property
@@ -123,6 +123,8 @@ def equalize(
     *,
     iterations: int | None = None,
     replace_relu6: bool = False,
+    batch_size: int = 1,
+    max_samples: int | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -135,7 +137,7 @@ def equalize(
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Samples, as :func:`biascorr.correct` takes them: they limit what is folded of high biases, and the float outputs for
@@ -145,6 +147,10 @@ def equalize(
     replace_relu6 : bool
         Whether ReLU6 becomes ReLU everywhere, which changes the function. Otherwise, a ReLU6 or Clip between two scaled layers
         gets a bound for each channel where that gains more than it costs, and else ends the chain.
+    batch_size : int
+        Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
+    max_samples : int, optional
+        No more samples are read, of any kind of data. None: all of them.
     memory_budget : int or str, optional
         Bytes of samples and outputs held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the
         end. None: half of the memory that is free, in the container that this process is in.
@@ -163,7 +169,8 @@ def equalize(
     FileNotFoundError, ImportError, TypeError
         As :func:`biascorr.correct`.
     ValueError
-        The model is invalid or quantized; iterations is no integer of at least 1; the data does not fit the model.
+        The model is invalid or quantized; iterations, batch_size or max_samples is no integer of at least 1; the data does not
+        fit the model, or never ends and there is no max_samples.
 
     Warns
     -----
@@ -185,12 +192,13 @@ def equalize(
     [array([2. , 0.5])]
     """
     check_iterations(iterations)
+    check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     network, report = require_edits(network_from_model(model, "model"), "model", "equalization"), progress or (lambda *_: None)
     with Storage(budget) as storage:
         samples = Samples(storage)
         if data is not None:
-            samples.read(data, network.inputs, report)
+            samples.read(data, network.inputs, report, batch_size=batch_size, max_samples=max_samples)
         result = equalized(network, samples, report, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)

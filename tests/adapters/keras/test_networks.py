@@ -12,7 +12,7 @@ from keras import layers, ops
 from biascorr import QuantParams, correct
 from biascorr.adapters.keras.network import KerasNetwork
 from biascorr.adapters.keras.running import packed
-from biascorr.adapters.keras.steps import graph_of
+from biascorr.adapters.keras.steps import graph_of, input_name
 from keras_networks import Array, assert_close, feeds_of, fill, of_keras, outputs_of, run
 from networks import samples
 
@@ -235,7 +235,8 @@ def made(name: str) -> tuple[keras.Model, KerasNetwork, dict[str, Array]]:
     keras.utils.clear_session()
     model, arrays = NETWORKS[name]()
     network = KerasNetwork.load(fill(model), "model")
-    given = dict(zip([each.name for each in model.inputs], arrays)) if name != "dictionaries" else dict(zip("xy", arrays))
+    names = list("xy") if name == "dictionaries" else [input_name(each) for each in model.inputs]
+    given = dict(zip(names, arrays))
     return model, network, {each.name: given[each.name] for each in network.inputs}
 
 
@@ -258,7 +259,7 @@ def test_outputs_and_names(name: str) -> None:
     assert len(set(network.order)) == len(network.order)
     tensors = [tensor for each in network.operations for tensor in each.outputs]
     assert len({*tensors, *feeds}) == len(tensors) + len(feeds)
-    assert {layer.name: layer.shared_with for layer in network.layers if layer.shared_with} == {
+    assert {layer.name: layer.call_of for layer in network.layers if layer.call_of} == {
         each: each.replace(":2", "") for each in LAYERS.get(name, ()) if ":2" in each
     }
 
@@ -286,7 +287,7 @@ def test_model_is_made_again(name: str) -> None:
     """With other biases: the new model computes what the network does, and the given one is as it was."""
     model, network, feeds = made(name)
     before = [value.numpy() for value in model.weights]
-    own = [layer for layer in network.layers if layer.shared_with is None]
+    own = [layer for layer in network.layers if layer.call_of is None]
     shifts = {layer.name: np.linspace(0.5, 1 + k, layer.channels) for k, layer in enumerate(own)}
     moved = network.with_shifts(shifts)
     own = [layer for layer in moved.layers if not layer.name.endswith("depthwise")]
@@ -301,7 +302,7 @@ def test_model_is_made_again(name: str) -> None:
             np.testing.assert_array_equal(np.ravel(found.bias), np.ravel(layer.bias))
     assert_close([value.numpy() for value in model.weights], before, 0)
     assert graph_of(moved.model).output_names == graph_of(model).output_names
-    names = [keras.tree.map_structure(lambda x: x.name, graph_of(each).input) for each in (moved.model, model)]
+    names = [keras.tree.map_structure(input_name, graph_of(each).input) for each in (moved.model, model)]
     assert names[0] == names[1]
 
 

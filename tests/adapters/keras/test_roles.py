@@ -258,7 +258,7 @@ class Growth:
         space = [y.shape[2 - (form == LAST)], y.shape[3 - (form == LAST)]]
         return (
             layers.ZeroPadding2D(4, data_format=form)(y)
-            if min(space) < 16 and channels_of(y, form) > 4 or min(space) < 9
+            if (min(space) < 16 and channels_of(y, form) > 4) or min(space) < 9
             else y
         )
 

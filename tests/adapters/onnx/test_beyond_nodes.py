@@ -101,7 +101,7 @@ def test_nodes_in_any_order(seed, method):
     random.Random(seed).shuffle(nodes)
     del shuffled.graph.node[:]
     shuffled.graph.node.extend(nodes)
-    found, expected = corrected(shuffled, data, method=method), corrected(model, data, method=method)
+    found, expected = (corrected(each, data, method=method, fold=True) for each in (shuffled, model))
     np.testing.assert_allclose(run(found.model, {"x": data})[0], run(expected.model, {"x": data})[0], rtol=1e-5, atol=1e-5)
     assert found.scores == expected.scores
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from biascorr.adapters.keras.rebuilding import made_again
 from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
 from biascorr.whole_file import kind_of, whole_file
 
@@ -53,7 +55,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     if not path.is_file():
         raise OSError(f"{name}: {kind_of(path)}")
     try:
-        model = keras.saving.load_model(path)
+        model = _loaded(path, name)
         text = "{}"
         if path.suffix == SUFFIX:
             with zipfile.ZipFile(path) as archive:
@@ -67,6 +69,19 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
             f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
         ) from error
+
+
+def _loaded(path: Path, name: str) -> Any:
+    """The model in a file; not compiled, with a warning, where its optimizer, losses or metrics cannot be made again."""
+    try:
+        return keras.saving.load_model(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
+        model = keras.saving.load_model(path, compile=False)
+        message = " ".join(str(error).split())[:200]
+        warnings.warn(f"{name}: compile the model that is returned yourself: {message}", stacklevel=2)
+        return model
 
 
 def _check_graph(model: Any, name: str) -> None:
@@ -87,7 +102,7 @@ def _check_layers(model: Any, name: str) -> None:
             _check_layers(operation, name)
             continue
         try:
-            type(operation).from_config(operation.get_config())
+            made_again(operation, operation.get_config())
         except Exception as error:
             raise TypeError(
                 f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "

@@ -68,10 +68,11 @@ class Matrix:
         y = ops.reshape(y, (*ops.shape(y)[:-1], *sizes))
         return ops.transpose(y, [letters.index(letter) for letter in self.target])
 
-    def from_kernel(self, kernel: NDArray[Any]) -> NDArray[Any]:
-        """(I, O)"""
-        turned = kernel.transpose([self.kernel.index(letter) for letter in self.contracted + self.produced])
-        return turned.reshape(math.prod(turned.shape[: len(self.contracted)]), -1)
+    def from_kernel(self, kernel: Any) -> Any:
+        """(I, O), of an array or a tensor."""
+        module = np if isinstance(kernel, np.ndarray) else ops
+        turned = module.transpose(kernel, [self.kernel.index(letter) for letter in self.contracted + self.produced])
+        return module.reshape(turned, (math.prod(turned.shape[: len(self.contracted)]), -1))
 
     def to_kernel(self, matrix: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
         """The inverse, for a kernel of this shape."""
@@ -127,12 +128,16 @@ class Linear:
 
     @property
     def weights(self) -> LazyArray:
-        """The weights, read when they are needed."""
-        variable = getattr(self.layer, self.variable)
+        """The weights of the layer, read when they are needed."""
+        return self.weights_of(getattr(self.layer, self.variable))
+
+    def weights_of(self, variable: Any) -> LazyArray:
+        """Weights in their layout, of a variable or a tensor like that of the layer."""
         shape = tuple(variable.shape)
         if self.matrix is not None:
             shape = (math.prod(self.sizes(self.matrix.contracted)), math.prod(self.sizes(self.matrix.produced)))
-        return LazyArray(shape, np.dtype(variable.dtype), lambda: self.from_variable(ops.convert_to_numpy(variable)))
+        dtype = np.dtype(keras.backend.standardize_dtype(variable.dtype))
+        return LazyArray(shape, dtype, lambda: self.from_variable(ops.convert_to_numpy(variable)))
 
     def sizes(self, letters: str) -> tuple[int, ...]:
         """Sizes of axes of the kernel of an EinsumDense."""
@@ -141,7 +146,7 @@ class Linear:
 
     def from_variable(self, values: NDArray[Any]) -> NDArray[Any]:
         """Weights in their layout, from those of the layer."""
-        return values if self.matrix is None else self.matrix.from_kernel(values)
+        return values if self.matrix is None else np.asarray(self.matrix.from_kernel(values))
 
     def to_variable(self, weights: NDArray[Any]) -> NDArray[Any]:
         """The inverse."""
@@ -172,8 +177,9 @@ class Linear:
         return values.reshape(shape)
 
     def compute(self, x: Any, weights: Any) -> Any:
-        """The product, in the layer's own type."""
+        """The product, in the layer's own type, with weights as the layer has them."""
         dtype = self.layer.compute_dtype
+        weights = weights if self.matrix is None else self.matrix.from_kernel(weights)
         return self.product(ops.cast(x, dtype), ops.cast(weights, dtype))
 
 

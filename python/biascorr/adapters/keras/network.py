@@ -18,10 +18,10 @@ from biascorr.adapters.keras.folded import folded_of, keep_folded, keep_text, te
 from biascorr.adapters.keras.linear import DEPTHWISE, Linear
 from biascorr.adapters.keras.rebuilding import rebuilt
 from biascorr.adapters.keras.roles import kind_of, roles_of
-from biascorr.adapters.keras.running import Values, packed, prepared
+from biascorr.adapters.keras.running import Functions, Values, packed
 from biascorr.adapters.keras.steps import Step, Steps, steps_of
 from biascorr.graph.axes import aligned
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Constant, Layer
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import (
     Activation,
@@ -47,22 +47,27 @@ class KerasNetwork:
         A functional or sequential model, which is never changed.
     steps : Steps
         Its steps.
+    functions : Functions
+        Those that its steps were made into.
     values : Values
         What is other.
     statistics : mapping from str to BatchNorm
         See :class:`biascorr.graph.operations.Facts`.
     """
 
-    def __init__(self, source: Any, steps: Steps, values: Values, statistics: Mapping[str, BatchNorm]) -> None:
+    def __init__(
+        self, source: Any, steps: Steps, functions: Functions, values: Values, statistics: Mapping[str, BatchNorm]
+    ) -> None:
         self._source = source
         self._all = steps
+        self._functions = functions
         self._values = values
         self._statistics = statistics
-        self._steps = _without(steps, values.removed)
+        self._steps, self._shapes = _with_quantizers(_without(steps, values.removed), values.quantizers, steps.shapes)
         self._makers = {name: step for step in self._steps for name in step.outputs}
         self.inputs = [_input(name, tensor) for name, tensor in zip(steps.inputs, source.inputs)]
         self.outputs = list(steps.outputs)
-        self.operations = [Operation(each.name, each.inputs, each.outputs, kind_of(each)) for each in self._steps]
+        self.operations = [self._operation(step) for step in self._steps]
         self.layers = [self._layer(step) for step in self._steps if step.linear is not None]
         operators = {step.name: type(step.operation).__name__ for step in steps.steps}
         self.unsupported = [LayerReport(name, operators[name], reasons=(reason,)) for name, reason in steps.left.items()]
@@ -75,7 +80,7 @@ class KerasNetwork:
             keep_text(loaded, text)
         steps = steps_of(loaded)
         try:
-            return cls(loaded, steps, Values(), folded_of(loaded, steps))
+            return cls(loaded, steps, Functions(), Values(), folded_of(loaded, steps))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -98,7 +103,7 @@ class KerasNetwork:
 
     @functools.cached_property
     def _facts(self) -> Facts:
-        roles: dict[str, Role] = roles_of(replace(self._all, steps=self._steps))
+        roles: dict[str, Role] = roles_of(replace(self._all, steps=self._steps, shapes=self._shapes))
         for step in self._steps:
             if step.first in self._values.removed:
                 roles[step.name] = ChannelPreserving(SpatialEffect.NONE)
@@ -106,7 +111,7 @@ class KerasNetwork:
                 role = roles[step.name]
                 assert isinstance(role, Activation)  # nothing else can be limited
                 roles[step.name] = replace(role, type=ActivationType.clip(*map(_bound, self._values.limits[step.first])))
-        return Facts(roles, self._all.shapes, self._statistics)
+        return Facts(roles, self._shapes, self._statistics)
 
     def part(
         self,
@@ -124,7 +129,7 @@ class KerasNetwork:
                 needed.update(name for name in step.inputs if name not in given)
         if not steps:
             return lambda feeds: {name: feeds[name] for name in wanted}
-        return prepared(steps[::-1], self._values, given, wanted, self._all.shapes, allocator)
+        return self._functions.prepared(steps[::-1], self._values, given, wanted, self._shapes, allocator)
 
     def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:  # noqa: ARG002
         """Prepares the model to run as Keras runs it."""
@@ -165,18 +170,18 @@ class KerasNetwork:
         They are to keep means as they are, so what is known of these stays.
         """
         biases = {**self._values.biases, **self._biases(shifts)}
-        return KerasNetwork(self._source, self._all, replace(self._values, biases=biases), self._statistics)
+        return self._with(replace(self._values, biases=biases))
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> KerasNetwork:
         """A copy in which layers read their input moved to a grid."""
         quantizers = {**self._values.quantizers, **quantizations}
-        return KerasNetwork(self._source, self._all, replace(self._values, quantizers=quantizers), self._statistics)
+        return self._with(replace(self._values, quantizers=quantizers))
 
     def edited(self, edits: Edits) -> KerasNetwork:
         """A copy with these edits. Raises ValueError for what is not in the model, or has another shape."""
         self._check(edits)
         layers = {layer.name: layer for layer in self.layers}
-        weights = {self._step(name).first: each for name, each in edits.weights.items()}
+        weights = {self._step(name).first: _variable(self._step(name), each) for name, each in edits.weights.items()}
         biases = {self._step(name).first: _bias(layers[name], each) for name, each in edits.biases.items()}
         limits = {self._step(name).first: (np.asarray(low), np.asarray(high)) for name, (low, high) in edits.limits.items()}
         values = Values(
@@ -186,7 +191,11 @@ class KerasNetwork:
             self._values.quantizers,
             self._values.removed | {self._step(name).first for name in edits.removed},
         )
-        return KerasNetwork(self._source, self._all, values, self._edited_statistics(edits, values))
+        return self._with(values, self._edited_statistics(edits, values))
+
+    def _with(self, values: Values, statistics: Mapping[str, BatchNorm] | None = None) -> KerasNetwork:
+        known = self._statistics if statistics is None else statistics
+        return KerasNetwork(self._source, self._all, self._functions, values, known)
 
     def _edited_statistics(self, edits: Edits, values: Values) -> dict[str, BatchNorm]:
         """Where two tensors have become one, the later one counts."""
@@ -227,6 +236,10 @@ class KerasNetwork:
     def _by_name(self) -> dict[str, Step]:
         return {step.name: step for step in self._steps}
 
+    def _operation(self, step: Step) -> Operation:
+        is_lasting = self._all.others.isdisjoint(step.outputs)
+        return Operation(step.name, tuple(dict.fromkeys(step.inputs)), step.outputs, kind_of(step), is_lasting)
+
     def _layer(self, step: Step) -> Layer:
         linear = _linear(step)
         weights = self._values.weights.get(step.first)
@@ -234,7 +247,7 @@ class KerasNetwork:
         return Layer(
             step.name,
             type(linear.layer).__name__,
-            linear.weights if weights is None else weights,
+            linear.weights if weights is None else linear.weights_of(weights),
             linear.layout,
             step.inputs[0],
             None,
@@ -245,7 +258,7 @@ class KerasNetwork:
             window=linear.window,
             bias=linear.bias if bias is None else bias,
             shares_weights=step.name != step.first or self._is_called_again(step),
-            shared_with=None if step.name == step.first else step.first,
+            call_of=None if step.name == step.first else step.first,
         )
 
     def _is_called_again(self, step: Step) -> bool:
@@ -274,6 +287,13 @@ def _input(name: str, tensor: Any) -> ModelInput:
     return ModelInput(name, np.dtype(tensor.dtype), tuple(tensor.shape))
 
 
+def _variable(step: Step, weights: Constant) -> Any:
+    """Weights as the layer has them."""
+    linear = _linear(step)
+    values = np.asarray(weights).astype(linear.weights.dtype, copy=False)
+    return tf.convert_to_tensor(linear.to_variable(values))
+
+
 def _bound(limit: NDArray[Any]) -> Bound:
     values = tuple(np.asarray(limit, dtype=np.float64).ravel().tolist())
     return values if len(values) > 1 else values[0]
@@ -296,7 +316,7 @@ def _renamed(steps: Steps, removed: frozenset[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for step in steps.steps:
         if step.first in removed and step.outputs[0] not in steps.outputs:
-            renamed[step.outputs[0]] = renamed.get(step.inputs[0], step.inputs[0])
+            renamed |= {made: renamed.get(read, read) for read, made in zip(step.inputs, step.outputs)}
     return renamed
 
 
@@ -305,3 +325,19 @@ def _without(steps: Steps, removed: frozenset[str]) -> list[Step]:
     renamed = _renamed(steps, removed)
     kept = [step for step in steps.steps if step.outputs[0] not in renamed]
     return [replace(step, inputs=tuple(renamed.get(name, name) for name in step.inputs)) for step in kept]
+
+
+def _with_quantizers(
+    steps: Sequence[Step], quantizers: Mapping[str, Quantization], shapes: Mapping[str, tuple[int | None, ...]]
+) -> tuple[list[Step], dict[str, tuple[int | None, ...]]]:
+    """The steps with one before each layer that is to read its input on a grid; the shapes of tensors."""
+    made: list[Step] = []
+    known = dict(shapes)
+    for step in steps:
+        if step.linear is not None and step.name in quantizers:
+            moved, name = f"{step.name}/quantized", f"{step.name}/quantizer"
+            made.append(Step(name, name, step.inputs, (moved,), step.operation, quantization=quantizers[step.name]))
+            known |= {moved: shapes[step.inputs[0]]} if step.inputs[0] in shapes else {}
+            step = replace(step, inputs=(moved,))
+        made.append(step)
+    return made, known

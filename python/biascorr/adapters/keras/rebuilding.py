@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +15,33 @@ from numpy.typing import NDArray
 
 from biascorr.adapters.keras.linear import Linear
 from biascorr.adapters.keras.running import Values
-from biascorr.adapters.keras.steps import Step, Steps, graph_of, is_graph, nodes_of
+from biascorr.adapters.keras.steps import Step, Steps, graph_of, input_name, is_graph, nodes_of
 from biascorr.graph.axes import aligned
 
 
 def rebuilt(model: Any, steps: Steps, values: Values) -> Any:
     """A copy of a model with these values: names, types, flags and what it was compiled with are as they were."""
     return _Rebuilder(steps, values).made(model)
+
+
+def made_again(operation: Any, config: dict[str, Any]) -> Any:
+    """An operation like this one, with this configuration; classes and functions of the caller's own are known by its objects.
+
+    Raises what its `from_config` does where that is not enough.
+    """
+    if isinstance(operation, layers.Lambda):  # which Keras makes again only where it is told to trust it
+        mask, shape = operation.mask, operation._output_shape
+        return layers.Lambda(operation.function, shape, mask, operation.arguments, name=operation.name, dtype=config["dtype"])
+    with keras.saving.custom_object_scope(_own_objects(operation)):
+        return type(operation).from_config(config)
+
+
+def _own_objects(operation: Any) -> dict[str, Any]:
+    """The classes and functions of a layer, and of those inside of it, that Keras does not have, by name."""
+    inside = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
+    values = [each for layer in inside for each in (layer, *vars(layer).values())]
+    kinds = [each if hasattr(each, "__name__") else type(each) for each in values if not isinstance(each, types.ModuleType)]
+    return {kind.__name__: kind for kind in kinds if kind.__module__.split(".")[0] not in ("builtins", "keras", "tensorflow")}
 
 
 class _Rebuilder:
@@ -58,7 +80,7 @@ class _Rebuilder:
         if not isinstance(model, keras.Sequential):
             return False
         is_plain = all(isinstance(layer, keras.Layer) for layer in model.layers)
-        return is_plain and not any(self._limits(layer) for layer in model.layers)
+        return is_plain and not any(_needs_operations(layer, *each) for layer in model.layers for each in self._limits(layer))
 
     def _limits(self, operation: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """The limits that an operation gets."""
@@ -84,13 +106,17 @@ class _Rebuilder:
         outside = {id(tensor) for tensor in graph.outputs}
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(tensors)
-            if self._is_removed(node.operation):
+            is_removed = self._is_removed(node.operation)
+            is_limit = bool(self._limits(node.operation)) and not isinstance(node.operation, keras.Layer)
+            self._names -= {node.operation.name} if is_limit else set()
+            if is_removed or is_limit:
                 outputs = tensors[id(node.input_tensors[0])]
-                if outside & set(map(id, node.outputs)):
-                    outputs = self._copy(node.operation)(outputs)  # an identity, without what else a normalization is given
+                if is_removed and outside & set(map(id, node.outputs)):  # an identity, not given what a normalization is
+                    outputs = self._copy(node.operation)(outputs)
             else:
-                outputs = self._limited(node.operation, self._copy(node.operation)(*args, **kwargs))
+                outputs = self._copy(node.operation)(*args, **kwargs)
                 self._fill(node.operation)
+            outputs = self._limited(node.operation, outputs)
             tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs)))
         outputs = keras.tree.map_structure(lambda tensor: tensors[id(tensor)], graph.output)
         return _class_of(model)(inputs, outputs, name=model.name)
@@ -100,12 +126,16 @@ class _Rebuilder:
         if id(operation) not in self._made:
             if is_graph(operation):
                 return self._model(operation)
-            if self._is_removed(operation):  # but it makes an output, which keeps its name
+            if self._is_removed(operation) or self._is_no_relu(operation):  # which keeps its name
                 copy = layers.Identity(name=operation.name)
             else:
-                copy = type(operation).from_config(self._config(operation))
+                copy = made_again(operation, self._config(operation))
             self._made[id(operation)] = copy
         return self._made[id(operation)]
+
+    def _is_no_relu(self, operation: Any) -> bool:
+        """Whether a ReLU is to limit its tensor to more than positive numbers."""
+        return isinstance(operation, layers.ReLU) and not all(_is_zero(low) for low, _ in self._limits(operation))
 
     def _config(self, operation: Any) -> dict[str, Any]:
         config: dict[str, Any] = operation.get_config()
@@ -113,27 +143,26 @@ class _Rebuilder:
         for step in self._steps.get(id(operation), ()):
             if step.linear is not None and step.first in self._values.biases and step.linear.layer.bias is None:
                 own |= _with_bias(step.linear)
-        for low, _ in self._limits(operation):
+        for low, high in self._limits(operation):
             if isinstance(operation, layers.ReLU):
-                own["max_value"] = None
-            own |= {"activation": "relu" if _is_relu(low) else "linear"} if "activation" in own else {}
+                own["max_value"] = float(high) if high.ndim == 0 and np.isfinite(high) else None
+            elif "activation" in own:
+                own["activation"] = "relu" if _is_zero(low) else "linear"
         return config
 
     def _limited(self, operation: Any, outputs: Any) -> Any:
-        """What an operation makes, within the limits that it does not set itself."""
+        """What an operation makes, in its type, within the limits that it does not set itself."""
         for low, high in self._limits(operation):
-            is_own = "activation" in operation.get_config() or isinstance(operation, layers.ReLU)
-            if not (is_own and _is_relu(low)) and np.isfinite(low).any():
-                outputs = self._named(ops.maximum(outputs, low), operation)
-            if np.isfinite(high).any():
-                outputs = self._named(ops.minimum(outputs, high), operation)
+            if np.isfinite(low).any() and not (isinstance(operation, keras.Layer) and _is_zero(low)):
+                outputs = self._named(ops.maximum(outputs, low.astype(outputs.dtype)), operation)
+            if np.isfinite(high).any() and not (isinstance(operation, layers.ReLU) and high.ndim == 0):
+                outputs = self._named(ops.minimum(outputs, high.astype(outputs.dtype)), operation)
         return outputs
 
     def _named(self, tensor: Any, operation: Any) -> Any:
         """A tensor whose operation gets a name that no other one has."""
-        name = next(
-            each for k in range(len(self._names) + 1) if (each := f"{operation.name}_limit{k or ''}") not in self._names
-        )
+        candidates = itertools.chain([operation.name], (f"{operation.name}_limit{k or ''}" for k in itertools.count()))
+        name = next(each for each in candidates if each not in self._names)
         self._names.add(name)
         tensor._keras_history.operation.name = name
         return tensor
@@ -152,7 +181,7 @@ class _Rebuilder:
         for step, linear in products:
             weights = self._values.weights.get(step.first)
             source = getattr(linear.layer, linear.variable)
-            getattr(own, linear.variable).assign(source if weights is None else linear.to_variable(np.asarray(weights)))
+            getattr(own, linear.variable).assign(source if weights is None else weights)
         if own.bias is not None:
             own.bias.assign(products[-1][1].bias_to_variable(self._bias(products), own.bias.shape))
 
@@ -165,7 +194,8 @@ class _Rebuilder:
         first = self._values.biases.get(products[0][0].first) if len(products) > 1 else None
         if first is None:
             return np.asarray(bias)
-        weights = np.asarray(self._values.weights.get(step.first, linear.weights), dtype=np.float64)
+        own = self._values.weights.get(step.first)
+        weights = np.asarray(linear.weights if own is None else own, dtype=np.float64)
         through = first.ravel() @ weights.reshape(weights.shape[-2:])
         return np.asarray(bias + through.reshape(bias.shape))
 
@@ -177,14 +207,21 @@ def _with_bias(linear: Linear) -> dict[str, Any]:
     return {"bias_axes": "".join(letter for letter in linear.matrix.target if letter in linear.matrix.produced)}
 
 
-def _is_relu(low: NDArray[Any]) -> bool:
-    return bool((np.asarray(low) == 0).all())
+def _needs_operations(layer: Any, low: NDArray[Any], high: NDArray[Any]) -> bool:
+    """Whether a layer does not set its limits itself."""
+    return not _is_zero(low) or bool(np.isfinite(high).any() and (high.ndim > 0 or not isinstance(layer, layers.ReLU)))
+
+
+def _is_zero(low: NDArray[Any]) -> bool:
+    return bool((low == 0).all())
 
 
 def _input(tensor: Any) -> Any:
     layer = tensor._keras_history.operation
     optional = getattr(layer, "optional", False)
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=tensor.name, optional=optional)
+    return keras.Input(
+        batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=input_name(tensor), optional=optional
+    )
 
 
 def _class_of(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,14 @@ class Values:
 
     Parameters
     ----------
-    weights, biases : dict from str to ndarray or LazyArray
-        Of products, in their layouts; aligned with their outputs.
+    weights : dict from str to tensor
+        Of products, as their layers have them.
+    biases : dict from str to ndarray
+        Of products, aligned with their outputs.
     limits : dict from str to (ndarray, ndarray)
         Of activations, aligned with their tensors.
     quantizers : dict from str to Quantization
-        The grids that products move their input to.
+        The grids that products read their input on; steps of their own move it there.
     removed : set of str
         Steps that give out what they read.
     """
@@ -39,38 +42,68 @@ class Values:
     quantizers: Mapping[str, Quantization] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
 
+    @functools.cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """What tells apart values other than weights and biases."""
+        limits = [(name, low.tobytes(), high.tobytes()) for name, (low, high) in self.limits.items()]
+        grids = [(name, float(each.scale), int(each.zero_point), each.bits) for name, each in self.quantizers.items()]
+        return self.removed, tuple(limits), tuple(grids)
 
-def prepared(
+
+class Functions:
+    """The functions that steps of one model were made into, for all networks that differ in weights and biases alone."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def prepared(
+        self,
+        steps: Sequence[Step],
+        values: Values,
+        given: Feeds,
+        wanted: Sequence[str],
+        shapes: Mapping[str, tuple[int | None, ...]],
+        allocator: Allocator | None,
+    ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+        """What computes the wanted tensors from given ones; the steps are those that this needs, in order."""
+        computed = [name for name in dict.fromkeys(wanted) if name not in given]
+        signature = {name: tf.TensorSpec(_shape(given[name], shapes.get(name)), given[name].dtype) for name in given}
+        weights = {step.name: _weights(step, values) for step in steps if step.linear is not None}
+        biases = {step.name: bias for step in steps if (bias := _bias(step, values)) is not None}
+        key = (tuple(signature.items()), tuple(computed), tuple(weights), tuple(biases), values.structure)
+        if key not in self._made:
+            parameters = [
+                {name: tf.TensorSpec(each.shape, each.dtype) for name, each in kind.items()} for kind in (weights, biases)
+            ]
+            run = functools.partial(_run, steps=steps, values=values, computed=computed)
+            function = tf.function(
+                lambda *arguments: run(*arguments), input_signature=[signature, *parameters], autograph=False
+            )
+            self._made[key] = function.get_concrete_function()
+        function = self._made[key]
+
+        def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
+            outputs = function({name: tf.convert_to_tensor(feeds[name]) for name in signature}, weights, biases)
+            found = {name: _array(output, allocator) for name, output in zip(computed, outputs)}
+            return {name: found[name] if name in found else feeds[name] for name in wanted}
+
+        return compute
+
+
+def _run(
+    tensors: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    biases: Mapping[str, Any],
+    *,
     steps: Sequence[Step],
     values: Values,
-    given: Feeds,
-    wanted: Sequence[str],
-    shapes: Mapping[str, tuple[int | None, ...]],
-    allocator: Allocator | None,
-) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
-    """A function that computes the wanted tensors from given ones; the steps are those that this needs, in order."""
-    names = list(given)
-    computed = [name for name in dict.fromkeys(wanted) if name not in given]
-    constants = {step.name: _constants(step, values) for step in steps}
-    signature = [
-        tf.TensorSpec(_shape(given[name], shapes.get(name)), given[name].dtype, f"x{k}") for k, name in enumerate(names)
-    ]
-
-    def run(*tensors: Any) -> list[Any]:
-        known = dict(zip(names, tensors))
-        for step in steps:
-            read = [known[name] for name in step.inputs]
-            known.update(zip(step.outputs, _computed(step, read, values, constants[step.name])))
-        return [ops.convert_to_tensor(known[name]) for name in computed]
-
-    function = tf.function(run, input_signature=signature, autograph=False).get_concrete_function()
-
-    def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
-        outputs = function(*(tf.convert_to_tensor(feeds[name]) for name in names))
-        found = {name: _array(output, allocator) for name, output in zip(computed, outputs)}
-        return {name: found[name] if name in found else feeds[name] for name in wanted}
-
-    return compute
+    computed: Sequence[str],
+) -> list[Any]:
+    known = dict(tensors)
+    for step in steps:
+        read = [known[name] for name in step.inputs]
+        known.update(zip(step.outputs, _computed(step, read, values, weights.get(step.name), biases.get(step.name))))
+    return [ops.convert_to_tensor(known[name]) for name in computed]
 
 
 def _shape(array: NDArray[Any], known: tuple[int | None, ...] | None) -> list[int | None]:
@@ -88,32 +121,31 @@ def _array(tensor: Any, allocator: Allocator | None) -> NDArray[Any]:
     return out
 
 
-def _constants(step: Step, values: Values) -> list[Any]:
-    """Weights and bias of a product as tensors: those of the model itself, or other ones."""
+def _weights(step: Step, values: Values) -> Any:
+    """The weights of a product, those of the model or other ones."""
     linear = step.linear
-    if linear is None:
-        return []
-    weights, bias = values.weights.get(step.first), values.biases.get(step.first)
-    if bias is None:
-        bias = linear.bias
-    if weights is None:
-        weights = getattr(linear.layer, linear.variable) if linear.matrix is None else linear.weights
-    both = [weights, bias]
-    return [each if each is None or hasattr(each, "assign") else tf.convert_to_tensor(np.asarray(each)) for each in both]
+    own = values.weights.get(step.first)
+    return tf.convert_to_tensor(getattr(linear.layer, linear.variable)) if linear is not None and own is None else own
 
 
-def _computed(step: Step, tensors: Sequence[Any], values: Values, constants: Sequence[Any]) -> Sequence[Any]:
+def _bias(step: Step, values: Values) -> Any:
+    if step.linear is None:
+        return None
+    bias = values.biases.get(step.first, step.linear.bias)
+    return None if bias is None else tf.convert_to_tensor(bias)
+
+
+def _computed(step: Step, tensors: Sequence[Any], values: Values, weights: Any, bias: Any) -> Sequence[Any]:
     if step.first in values.removed:
-        return tensors[:1]
+        return tensors
+    if step.quantization is not None:
+        return [_on_grid(tensors[0], step.quantization)]
     if step.linear is not None:
-        weights, bias = constants
-        x = tensors[0]
-        quantization = values.quantizers.get(step.name)
-        product = step.linear.compute(x if quantization is None else _on_grid(x, quantization), weights)
+        product = step.linear.compute(tensors[0], weights)
         return [product if bias is None else _with_bias(product, ops.cast(bias, product.dtype))]
     if step.first in values.limits:
         low, high = (ops.cast(bound, tensors[0].dtype) for bound in values.limits[step.first])
-        return [ops.minimum(ops.maximum(tensors[0], low), high)]
+        return [ops.minimum(ops.maximum(tensors[0], low), high), *tensors[1:]]
     return step.compute(*tensors) if step.compute is not None else []
 
 

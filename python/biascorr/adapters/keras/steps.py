@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from biascorr.adapters.keras.linear import Linear, linears_of, why_unsupported
 from biascorr.graph.reasons import Reason
+from biascorr.quantization import Quantization
 
 Compute = Callable[..., Sequence[Any]]
 """From the tensors that a step reads to those that it makes."""
@@ -45,6 +47,8 @@ class Step:
         The function of each value that it applies, of a fused activation or an Activation layer.
     constants : sequence
         What the operation is given beside tensors.
+    quantization : Quantization, optional
+        The grid that it moves a tensor to, where that is all it does.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Step:
     linear: Linear | None = None
     function: Callable[[Any], Any] | None = None
     constants: Sequence[Any] = ()
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +75,8 @@ class Steps:
         The steps.
     shapes : dict from str to tuple
         Shapes of tensors, None for an axis of any size.
+    others : set of str
+        Tensors that are no arrays of numbers: text, sparse and ragged ones.
     left : dict from str to Reason
         Steps that have weights and are not corrected, by name, and why.
     """
@@ -78,6 +85,7 @@ class Steps:
     outputs: list[str]
     steps: list[Step]
     shapes: dict[str, tuple[int | None, ...]]
+    others: set[str]
     left: dict[str, Reason]
 
 
@@ -86,16 +94,21 @@ def steps_of(model: Any) -> Steps:
     walker = _Walker()
     graph = graph_of(model)
     for tensor in graph.inputs:
-        walker.tensors[id(tensor)] = walker.tensor(tensor.name, tensor)
+        walker.tensors[id(tensor)] = walker.tensor(input_name(tensor), tensor)
     inputs = list(walker.tensors.values())
     walker.walk(graph, "")
     outputs = [walker.tensors[id(tensor)] for tensor in graph.outputs]
-    return Steps(inputs, outputs, walker.steps, walker.shapes, walker.left)
+    return Steps(inputs, outputs, walker.steps, walker.shapes, walker.others, walker.left)
 
 
 def graph_of(model: Any) -> Any:
     """The graph of a model: itself, or what a sequential one is inside."""
     return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def input_name(tensor: Any) -> str:
+    """The name of an input of a model: that of its layer, which an unnamed tensor has not."""
+    return str(tensor._keras_history.operation.name)
 
 
 def is_graph(operation: Any) -> bool:
@@ -118,6 +131,7 @@ def nodes_of(graph: Any) -> Iterator[Any]:
 class _Walker:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
     left: dict[str, Reason] = field(default_factory=dict)
     tensors: dict[int, str] = field(default_factory=dict)  # the names of Keras' own tensors, by id
     _masks: dict[str, str] = field(default_factory=dict)  # the names of the masks of tensors
@@ -146,6 +160,8 @@ class _Walker:
     def tensor(self, name: str, like: Any) -> str:
         """Notes the shape of a tensor under a name, which is returned."""
         self.shapes[name] = tuple(like.shape)
+        if like.dtype == "string" or like.sparse or getattr(like, "ragged", False):
+            self.others.add(name)
         return name
 
     def _fresh(self, name: str) -> str:
@@ -160,8 +176,8 @@ class _Walker:
         """The tensors that a nested model is called with, in the order of its inputs; None where it cannot be written out."""
         graph, args = graph_of(node.operation), node.arguments.args
         given = args[0] if len(args) == 1 else None
-        if isinstance(given, dict) and set(given) == {each.name for each in graph.inputs}:
-            given = [given[each.name] for each in graph.inputs]
+        if isinstance(given, dict) and set(given) == {input_name(each) for each in graph.inputs}:
+            given = [given[input_name(each)] for each in graph.inputs]
         flat: list[Any] = keras.tree.flatten(given)
         is_plain = len(flat) == len(graph.inputs) and all(isinstance(each, keras.KerasTensor) for each in flat)
         others = {key: value for key, value in node.arguments.kwargs.items() if key != "training"}
@@ -174,7 +190,7 @@ class _Walker:
         for outer, inner in zip(inputs, graph.inputs):
             tensor = self.tensors[id(outer)]
             if outer.dtype != inner.dtype:
-                cast = self.tensor(self._fresh(f"{name}/{inner.name}"), inner)
+                cast = self.tensor(self._fresh(f"{name}/{input_name(inner)}"), inner)
                 compute = _casting(inner.dtype)
                 self.steps.append(Step(cast, cast, (tensor,), (cast,), node.operation, compute))
                 self._pass_mask(tensor, cast)
@@ -207,13 +223,14 @@ class _Walker:
             if not is_last:
                 self.shapes[made] = (None,) * len(node.outputs[0].shape)
         self.tensor(tensor, node.outputs[0])
-        self._pass_mask(source, tensor)
+        if operation.supports_masking:
+            self._pass_mask(source, tensor)
         if not is_linear:
             activated = self.tensor(name, node.outputs[0])
             both = (f"{name}/activation", f"{first}/activation")
             compute = _applying(function)
             self.steps.append(Step(*both, (tensor,), (activated,), operation, compute, function=function))
-            self._pass_mask(source, activated)
+            self._pass_mask(tensor, activated)
             tensor = activated
         self.tensors[id(node.outputs[0])] = tensor
 
@@ -234,9 +251,10 @@ class _Walker:
         read = [self.tensors[id(each)] for each in node.input_tensors]
         masks = {each: self._masks[each] for each in read if each in self._masks}
         made = [self.tensor(name if k == 0 else f"{name}/{k}", each) for k, each in enumerate(node.outputs)]
-        masked = [k for k, each in enumerate(node.outputs) if getattr(each, "_keras_mask", None) is not None]
-        for k in masked:
-            self._masks[made[k]] = self.tensor(f"{made[k]}/mask", node.outputs[k]._keras_mask)
+        masked = _shapes_of_masks(node, {read.index(each): self.shapes[mask] for each, mask in masks.items()})
+        for k, shape in masked.items():
+            self._masks[made[k]] = f"{made[k]}/mask"
+            self.shapes[f"{made[k]}/mask"] = shape
         self.tensors.update(zip(map(id, node.outputs), made))
         self.steps.append(
             Step(
@@ -245,11 +263,31 @@ class _Walker:
                 (*read, *masks.values()),
                 (*made, *(self._masks[made[k]] for k in masked)),
                 operation,
-                _calling(node, [read.index(each) for each in masks], masked),
+                _calling(node, [read.index(each) for each in masks], list(masked)),
                 function=operation.activation if isinstance(operation, keras.layers.Activation) else None,
                 constants=constants,
             )
         )
+
+
+def _shapes_of_masks(node: Any, given: Mapping[int, tuple[int | None, ...]]) -> dict[int, tuple[int | None, ...]]:
+    """The outputs of a call that have a mask, where inputs have these: Keras' own tensors know it of unmasked inputs alone."""
+    if not given:
+        return _found_masks(node.outputs)
+    found: dict[int, tuple[int | None, ...]] = {}
+
+    def call(*tensors: Any) -> None:
+        found.update(_found_masks(_calling(node, list(given), [])(*tensors)))
+
+    inputs = [tf.TensorSpec(each.shape, each.dtype) for each in node.input_tensors]
+    masks = [tf.TensorSpec(shape, "bool") for shape in given.values()]
+    tf.function(call, input_signature=[*inputs, *masks], autograph=False).get_concrete_function()
+    return found
+
+
+def _found_masks(tensors: Sequence[Any]) -> dict[int, tuple[int | None, ...]]:
+    masks = {k: getattr(each, "_keras_mask", None) for k, each in enumerate(tensors)}
+    return {k: tuple(mask.shape) for k, mask in masks.items() if mask is not None}
 
 
 def _flat_arguments(node: Any) -> list[Any]:

@@ -30,11 +30,12 @@ from biascorr.adapters.onnx.operators import (
     WEIGHTED,
     operator_of,
     subgraph_nodes,
+    subgraphs,
 )
 from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
-from biascorr.adapters.onnx.tensors import Values, whole_model
+from biascorr.adapters.onnx.tensors import Values, is_foreign, whole_model
 from biascorr.graph.layer import Constant, Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -71,6 +72,8 @@ class OnnxNetwork:
         self._whole: onnx.ModelProto | None = None
         self.inputs = _inputs(model, name)
         self.outputs = [value.name for value in model.graph.output]
+        types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+        self._foreign = {name: to for name, to in types.items() if is_foreign(to)}
         self.operations = _operations(self._nodes, self._graph)
         self.layers: list[Layer] = []
         self.unsupported: list[LayerReport] = []
@@ -122,8 +125,13 @@ class OnnxNetwork:
         computed = [name for name in dict.fromkeys(wanted) if name not in given]
         if not computed:
             return lambda feeds: {name: feeds[name] for name in wanted}
-        inputs = [helper.make_tensor_value_info(name, _element_type(array), None) for name, array in given.items()]
-        session = Session(self._graph.part(inputs, computed), self._graph.values, self._name, threads=threads)
+        types = {name: self._foreign.get(name) or _element_type(array) for name, array in given.items()}
+        inputs = [helper.make_tensor_value_info(name, to, None) for name, to in types.items()]
+        model = self._graph.part(inputs, computed)
+        for output in model.graph.output:
+            if output.name in self._foreign:
+                output.type.tensor_type.elem_type = self._foreign[output.name]
+        session = Session(model, self._graph.values, self._name, threads=threads)
         runner = Runner(session, computed, allocator)
 
         def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
@@ -406,11 +414,18 @@ def _operations(nodes: Mapping[str, onnx.NodeProto], graph: Graph) -> list[Opera
         if not graph.is_constant(next(filter(None, node.output), "")):
             inputs = tuple(dict.fromkeys(each for each in (*node.input, *captured(node)) if each in known))
             outputs = tuple(output for output in node.output if output)
-            is_lasting = operator_of(node) not in COLLECTING and not _makes_other_type(node, graph, others)
+            is_lasting = not _collects(node, graph) and not _makes_other_type(node, graph, others)
             others.update(() if is_lasting else outputs)
             operations.append(Operation(name, inputs, outputs, _kind(node), is_lasting))
             known.update(outputs)
     return operations
+
+
+def _collects(node: onnx.NodeProto, graph: Graph) -> bool:
+    """Whether a node, a branch of it or a function that it calls may give what is no array that numpy has."""
+    types = [value.type for inner in subgraphs(node) for value in inner.output if value.type.WhichOneof("value")]
+    others = any(not each.HasField("tensor_type") or is_foreign(each.tensor_type.elem_type) for each in types)
+    return others or not COLLECTING.isdisjoint({operator_of(node), *graph.called_operators(node)})
 
 
 def _makes_other_type(node: onnx.NodeProto, graph: Graph, others: Set[str]) -> bool:
@@ -419,8 +434,7 @@ def _makes_other_type(node: onnx.NodeProto, graph: Graph, others: Set[str]) -> b
     if operator in ("Cast", "QuantizeLinear"):
         zero_point = graph.constant(node.input[2]).dtype if len(node.input) > 2 and graph.is_constant(node.input[2]) else None
         to = given.get("to") or given.get("output_dtype")
-        dtype = helper.tensor_dtype_to_np_dtype(to) if to else zero_point
-        return dtype is not None and dtype.isbuiltin != 1
+        return is_foreign(to) if to else zero_point is not None and zero_point.isbuiltin != 1
     return operator not in GIVING and not others.isdisjoint(node.input)
 
 

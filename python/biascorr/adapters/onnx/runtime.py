@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from biascorr.adapters.onnx.operators import operator_of, subgraph_nodes, subgraphs
-from biascorr.adapters.onnx.tensors import Values, array_of, is_packed, key_of, whole_tensor
+from biascorr.adapters.onnx.tensors import Values, array_of, is_foreign, is_packed, key_of, whole_tensor
 from biascorr.graph.network import Allocator
 
 _FATAL = 4
@@ -78,6 +78,7 @@ class Session:
         self._name = name
         options = _options(optimizations)
         options.intra_op_num_threads = threads
+        self._given, self._made = _as_float32(model)
         _make_initializers(model)
         _remove_unread(model)
         self._held = _shared(model, values)  # onnxruntime may read them as long as it runs
@@ -88,7 +89,8 @@ class Session:
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The named outputs. Raises ValueError, naming what ran, where onnxruntime fails."""
         with _one_line(self._name):
-            outputs: list[NDArray[Any]] = self._session.run(list(names), dict(feeds))
+            made = [self._made.get(name, name) for name in names]
+            outputs: list[NDArray[Any]] = self._session.run(made, {self._given.get(key, key): feeds[key] for key in feeds})
         return outputs
 
     def run_into(self, arrays: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[Any]]) -> None:
@@ -96,9 +98,9 @@ class Session:
         binding = self._session.io_binding()
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # has to live as long as it runs
         for name, array in contiguous.items():
-            binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(self._given.get(name, name), array)
         for name, array in arrays.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_output(self._made.get(name, name), "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
 
 
@@ -144,6 +146,24 @@ def _made(model: onnx.ModelProto, options: Any, optimizations: Optimizations) ->
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
+
+
+def _as_float32(model: onnx.ModelProto) -> tuple[dict[str, str], dict[str, str]]:
+    """Has inputs and outputs of types that numpy has not cross as float32, which holds all their values; their names there."""
+    given = {each.name: f"{each.name}/given" for each in model.graph.input if is_foreign(each.type.tensor_type.elem_type)}
+    made = {each.name: f"{each.name}/made" for each in model.graph.output if is_foreign(each.type.tensor_type.elem_type)}
+    for value in model.graph.input:
+        if value.name in given:
+            to = value.type.tensor_type.elem_type
+            model.graph.node.insert(0, helper.make_node("Cast", [given[value.name]], [value.name], to=to))
+    for value in model.graph.output:
+        if value.name in made:
+            model.graph.node.append(helper.make_node("Cast", [value.name], [made[value.name]], to=onnx.TensorProto.FLOAT))
+    for values, names in ((model.graph.input, given), (model.graph.output, made)):
+        for value in values:
+            if value.name in names:
+                value.name, value.type.tensor_type.elem_type = names[value.name], onnx.TensorProto.FLOAT
+    return given, made
 
 
 def _make_initializers(model: onnx.ModelProto) -> None:

@@ -74,6 +74,14 @@ def is_packed(data_type: int) -> bool:
     return _BITS.get(onnx.TensorProto.DataType.Name(data_type), 8) < 8
 
 
+def is_foreign(data_type: int) -> bool:
+    """Whether it is a type of numbers that numpy has not: of few bits, or bfloat16."""
+    try:
+        return helper.tensor_dtype_to_np_dtype(data_type).isbuiltin != 1
+    except KeyError:  # unknown, which onnxruntime refuses, or not given
+        return False
+
+
 def bytes_of(tensor: onnx.TensorProto) -> int:
     """Bytes that its values take in ONNX. Raises ValueError where its type is unknown."""
     try:
