@@ -64,7 +64,6 @@ class KerasNetwork:
         self._values = values
         self._statistics = statistics
         self._steps, self._shapes = _with_quantizers(_without(steps, values.removed), values.quantizers, steps.shapes)
-        self._makers = {name: step for step in self._steps for name in step.outputs}
         self.inputs = [_input(name, tensor) for name, tensor in zip(steps.inputs, source.inputs)]
         self.outputs = list(steps.outputs)
         self.operations = [self._operation(step) for step in self._steps]
