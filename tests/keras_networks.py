@@ -3,7 +3,7 @@
 Weights and samples are those of :mod:`networks`: sums of products are exact in float32.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,7 +13,7 @@ from keras import ops
 
 from biascorr import Quantization, fake_quantize
 from biascorr.adapters.keras.network import KerasNetwork
-from networks import BITS, Array, biases, samples, weights
+from networks import BITS, Array, biases, weights
 
 of_keras = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 """Lets pass what Keras 3 itself warns of where it reads variables of TensorFlow."""
@@ -36,16 +36,6 @@ def fill(model: keras.Model, seed: int = 0) -> keras.Model:
             values = weights(*shape, axis=-1, seed=seed + k) * (2 if min(shape) < 3 else 1)
         variable.assign(values)
     return model
-
-
-def with_values(model: keras.Model, **values: Array) -> keras.Model:
-    """A copy in which variables, by the names of layer and variable ("conv_kernel"), have other values."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    for name, value in values.items():
-        layer, variable = name.rsplit("__", 1)
-        getattr(copy.get_layer(layer), variable).assign(value)
-    return copy
 
 
 def run(model: keras.Model, x: Any) -> Any:
@@ -80,6 +70,3 @@ def assert_close(computed: Any, expected: Any, tolerance: float = 1e-5) -> None:
         assert found.shape == wanted.shape
         wanted = np.asarray(wanted, np.float64)
         np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=0, atol=tolerance * np.abs(wanted).max(initial=1e-9))
-
-
-__all__ = ["Array", "Iterable", "samples"]
