@@ -106,11 +106,13 @@ class _Rebuilder:
         outside = {id(tensor) for tensor in graph.outputs}
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(tensors)
-            is_removed = self._is_removed(node.operation) and not outside & set(map(id, node.outputs))
+            is_removed = self._is_removed(node.operation)
             is_limit = bool(self._limits(node.operation)) and not isinstance(node.operation, keras.Layer)
             self._names -= {node.operation.name} if is_limit else set()
             if is_removed or is_limit:
                 outputs = tensors[id(node.input_tensors[0])]
+                if is_removed and outside & set(map(id, node.outputs)):  # an identity, not given what a normalization is
+                    outputs = self._copy(node.operation)(outputs)
             else:
                 outputs = self._copy(node.operation)(*args, **kwargs)
                 self._fill(node.operation)
