@@ -11,7 +11,7 @@ output.
 
 "simulated" quantizes the weights that are there: 8 bits over their whole range, float activations. "LiteRT" is what
 TFLiteConverter makes of the same model, in integers with float inputs and outputs, run by LiteRT with its defaults: the
-converter folds batch normalizations before it quantizes. Rows are the model as it is given, folded and equalized.
+converter folds batch normalizations before it quantizes. Rows are the model as given, folded and equalized (`--variants`).
 
 `--cost` corrects NETWORK.onnx and the same network in Keras, each in a process of its own: seconds of `biascorr.correct` in the
 fastest of up to five, the CPU time of all its threads, the peak of memory above the start of the process, TensorFlow or
@@ -21,11 +21,11 @@ onnxruntime included, and the largest difference of biases, as a part of the lay
 import argparse
 import contextlib
 import io
+import itertools
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,11 @@ def scores(expected: Array, found: Array) -> str:
     return f"{sqnr:.2f}, {(expected.argmax(1) == found.argmax(1)).mean():.1%}"
 
 
-def variants(model: Any, samples: Array, wanted: list[str]) -> Iterator[tuple[str, Any]]:
-    if "given" in wanted:
-        yield "as given", model
-    if "folded" in wanted:
-        yield "folded", biascorr.fold_all_batch_norms(model)[0]
-    if "equalized" in wanted:
-        yield "equalized", biascorr.equalize(model, samples).model
+def variant_of(model: Any, name: str, samples: Array | None = None) -> Any:
+    """A network as it is given, with its batch normalizations folded, or equalized."""
+    if name == "folded":
+        return biascorr.fold_all_batch_norms(model)[0]
+    return biascorr.equalize(model, samples).model if name == "equalized" else model
 
 
 def print_row(name: str, *cells: str) -> None:
@@ -230,7 +228,8 @@ def print_scores(options: argparse.Namespace) -> None:
         found = [run_keras(quantized, held_out), run_tflite(tflite(variant, samples, per_channel), held_out)]
         print_row(name, *(scores(expected, each) for each in found), seconds)
 
-    for name, variant in variants(model, samples, options.variants):
+    for name in options.variants:
+        variant = variant_of(model, name, samples)
         print_scored(f"{name}, uncorrected", variant)
         for method in options.methods:
             start = time.perf_counter()
@@ -240,14 +239,15 @@ def print_scores(options: argparse.Namespace) -> None:
             print_scored(f"{name}, {label}", correction.model, seconds)
 
 
-def corrected(path: Path, samples: Path, method: str) -> tuple[str, str, dict[str, Array]]:
+def corrected(path: Path, variant: str, samples: Path, method: str) -> tuple[str, str, dict[str, Array]]:
     """Corrects the model of a path: the times, what was chosen, and the biases by the names of layers in Keras."""
-    network, data = network_from_model(path, "model"), np.load(samples)
+    network, data = network_from_model(variant_of(path, variant), "model"), np.load(samples)
     start, cpu_start = time.perf_counter(), time.process_time()
     correction = biascorr.correct(network, data, quant_params=biascorr.QuantParams("tf"), method=method)
     times = f"{time.perf_counter() - start:.1f} s, CPU {time.process_time() - cpu_start:.1f} s"
-    names = (re.sub(r"[^0-9A-Za-z]+", "_", layer.name).strip("_") for layer in correction.network.layers)
-    return times, correction.method, {name: layer.bias.ravel() for name, layer in zip(names, correction.network.layers)}
+    layers = [layer for layer in correction.network.layers if layer.bias is not None]
+    names = (re.sub(r"[^0-9A-Za-z]+", "_", layer.name).strip("_") for layer in layers)
+    return times, correction.method, {name: layer.bias.ravel() for name, layer in zip(names, layers)}
 
 
 def print_costs(options: argparse.Namespace) -> None:
@@ -257,17 +257,18 @@ def print_costs(options: argparse.Namespace) -> None:
         keras_path, keras_samples = Path(folder) / "network.keras", Path(folder) / "samples.npy"
         model.save(keras_path)
         np.save(keras_samples, samples)
-        for method in options.methods:
-            costs = []
-            for path, data in ((options.network, options.samples), (keras_path, keras_samples)):
-                costs.append(least_cost(corrected, path, data, method))
-                if costs[-1].failure:
-                    raise RuntimeError(f"{path}, {method}: {costs[-1].failure}")
+        paths = (options.network, options.samples), (keras_path, keras_samples)
+        for variant, method in itertools.product(options.variants, options.methods):
+            costs = [least_cost(corrected, path, variant, data, method) for path, data in paths]
+            for cost in costs:
+                if cost.failure:
+                    raise RuntimeError(f"{variant}, {method}: {cost.failure}")
             (_, _, expected), (_, _, found) = (cost.result for cost in costs)
             difference = max(np.abs(found[name] - bias).max() / np.abs(bias).max() for name, bias in expected.items())
             chosen = " and ".join(dict.fromkeys(cost.result[1] for cost in costs))
             cells = [f"{cost.result[0]}, {cost.peak / 1e6:.0f} MB" for cost in costs]
-            print_row(f"{method}: {chosen}" if method == "auto" else method, *cells, f"{difference:.1e}")
+            label = f"{method}: {chosen}" if method == "auto" else method
+            print_row(f"{variant}, {label}", *cells, f"{difference:.1e}")
 
 
 def main() -> None:
