@@ -39,6 +39,8 @@ from processes import least_cost
 
 Array = NDArray[Any]
 
+VARIANTS = ["given", "folded", "equalized"]
+
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +50,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=["channel", "tensor"], default="channel", help="a scale per output channel, or one"
     )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the network, to measure")
     parser.add_argument("--methods", nargs="+", default=["empirical", "auto"], help="of biascorr.correct")
     parser.add_argument("--activation-bits", type=int, help="of the simulation that corrects; float by default")
     parser.add_argument("--cost", action="store_true", help="seconds and memory beside ONNX, and no scores")
@@ -201,12 +204,13 @@ def scores(expected: Array, found: Array) -> str:
     return f"{sqnr:.2f}, {(expected.argmax(1) == found.argmax(1)).mean():.1%}"
 
 
-def variants(model: Any, samples: Array) -> Iterator[tuple[str, Any]]:
-    yield "as given", model
-    folded, pairs = biascorr.fold_all_batch_norms(model)
-    if pairs:
-        yield "folded", folded
-    yield "equalized", biascorr.equalize(model, samples).model
+def variants(model: Any, samples: Array, wanted: list[str]) -> Iterator[tuple[str, Any]]:
+    if "given" in wanted:
+        yield "as given", model
+    if "folded" in wanted:
+        yield "folded", biascorr.fold_all_batch_norms(model)[0]
+    if "equalized" in wanted:
+        yield "equalized", biascorr.equalize(model, samples).model
 
 
 def print_row(name: str, *cells: str) -> None:
@@ -226,7 +230,7 @@ def print_scores(options: argparse.Namespace) -> None:
         found = [run_keras(quantized, held_out), run_tflite(tflite(variant, samples, per_channel), held_out)]
         print_row(name, *(scores(expected, each) for each in found), seconds)
 
-    for name, variant in variants(model, samples):
+    for name, variant in variants(model, samples, options.variants):
         print_scored(f"{name}, uncorrected", variant)
         for method in options.methods:
             start = time.perf_counter()

@@ -217,7 +217,10 @@ def _are_spatial(axes: Any, rank: int) -> bool:
 
 
 def _flatten(before: tuple[int | None, ...], axis: int, *, moves_channels: bool = False) -> ChannelPreserving:
-    """A Flatten; for channels first, Keras moves them to the end before."""
+    """A Flatten; for channels first, Keras moves them to the end before. One value per channel stays as it is."""
+    is_each_one = [size == 1 for k, size in enumerate(before) if k not in (0, axis % len(before))]
+    if before and all(is_each_one):
+        return ChannelPreserving(SpatialEffect.NONE, axis, -1)
     is_last = axis in (-1, len(before) - 1)
     order = Order.TILED if is_last or moves_channels else Order.REPEATED
     return ChannelPreserving(SpatialEffect.FLATTEN, axis, -1, order)
