@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import ops
 from numpy.typing import NDArray
 
-from biascorr.adapters.keras.steps import Step
+from biascorr.adapters.keras.steps import Step, graph_of
 from biascorr.graph.network import Allocator, Feeds
 from biascorr.quantization import Quantization
 
@@ -158,4 +158,4 @@ def _on_grid(x: Any, quantization: Quantization) -> Any:
 
 def packed(model: Any, feeds: Sequence[Any]) -> Any:
     """Tensors in the structure that a model takes them in."""
-    return keras.tree.pack_sequence_as(model.input, list(feeds))
+    return keras.tree.pack_sequence_as(graph_of(model).input, list(feeds))
