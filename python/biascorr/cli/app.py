@@ -25,7 +25,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.adapters.loading import sizes_by_file
+from biascorr.adapters.loading import check_output_of, sizes_by_file
 from biascorr.calibration.data import Progress
 from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
@@ -256,7 +256,7 @@ def _run(
                 bar.update(task, description=step, completed=done, total=total)
 
             result = signals.wait_for(lambda: work(progress))
-        result.save(output, force=force)
+            result.save(output, force=force)  # for which Keras needs a temporary folder
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -302,11 +302,13 @@ def _replace_what_cannot_be_encoded() -> None:
 
 
 def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], data: Path | None) -> None:
-    """The output is another file than all that is read, and has room for a model like the last one."""
+    """The output is another file than all that is read, and has the name and the room for a model like the last one."""
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; --force overwrites it")
     check_output(output, force=force)
-    sizes = [sizes_by_file(path, name) for name, path in models.items() if path is not None]
+    given = [(path, name) for name, path in models.items() if path is not None]
+    check_output_of(given[-1][0], output, given[-1][1])
+    sizes = list(itertools.starmap(sizes_by_file, given))
     samples = [] if data is None else data.iterdir() if data.is_dir() else [data]
     for file in [*itertools.chain(*sizes), *samples]:
         if output.exists() and file.exists() and file.samefile(output):

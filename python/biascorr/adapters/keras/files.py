@@ -13,9 +13,8 @@ import keras
 
 from biascorr.adapters.keras.rebuilding import made_again
 from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
+from biascorr.adapters.loading import KERAS_SUFFIX, check_backend, check_suffix
 from biascorr.whole_file import kind_of, whole_file
-
-SUFFIX = ".keras"
 
 FOLDED = "biascorr.json"
 """The member of a .keras file that keeps the statistics of batch normalizations that became part of layers."""
@@ -35,11 +34,7 @@ def load(model: Any, name: str) -> tuple[Any, str]:
     ValueError
         The file cannot be read; Keras runs by something else than TensorFlow.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            f"{name}: Keras runs by {keras.backend.backend()!r}, expected 'tensorflow': set KERAS_BACKEND=tensorflow, or save "
-            "the model as .keras and give its path to a process that has it so"
-        )
+    check_backend(keras.backend.backend(), name)
     text = "{}"
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
@@ -57,16 +52,15 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     try:
         model = _loaded(path, name)
         text = "{}"
-        if path.suffix == SUFFIX:
+        if path.suffix == KERAS_SUFFIX:
             with zipfile.ZipFile(path) as archive:
                 text = archive.read(FOLDED).decode() if FOLDED in archive.namelist() else text
         return model, text
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # Keras, zipfile, json and h5py raise a dozen kinds at files that are damaged
-        message = " ".join(str(error).split())
         raise ValueError(
-            f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
+            f"{name}: Keras cannot read it: {_reason(error)}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
         ) from error
 
@@ -79,9 +73,13 @@ def _loaded(path: Path, name: str) -> Any:
         raise
     except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
         model = keras.saving.load_model(path, compile=False)
-        message = " ".join(str(error).split())[:200]
-        warnings.warn(f"{name}: compile the model that is returned yourself: {message}", stacklevel=2)
+        warnings.warn(f"{name}: compile the model that is returned yourself: {_reason(error)}", stacklevel=2)
         return model
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the configuration that Keras says before."""
+    return " ".join(str(error).rpartition("Exception encountered: ")[2].split())[:300]
 
 
 def _check_graph(model: Any, name: str) -> None:
@@ -106,7 +104,7 @@ def _check_layers(model: Any, name: str) -> None:
         except Exception as error:
             raise TypeError(
                 f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "
-                f"saving it needs too: {' '.join(str(error).split())[:200]}"
+                f"saving it needs too: {_reason(error)}"
             ) from error
 
 
@@ -115,8 +113,7 @@ def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bo
 
     Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix.
     """
-    if Path(path).suffix != SUFFIX:
-        raise ValueError(f"{path}: expected a name that ends with {SUFFIX}, which is how Keras models are saved")
+    check_suffix(path, is_keras=True)
     with whole_file(path, force=force) as temporary:
         keras.saving.save_model(model, temporary)
         if json.loads(statistics):
