@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test pytest pytest-keras bench quality instructions memcheck lint format clean
+.PHONY: demo test pytest pytest-keras bench quality quality-keras instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,11 @@ bench: $(VENV)/built
 quality: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --group quality
 	$(BIN)/python benches/quality.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
+
+# The same of a Keras model, simulated and converted to TFLite: NETWORK=net.keras, or an ONNX model that is built in Keras.
+quality-keras: export TF_CPP_MIN_LOG_LEVEL = 3
+quality-keras: $(VENV)/built $(VENV)/keras
+	$(BIN)/python benches/keras_models.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

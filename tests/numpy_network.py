@@ -54,13 +54,22 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """An operation of the module's table; `given` are its constants, a bias of a layer among them."""
+    """An operation of the module's table; `given` are its constants, a bias of a layer among them.
+
+    A later call of a layer has the weights and the bias of the first, which `call_of` names.
+    """
 
     name: str
     op: str
     inputs: tuple[str, ...]
     output: str
     given: Given = field(default_factory=dict)
+    call_of: str | None = None
+
+    @property
+    def first_call(self) -> str:
+        """The name that weights and biases are given by."""
+        return self.call_of or self.name
 
     def with_given(self, **given: Any) -> Node:
         """With other constants; None leaves one as it is."""
@@ -70,6 +79,11 @@ class Node:
 def node(name: str, op: str, inputs: str, output: str, **given: Any) -> Node:
     """Its inputs are separated by blanks."""
     return Node(name, op, tuple(inputs.split()), output, given)
+
+
+def call(name: str, first: Node, inputs: str, output: str) -> Node:
+    """A later call of a layer."""
+    return replace(first, name=name, inputs=tuple(inputs.split()), output=output, call_of=first.name)
 
 
 LAYOUTS = {"conv2d": "HWIO", "depthwise": "HWCM", "dense": "IO"}
@@ -265,6 +279,8 @@ class ReadableNetwork:
             groups=each.given.get("groups", 1),
             window=window,
             bias=each.given.get("bias"),
+            shares_weights=sum(other.first_call == each.first_call for other in self.nodes) > 1,
+            call_of=each.call_of,
         )
 
     def _read(self, tensor: str) -> tuple[str, Quantization | None]:
@@ -325,7 +341,7 @@ class BiasedNetwork(ReadableNetwork):
             for layer in self.layers
             if layer.name in shifts
         }
-        return replace(self, nodes=[each.with_given(bias=biases.get(each.name)) for each in self.nodes])
+        return replace(self, nodes=[each.with_given(bias=biases.get(each.first_call)) for each in self.nodes])
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         if Path(path).exists() and not force:
@@ -342,6 +358,8 @@ class NumpyNetwork(BiasedNetwork):
         named = {*edits.weights, *edits.biases, *edits.limits, *edits.removed}
         for name in sorted(named.difference(self.order)):
             raise ValueError(f"edits: {name!r} is no operation of the model")
+        for name in sorted({*edits.weights, *edits.biases}.intersection(each.name for each in self.nodes if each.call_of)):
+            raise ValueError(f"edits: {name!r} is a later call of a layer")
         renamed: dict[str, str] = {}
         nodes = []
         for each in self.nodes:
@@ -351,7 +369,7 @@ class NumpyNetwork(BiasedNetwork):
             elif each.name in edits.removed:
                 renamed[each.output] = inputs[0]
             else:
-                nodes.append(replace(each, inputs=inputs).with_given(**dict(_edited(each.name, edits))))
+                nodes.append(replace(each, inputs=inputs).with_given(**dict(_edited(each, edits))))
         position = {each.output: k for k, each in enumerate(self.nodes)}
         statistics = {}
         for entries in (self.statistics, edits.statistics):  # where two tensors have become one, the later one counts
@@ -370,12 +388,13 @@ class NumpyNetwork(BiasedNetwork):
         return replace(self, nodes=nodes)
 
 
-def _edited(name: str, edits: Edits) -> Iterator[tuple[str, Array]]:
+def _edited(each: Node, edits: Edits) -> Iterator[tuple[str, Array]]:
     """The constants of a node that are different."""
-    if name in edits.weights:
-        yield "weights", np.asarray(edits.weights[name]).astype(np.float32)
-    if name in edits.biases:
-        yield "bias", edits.biases[name].astype(np.float32)
-    if name in edits.limits:
-        for key, limit in zip(("low", "high"), edits.limits[name]):
+    layer = each.first_call
+    if layer in edits.weights:
+        yield "weights", np.asarray(edits.weights[layer]).astype(np.float32)
+    if layer in edits.biases:
+        yield "bias", edits.biases[layer].astype(np.float32)
+    if each.name in edits.limits:
+        for key, limit in zip(("low", "high"), edits.limits[each.name]):
             yield key, np.asarray(limit, dtype=np.float32)

@@ -34,6 +34,7 @@ from biascorr.correction.correct import Correction
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
+from biascorr.graph.layer import without_later_calls
 from biascorr.graph.reasons import ReasonCode
 from biascorr.report.terminal import (
     printable,
@@ -93,7 +94,9 @@ def biascorr(
     """Bias correction for quantized neural networks."""
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Where the model that is made goes.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx or .keras.")
+]
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
 ]
@@ -114,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 
 @app.command()
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -189,7 +192,7 @@ def correct(
 
 @app.command()
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT.onnx", help="The float model.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -335,7 +338,7 @@ def _print_correction(result: Correction, output: Path) -> None:
 def _print_equalization(result: Equalization, output: Path) -> None:
     _print_steps(result)
     scaled = len({layer.name for each in result.chains for layer in each.chain.layers})
-    layers = f"{scaled} of {len(result.network.layers)} layers scaled"
+    layers = f"{scaled} of {len(without_later_calls(result.network.layers))} layers scaled"
     print(f"{printable(output)}: {len(result.folds)} batch normalizations folded, {layers}", flush=True)
 
 

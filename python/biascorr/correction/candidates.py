@@ -5,7 +5,7 @@ A candidate is shifts and a score, never a copy of a model. What candidates shar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,15 +13,17 @@ import numpy as np
 from biascorr.calibration.data import Progress
 from biascorr.calibration.samples import Samples
 from biascorr.correction.analytical import analytical_shift
-from biascorr.correction.methods import Activation, Empirical, Hybrid, Mean, Method, mean_shift
+from biascorr.correction.methods import Activation, Empirical, Mean, Method, mean_shift
+from biascorr.correction.pooling import PooledShifts
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.graph.activations import activated_pairs
-from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers
+from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_calls
 from biascorr.graph.layer import Layer
 from biascorr.graph.matching import Match
 from biascorr.graph.network import BiasNetwork, Network, Shift
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
+from biascorr.sweep.plan import Stage, layers_across_stages
 from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 
 
@@ -67,9 +69,9 @@ class Candidate:
     choice : Choice
         The way in which it is made.
     shifts : dict from str to ndarray
-        The shift of each layer that is corrected, by name.
+        The shift of each layer that is corrected, by name; of a layer of several calls, the same by the name of each.
     reports : dict from str to LayerReport
-        Of the layers that could be corrected, by name.
+        Of the layers that could be corrected, by name, a layer of several calls by that of the first.
     score : Score
         Of the outputs for the samples that are scored.
     """
@@ -81,7 +83,8 @@ class Candidate:
 
     def keep(self, layer: Layer, *reasons: Reason) -> None:
         """Keeps the bias of a layer as it is."""
-        self.reports[layer.name] = LayerReport(layer.name, layer.op, channels=layer.channels, reasons=reasons)
+        name = layer.first_call
+        self.reports[name] = LayerReport(name, layer.op, channels=layer.channels, reasons=reasons)
 
 
 class CandidateBuilder:
@@ -94,7 +97,7 @@ class CandidateBuilder:
     quantized : BiasNetwork
         The network whose layers are corrected.
     matches : mapping from str to Match
-        The layers to correct, by name.
+        The layers to correct, by name, with all of their calls.
     choices : sequence of Choice
         The candidates that are going to be made; what they share is measured for all of them.
     samples : Samples
@@ -106,7 +109,8 @@ class CandidateBuilder:
     expected : FloatOutputs, optional
         The float outputs that candidates are scored against; None: they are not scored.
     norms : mapping, optional
-        The batch normalizations around the layers of the float network; None: those found there.
+        The batch normalizations around the layers of the float network, the same around all calls of each; None: those found
+        around each call.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class CandidateBuilder:
         self._expected = expected
         self._norms = norms
         self._layers = [match.quantized for match in matches.values()]
+        self._quantized_layers = {layer.name: layer for layer in quantized.layers}
         pairs = {name: (match.reference, match.quantized) for name, match in matches.items()}
         methods = {choice.method for choice in choices}
         self._activated = activated_pairs(reference, quantized, pairs) if "activation" in methods else {}
@@ -154,7 +159,8 @@ class CandidateBuilder:
         if choice.method == "mean":
             return self._with_known(choice, self._mean_shifts(), ReasonCode.NO_VALUES())
         if choice.method == "analytical":
-            return self._with_known(choice, self._first_shifts() | self.analytical_shifts(), ReasonCode.NO_STATISTICS())
+            known = self._pooled(self._first_shifts() | self.analytical_shifts())
+            return self._with_known(choice, known, ReasonCode.NO_STATISTICS())
         if choice.method == "hybrid":
             return self._hybrid(choice)
         return self._swept(choice, self._method(choice))
@@ -170,35 +176,64 @@ class CandidateBuilder:
             return Activation(reference, choice.strength, choice.shrunk, activated=activated)
         raise ValueError(f"method: {choice.method!r} makes no candidate")
 
-    def _swept(self, choice: Choice, method: Method) -> Candidate:
-        """The network with its layers corrected stage by stage, each after those before it."""
-        candidate = Candidate(choice)
+    def _swept(self, choice: Choice, method: Method, known: Mapping[str, Shift] | None = None) -> Candidate:
+        """The network with its layers corrected stage by stage, each after those before it; some by shifts that are known.
+
+        A layer that is called in several stages needs its shift before its last call is measured: one more sweep, in which
+        later calls have the shift of those so far, makes it known.
+        """
+        shifts = dict(known or {})
         sweep = self._sweep(self._quantized, self._layers, method.wanted)
+        unknown = layers_across_stages(sweep.stages) - shifts.keys()
+        if unknown:
+            pooled = self._correct(Candidate(choice), sweep, method, shifts, f"{choice.label}, layers called again")
+            shifts |= {name: shift for name, shift in pooled.by_layer().items() if name in unknown}
+            sweep = self._sweep(self._quantized, self._layers, method.wanted)
+        candidate = Candidate(choice)
+        self._correct(candidate, sweep, method, shifts, choice.label)
+        return self._scored(candidate)
+
+    def _correct(
+        self, candidate: Candidate, sweep: Sweep, method: Method, known: Mapping[str, Shift], label: str
+    ) -> PooledShifts:
+        """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
+        pooled = PooledShifts()
         for done, stage in enumerate(sweep.stages, start=1):
-            measured = sweep.measure(stage)
-            layers = [layer for layer in stage.layers if measured[layer.name].output.has_values]
-            shifts = {layer.name: method.shift(layer, measured[layer.name]) for layer in layers}
-            for _ in range(method.refinements):
-                for name, after in sweep.measure_activated(stage, shifts).items():
-                    layer = self._matches[name].quantized
-                    shifts[name] = method.refined(layer, measured[name], shifts[name], after)
+            for layer, shift, positions in self._shifts_of(sweep, stage, method, known):
+                pooled.add(layer, shift, positions)
             for layer in stage.layers:
-                if layer.name not in shifts:
+                found = known.get(layer.first_call, pooled.of(layer))
+                if found is None:
                     candidate.keep(layer, ReasonCode.NO_VALUES())
                     continue
-                change = self._corrected(candidate, layer, method.final(layer, measured[layer.name], shifts[layer.name]))
+                change = self._corrected(candidate, layer, found)
                 if change is not None:
                     sweep.shift(layer, change)
-            self._progress(choice.label, done, len(sweep.stages))
+            self._progress(label, done, len(sweep.stages))
         sweep.finish()
-        return self._scored(candidate)
+        return pooled
+
+    def _shifts_of(
+        self, sweep: Sweep, stage: Stage, method: Method, known: Mapping[str, Shift]
+    ) -> Iterator[tuple[Layer, Shift, int]]:
+        """Measures a stage; the shift of each call that has values, but for known ones, and the positions it is of."""
+        measured = sweep.measure(stage)
+        layers = [layer for layer in stage.layers if layer.first_call not in known and measured[layer.name].output.has_values]
+        shifts = {layer.name: method.shift(layer, measured[layer.name]) for layer in layers}
+        for _ in range(method.refinements):
+            for name, after in sweep.measure_activated(stage, shifts).items():
+                layer = self._matches[name].quantized
+                shifts[name] = method.refined(layer, measured[name], shifts[name], after)
+        for layer in layers:
+            found = measured[layer.name]
+            yield layer, method.final(layer, found, shifts[layer.name]), found.output.positions.sum()
 
     def _with_known(self, choice: Choice, shifts: Mapping[str, Shift], otherwise: Reason) -> Candidate:
         """The network with shifts that are known, which only has to run to be scored; why other layers have none."""
         candidate = Candidate(choice)
         for layer in self._layers:
-            if layer.name in shifts:
-                self._corrected(candidate, layer, shifts[layer.name])
+            if layer.first_call in shifts:
+                self._corrected(candidate, layer, shifts[layer.first_call])
             else:
                 candidate.keep(layer, otherwise)
         return self._scored(candidate)
@@ -211,25 +246,28 @@ class CandidateBuilder:
         return replace(candidate, score=self._expected.score(network))
 
     def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
-        """Adds a layer to a candidate; returns the change of its bias, None where it stays as it is."""
+        """Adds a call of a layer to a candidate; returns the change of its bias, None where it stays as it is."""
         if not np.isfinite(shift).all():
             candidate.keep(layer, ReasonCode.MEANS_NOT_FINITE())
             return None
-        change = self._quantized.bias_change(layer, shift)
+        name = layer.first_call
+        change = self._quantized.bias_change(self._quantized_layers[name], shift)
         stays = any(reason.code is ReasonCode.BIAS_CANNOT_MOVE for reason in change.reasons) and not np.any(change.applied)
         if change.applied is None or stays:
             change = replace(change, applied=None)
         method, applied = (None, 0.0) if change.applied is None else (candidate.choice.label, change.applied)
         before, after = (float(np.abs(each).mean()) for each in (shift, shift - applied))
-        candidate.reports[layer.name] = LayerReport(layer.name, layer.op, method, layer.channels, before, after, change.reasons)
+        candidate.reports[name] = LayerReport(name, layer.op, method, layer.channels, before, after, change.reasons)
         if change.applied is not None:
             candidate.shifts[layer.name] = shift
         return change.applied
 
     def _hybrid(self, choice: Choice) -> Candidate:
-        """Analytical shifts where they are known, else empirical ones; the reports say which."""
-        known = self.analytical_shifts()
-        candidate = self._swept(choice, Hybrid(known, self._reference_measurements()))
+        """Analytical shifts of layers that have one for all of their calls, else empirical ones; the reports say which."""
+        shifts = self.analytical_shifts()
+        others = {layer.first_call for layer in self._layers if layer.name not in shifts}
+        known = {name: shift for name, shift in self._pooled(shifts).items() if name not in others}
+        candidate = self._swept(choice, Empirical(self._reference_measurements()), known)
         for name, report in candidate.reports.items():
             if report.method is not None:
                 candidate.reports[name] = replace(report, method="analytical" if name in known else "empirical")
@@ -256,23 +294,22 @@ class CandidateBuilder:
         """The weight error of each layer times its mean input in the uncorrected network."""
         sweep = self._sweep(self._quantized, self._layers, Wanted(inputs=True), depth=DEPTH)
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
-        shifts: dict[str, Shift] = {}
+        pooled = PooledShifts()
         for done, stage in enumerate(sweep.stages, start=1):
-            measured = sweep.measure(stage)
-            layers = [layer for layer in stage.layers if measured[layer.name].output.has_values]
-            shifts |= {layer.name: method.shift(layer, measured[layer.name]) for layer in layers}
+            for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
+                pooled.add(layer, shift, positions)
             self._progress("quantized network", done, len(sweep.stages))
         sweep.finish()
-        return shifts
+        return pooled.by_layer()
 
     def analytical_shifts(self) -> dict[str, Shift]:
-        """Shifts of the layers whose mean input a batch normalization of the float network gives; found at the first call."""
+        """Shifts of the calls whose mean input a batch normalization of the float network gives; found when first needed."""
         if self._known_analytical is None:
             self._known_analytical = self._find_analytical_shifts()
         return self._known_analytical
 
     def _find_analytical_shifts(self) -> dict[str, Shift]:
-        norms = batch_norms_around_layers(self._reference) if self._norms is None else self._norms
+        norms = batch_norms_around_calls(self._reference) if self._norms is None else self._norms_of_calls(self._norms)
         known = {name: norms[match.reference.name] for name, match in self._matches.items() if match.reference.name in norms}
         known = {name: info for name, info in known.items() if info.gives_input_mean}
         shapes = self._shapes([self._matches[name].reference.input for name in known])
@@ -281,6 +318,17 @@ class CandidateBuilder:
             for name, match in self._matches.items()
             if name in known
         }
+
+    def _norms_of_calls(self, norms: Mapping[str, ConvBnInfoType]) -> dict[str, ConvBnInfoType]:
+        """By the name of each call, those of its layer."""
+        return {layer.name: norms[layer.first_call] for layer in self._reference.layers if layer.first_call in norms}
+
+    def _pooled(self, shifts: Mapping[str, Shift]) -> dict[str, Shift]:
+        """Shifts of layers, by those of calls that were not measured."""
+        pooled = PooledShifts()
+        for name, shift in shifts.items():
+            pooled.add(self._matches[name].quantized, shift)
+        return pooled.by_layer()
 
     def _shapes(self, names: Iterable[str]) -> Mapping[str, Sequence[int | None]]:
         """Shapes of these tensors of the float network; those in the first batch where they are not known without data."""

@@ -24,10 +24,11 @@ from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.analytical import analytical_shift
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
+from biascorr.correction.pooling import PooledShifts
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers, with_current_statistics
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import match_by_name
 from biascorr.graph.network import EditableNetwork, Feeds, ModelInput, Network, require_edits, require_float
 from biascorr.graph.reasons import LayerReport
@@ -108,13 +109,14 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The model, which is not changed.
 
     Returns
     -------
     dict from str to ConvBnInfoType
-        By the name of the layer, in topological order; layers without any batch normalization around them are left out.
+        By the name of the layer, in topological order; layers without any batch normalization around them are left out. A layer
+        that is called several times is there once, with what is the same around all calls.
 
     Raises
     ------
@@ -147,8 +149,9 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 class BiasCorrection:
     """Bias correction by simulated quantization.
 
-    Models are ONNX: a path, bytes or an onnx.ModelProto. They are float, and so is what is returned: a new onnx.ModelProto,
-    the model with biases that fit its weights once these are quantized. Models, files and data given are not changed.
+    Models are those of ONNX or Keras: a path, bytes, an onnx.ModelProto or a keras.Model. They are float, and so is what is
+    returned, a new model of the same kind, with biases that fit its weights once these are quantized. Models, files and data
+    given are not changed.
 
     A data set is anything iterable over batches: arrays, tuples or lists with one array per input, mappings by input name; a
     `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, an onnxruntime `CalibrationDataReader`, an iterator that
@@ -172,7 +175,7 @@ class BiasCorrection:
 
         Parameters
         ----------
-        reference_model : path, bytes or onnx.ModelProto
+        reference_model : path, bytes, onnx.ModelProto or keras.Model
             The float model.
         bias_correct_params : BiasCorrectionParams
             How much data is used.
@@ -189,7 +192,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             The float model with corrected biases; layers without a bias have one.
 
         Warns
@@ -201,7 +204,9 @@ class BiasCorrection:
         layers = layers_to_quantize(reference, quant_params)
         for name in conv_bn_dict or ():
             _layer(reference, name, "conv_bn_dict")
-        norms = None if conv_bn_dict is None else with_current_statistics(conv_bn_dict, reference)
+        norms = (
+            batch_norms_around_layers(reference) if conv_bn_dict is None else with_current_statistics(conv_bn_dict, reference)
+        )
         choice = Choice("empirical" if perform_only_empirical_bias_corr else "hybrid")
         candidate = _candidate(reference, reference, layers, bias_correct_params, quant_params, data_set, choice, norms)
         _warn_of_uncorrected_layers([*candidate.reports.values(), *reference.unsupported])
@@ -221,9 +226,9 @@ class BiasCorrection:
 
         Parameters
         ----------
-        reference_model : path, bytes or onnx.ModelProto
+        reference_model : path, bytes, onnx.ModelProto or keras.Model
             The float model.
-        corrected_model : path, bytes or onnx.ModelProto
+        corrected_model : path, bytes, onnx.ModelProto or keras.Model
             The same model, float too; the biases of its other layers may be corrected already, and stay as they are.
         bias_correct_params : BiasCorrectionParams
             How much data is used.
@@ -236,7 +241,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             `corrected_model` with another bias of this layer.
 
         Warns
@@ -252,7 +257,9 @@ class BiasCorrection:
         if expected.channels != layer.channels:
             found = f"{layer.channels} channels in corrected_model, {expected.channels} in reference_model"
             raise ValueError(f"layer {layer.name}: {found}, expected as many")
-        layers = [layer] if layer in layers_to_quantize(network, quant_params) else []
+        layers = [each for each in layers_to_quantize(network, quant_params) if each.first_call == layer.name]
+        if not {each.name for each in layers}.issubset(each.name for each in reference.layers):
+            raise ValueError(f"layer {layer.name}: called more often in corrected_model than in reference_model")
         candidate = _candidate(reference, network, layers, bias_correct_params, quant_params, data_set, Choice("empirical"))
         _warn_of_uncorrected_layers(candidate.reports.values())
         return network.with_shifts(candidate.shifts).model
@@ -269,7 +276,7 @@ class BiasCorrection:
 
         Parameters
         ----------
-        corrected_model : path, bytes or onnx.ModelProto
+        corrected_model : path, bytes, onnx.ModelProto or keras.Model
             The float model; the biases of its layers may be corrected already.
         layer : str
             Name of the layer.
@@ -283,7 +290,7 @@ class BiasCorrection:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             `corrected_model` with another bias of this layer; unchanged where the layer is one to ignore, or where there is no
             batch normalization before a first layer.
 
@@ -304,9 +311,12 @@ class BiasCorrection:
             info = with_current_statistics({layer: info}, network)[layer]
         if info is None or found not in layers_to_quantize(network, quant_params):
             return network.model
-        quantized = replace(found, weights=quant_params.fake_quantized(found))
-        shift = analytical_shift(quantized, found.weights, info, network.facts().shapes.get(found.input))
-        return network.with_shifts({found.name: shift}).model
+        weights, shapes = quant_params.fake_quantized(found), network.facts().shapes
+        pooled = PooledShifts()
+        for call in (each for each in network.layers if each.first_call == layer):
+            quantized = replace(call, weights=weights)
+            pooled.add(call, analytical_shift(quantized, call.weights, info, shapes.get(call.input)))
+        return network.with_shifts(pooled.by_layer()).model
 
 
 def _loaded(model: Any, name: str) -> EditableNetwork:
@@ -361,13 +371,14 @@ def _read(
 
 def _layer(network: Network, name: str, where: str) -> Layer:
     """The layer of this name. Raises ValueError where it cannot be corrected, or there is none."""
-    for layer in network.layers:
+    layers = without_later_calls(network.layers)
+    for layer in layers:
         if layer.name == name:
             return layer
     for report in network.unsupported:
         if report.name == name:
             raise ValueError(f"{where}: layer {name} cannot be corrected: {report.reason}")
-    raise ValueError(f"{where}: {name!r} is no layer; the layers are {_listed(layer.name for layer in network.layers)}")
+    raise ValueError(f"{where}: {name!r} is no layer; the layers are {_listed(layer.name for layer in layers)}")
 
 
 def _warn_of_uncorrected_layers(reports: Iterable[LayerReport]) -> None:

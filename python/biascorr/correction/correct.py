@@ -21,7 +21,7 @@ from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
@@ -77,7 +77,8 @@ class Correction:
     is_simulated : bool
         Whether quantization was simulated: then the corrected model is the float one, to be quantized now.
     deployed : mapping from str to Score
-        The scores of the uncorrected and of the best candidate as onnxruntime runs them with its default options, on this CPU.
+        The scores of the uncorrected and of the best candidate as their own runtime runs them with its default options, on this
+        CPU.
         Empty where quantization is simulated, or nothing could be scored.
     """
 
@@ -106,7 +107,7 @@ class Correction:
 
     @property
     def model(self) -> Any:
-        """The corrected model, of the framework's own type (onnx.ModelProto)."""
+        """The corrected model, of the framework's own type (onnx.ModelProto, keras.Model)."""
         return self.network.model
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
@@ -139,7 +140,7 @@ def correct(
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
@@ -147,14 +148,14 @@ def correct(
         `DataLoader`, gives batches: arrays, tuples with one array per input, or mappings; a `tf.data.Dataset` may also give
         single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
         does without.
-    quantized : path, bytes or onnx.ModelProto, optional
+    quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
         model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
-        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as onnxruntime
-        runs it. With fewer than four samples, all are corrected with and all are scored.
+        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as its own
+        runtime runs it. With fewer than four samples, all are corrected with and all are scored.
 
         By name, from all samples:
 
@@ -203,7 +204,8 @@ def correct(
     FileNotFoundError
         A file is missing.
     ImportError
-        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``).
+        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``), or for a Keras model, Keras and TensorFlow
+        (``pip install "biascorr[keras]" tensorflow``).
     OSError
         The temporary folder is full.
     RuntimeError
@@ -469,7 +471,7 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
 def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
-    for layer in attempt.network.layers:
+    for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
             reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
     return [reports[name] for name in attempt.network.order if name in reports]

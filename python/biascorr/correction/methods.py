@@ -135,15 +135,3 @@ def _consistency(expected: SampleMeans, found: SampleMeans) -> NDArray[np.float6
     square = np.square((differences * found.weights).sum(axis=0))
     variance = (np.square(differences) * found.weights).sum(axis=0) - square
     return np.asarray(np.divide(square, square + variance, out=np.ones_like(square), where=square + variance > 0))
-
-
-class Hybrid(Empirical):
-    """The shifts that are known, by layer name, and the difference of the mean outputs for all other layers."""
-
-    def __init__(self, known: Mapping[str, Shift], reference: Mapping[str, Measured]) -> None:
-        super().__init__(reference)
-        self._known = known
-
-    def shift(self, layer: Layer, measured: Measured) -> Shift:
-        known = self._known.get(layer.name)
-        return super().shift(layer, measured) if known is None else known

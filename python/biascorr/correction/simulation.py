@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from biascorr.correction.quant_params import QuantParams
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network
 from biascorr.quantization import Quantization
 
@@ -40,19 +40,19 @@ def simulated(
         quantized and there are no batches.
     """
     layers = layers_to_quantize(network, params)
-    copy = network.edited(Edits(weights={layer.name: params.fake_quantized(layer) for layer in layers}))
+    copy = network.edited(Edits(weights={layer.name: params.fake_quantized(layer) for layer in without_later_calls(layers)}))
     if params.activation_bits is None:
         return copy
     return copy.with_quantizers(input_quantizations(network, layers, batches, params.activation_bits, threads))
 
 
 def layers_to_quantize(network: Network, params: QuantParams) -> list[Layer]:
-    """All layers but those to ignore. Raises ValueError where a name to ignore is no layer's."""
+    """All layers but those to ignore, with all of their calls. Raises ValueError where a name to ignore is no layer's."""
     ignored = set(params.ops_to_ignore or ())
-    known = [layer.name for layer in network.layers] + [report.name for report in network.unsupported]
+    known = [layer.name for layer in without_later_calls(network.layers)] + [report.name for report in network.unsupported]
     for name in sorted(ignored.difference(known)):
         raise ValueError(f"ops_to_ignore: {name!r} is no layer; the layers are {', '.join(known)}")
-    return [layer for layer in network.layers if layer.name not in ignored]
+    return [layer for layer in network.layers if layer.first_call not in ignored]
 
 
 def input_quantizations(

@@ -16,7 +16,7 @@ import numpy as np
 
 from biascorr.graph.axes import Channels
 from biascorr.graph.batch_norms import Neighbours
-from biascorr.graph.layer import Layer
+from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.network import Network
 from biascorr.graph.operations import Activation, ActivationType, ChannelPreserving, Leaky, Operation, SpatialEffect
 from biascorr.graph.reasons import Reason, ReasonCode
@@ -79,7 +79,7 @@ def find_links(network: Network) -> tuple[list[Link], dict[str, Reason]]:
     """All links, in the order of their first layers; and by the names of the other layers, why nothing can follow them."""
     finder = _Finder(network)
     links, reasons = [], {}
-    for layer in network.layers:
+    for layer in without_later_calls(network.layers):
         found = finder.link(layer)
         if isinstance(found, Link):
             links.append(found)
@@ -148,7 +148,7 @@ class _Finder:
     def _linked(self, link: Link, tensor: str) -> Link | Reason:
         second = link.second
         if reason := self._unfitness(second):
-            return ReasonCode.NEXT_LAYER(layer=second.name, reason=reason)
+            return ReasonCode.NEXT_LAYER(layer=second.first_call, reason=reason)
         channels = Channels(link.channels.axis, link.channels.rank or second.rank, link.channels.order)
         if tensor != second.input or not channels.is_along(second.channel_axis) or second.input_channels % link.first.channels:
             return ReasonCode.OTHER_CHANNELS(layer=second.name)

@@ -71,7 +71,7 @@ def equalize_model(
 
     Returns
     -------
-    onnx.ModelProto
+    onnx.ModelProto or keras.Model
         A new model.
 
     Raises
@@ -95,12 +95,12 @@ def fold_all_batch_norms(model: Any) -> tuple[Any, list[tuple[str, str]]]:
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model, which is not changed.
 
     Returns
     -------
-    model : onnx.ModelProto
+    model : onnx.ModelProto or keras.Model
         A new model, of the same function to rounding.
     pairs : list of (str, str)
         Layers and the batch normalizations that became part of them, by name.
@@ -119,14 +119,14 @@ def fold_given_batch_norms(model: Any, layer_pairs: Sequence[tuple[str, str]]) -
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model, which is not changed.
     layer_pairs : sequence of (str, str)
         Layers and the batch normalizations after or before them, by name. One that several layers read has a pair with each.
 
     Returns
     -------
-    onnx.ModelProto
+    onnx.ModelProto or keras.Model
         A new model, of the same function to rounding.
 
     Raises
@@ -159,14 +159,14 @@ class CrossLayerScaling:
 
         Parameters
         ----------
-        model : path, bytes or onnx.ModelProto
+        model : path, bytes, onnx.ModelProto or keras.Model
             The float model, which is not changed; its batch normalizations are folded before, or they end chains of layers.
         iterations : int, optional
             Sweeps over all layers; 1 is the classic single one. None: until nothing changes.
 
         Returns
         -------
-        model : onnx.ModelProto
+        model : onnx.ModelProto or keras.Model
             A new model, of the same function to rounding.
         cls_set_info_list : list of ClsSetInfo
             The layers that were scaled, and their factors.
@@ -186,14 +186,14 @@ class CrossLayerScaling:
 
         Parameters
         ----------
-        model : path, bytes or onnx.ModelProto
+        model : path, bytes, onnx.ModelProto or keras.Model
             The float model, which is not changed.
         cls_sets : sequence of tuples of str
             Layers that follow each other, by name: two, or more with depthwise layers inside.
 
         Returns
         -------
-        model : onnx.ModelProto
+        model : onnx.ModelProto or keras.Model
             A new model, of the same function to rounding.
         scale_factors : list of tuples of ndarray, (C,), float64
             Of each set, between each two layers.
@@ -223,7 +223,7 @@ class HighBiasFold:
 
         Parameters
         ----------
-        model : path, bytes or onnx.ModelProto
+        model : path, bytes, onnx.ModelProto or keras.Model
             The scaled model, which is not changed; it knows what its folded batch normalizations said.
         folded_pairs : sequence of (str, str)
             The result of :func:`fold_all_batch_norms`: of these layers, biases are folded.
@@ -232,7 +232,7 @@ class HighBiasFold:
 
         Returns
         -------
-        onnx.ModelProto
+        onnx.ModelProto or keras.Model
             A new model; its function is nearly the same, and the same where there is no activation between the layers.
 
         Raises

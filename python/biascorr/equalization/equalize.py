@@ -91,7 +91,7 @@ class Equalization:
 
     @property
     def model(self) -> Any:
-        """The equalized model, of the framework's own type (onnx.ModelProto)."""
+        """The equalized model, of the framework's own type (onnx.ModelProto, keras.Model)."""
         return self.network.model
 
     @property
@@ -137,7 +137,7 @@ def equalize(
 
     Parameters
     ----------
-    model : path, bytes or onnx.ModelProto
+    model : path, bytes, onnx.ModelProto or keras.Model
         The float model.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Samples, as :func:`biascorr.correct` takes them: they limit what is folded of high biases, and the float outputs for

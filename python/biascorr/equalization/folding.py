@@ -130,7 +130,7 @@ class _Folder:
         if layer is None:
             self.left[operation.name] = ReasonCode.NORM_NOT_AFTER_LAYER()
         elif self._neighbours.readers(layer.output) != [operation]:
-            self.left[operation.name] = ReasonCode.NORM_OUTPUT_SHARED(layer=layer.name)
+            self.left[operation.name] = ReasonCode.NORM_OUTPUT_SHARED(layer=layer.first_call)
         else:
             fold = Fold(layer.name, operation.name, True)
             reason = self._mismatch(fold, self._neighbours.output_channels(layer), layer.channels)
@@ -160,7 +160,7 @@ class _Folder:
         """Why a layer cannot take a batch normalization in; None where it can."""
         layer, norm = self._layers[fold.layer], self._norms[fold.batch_norm]
         if reason := unfit(layer):
-            return ReasonCode.NORM_LAYER_UNFIT(layer=layer.name, reason=reason)
+            return ReasonCode.NORM_LAYER_UNFIT(layer=layer.first_call, reason=reason)
         if not channels.is_along(norm.channel_axis) or count != len(norm.beta):
             return ReasonCode.NORM_OTHER_AXIS(layer=layer.name, axis=norm.channel_axis)
         if not np.isfinite([*_gain(norm), *_offset(norm)]).all():

@@ -6,8 +6,10 @@ layer -> BatchNorm -> [activation]          gives the mean of the layer's output
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from biascorr.graph.axes import Channels
 from biascorr.graph.layer import Layer
@@ -41,10 +43,45 @@ class ConvBnInfoType:
 
 
 def batch_norms_around_layers(network: Network) -> dict[str, ConvBnInfoType]:
-    """By the name of the layer, in topological order; layers without any batch normalization around them are left out."""
+    """By the name of the layer, in topological order; layers without any batch normalization around them are left out.
+
+    Of a layer of several calls, before it and after it, what all calls have there; nothing where they differ.
+    """
     neighbours = Neighbours(network)
-    found = {layer.name: neighbours.around(layer) for layer in network.layers}
-    return {name: info for name, info in found.items() if info.input_bn is not None or info.output_bn is not None}
+    calls: dict[str, list[ConvBnInfoType]] = {}
+    for layer in network.layers:
+        calls.setdefault(layer.first_call, []).append(neighbours.around(layer))
+    return _with_any({name: _common(infos) for name, infos in calls.items()})
+
+
+def batch_norms_around_calls(network: Network) -> dict[str, ConvBnInfoType]:
+    """As :func:`batch_norms_around_layers`, but each call of a layer by its own name, with what is around it."""
+    neighbours = Neighbours(network)
+    return _with_any({layer.name: neighbours.around(layer) for layer in network.layers})
+
+
+def _with_any(infos: Mapping[str, ConvBnInfoType]) -> dict[str, ConvBnInfoType]:
+    return {name: info for name, info in infos.items() if info.input_bn is not None or info.output_bn is not None}
+
+
+def _common(infos: Sequence[ConvBnInfoType]) -> ConvBnInfoType:
+    """What is the same around all calls of a layer."""
+    input_bn, in_activation = _same([(info.input_bn, info.in_activation_type) for info in infos])
+    output_bn, out_activation = _same([(info.output_bn, info.out_activation_type) for info in infos])
+    return ConvBnInfoType(input_bn, output_bn, in_activation, out_activation)
+
+
+def _same(sides: Sequence[tuple[BatchNorm | None, ActivationType]]) -> tuple[BatchNorm | None, ActivationType]:
+    """The first batch normalization and activation, where all have the same statistics and function."""
+    norm, activation = sides[0]
+    is_same = all(_have_same_statistics(norm, other) and activation == function for other, function in sides[1:])
+    return sides[0] if is_same else _NOTHING
+
+
+def _have_same_statistics(one: BatchNorm | None, other: BatchNorm | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one.beta, other.beta) and np.array_equal(np.abs(one.gamma), np.abs(other.gamma))
 
 
 def with_current_statistics(infos: Mapping[str, ConvBnInfoType], network: Network) -> dict[str, ConvBnInfoType]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -82,9 +82,10 @@ class Layer:
     bias : ndarray or None
         The bias in real units, its axes aligned with the last ones of the output; None where the layer has none.
     shares_weights : bool
-        Whether something else reads the same weights.
-    shared_with : str or None
-        Name of the layer of which this is a later call, with the same weights and bias; None where it has its own.
+        Whether something else reads the same weights, another call of the layer among them.
+    call_of : str or None
+        Name of the layer that this is a later call of, with the same weights and the same bias; None where it is the first
+        call, or the only one.
     """
 
     name: str
@@ -102,7 +103,12 @@ class Layer:
     weight_step: Constant | None = None
     bias: NDArray[Any] | None = None
     shares_weights: bool = False
-    shared_with: str | None = None
+    call_of: str | None = None
+
+    @property
+    def first_call(self) -> str:
+        """Name of the first call of this layer, which has the weights and the bias: its own name but for a later call."""
+        return self.name if self.call_of is None else self.call_of
 
     @property
     def channels(self) -> int:
@@ -130,3 +136,8 @@ class Layer:
     def sees_every_tap(self) -> bool:
         """Whether each output position sums over all taps of real input: none is padding, none is left out."""
         return self.window is None or self.window.sees_every_tap
+
+
+def without_later_calls(layers: Iterable[Layer]) -> list[Layer]:
+    """Each layer once, however often it is called."""
+    return [layer for layer in layers if layer.call_of is None]

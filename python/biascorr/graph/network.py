@@ -71,9 +71,10 @@ class Edits:
     Parameters
     ----------
     weights : mapping from str to Constant
-        Of layers, by name, in their own layouts.
+        Of layers, by name, in their own layouts. Those of a layer of several calls are given once, by the name of the first.
     biases : mapping from str to ndarray
-        Of layers, by name: (channels,), or of the shape of the bias that was there. A layer without one gets one.
+        Of layers, by name, as the weights: (channels,), or of the shape of the bias that was there. A layer without one gets
+        one.
     limits : mapping from str to (array_like, array_like)
         New limits of activations, by the name of the operation: each a number or an array that broadcasts to its
         tensor, infinite where there is no limit.
@@ -91,7 +92,11 @@ class Edits:
 
 
 class Network(Protocol):
-    """A model of some framework that can be read and run. Layers are in topological order."""
+    """A model of some framework that can be read and run. Layers are in topological order.
+
+    A layer that is called several times is there once per call, or not at all: each by the name of its own operation, with its
+    own input, window and output; all with the same weights and the same bias. `call_of` of the later ones names the first.
+    """
 
     @property
     def inputs(self) -> Sequence[ModelInput]:
@@ -148,10 +153,17 @@ class BiasNetwork(Network, Protocol):
         """
 
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
-        """The change that adding a shift to a layer's bias would make; a layer without one would get one."""
+        """The change that adding a shift to a layer's bias would make; a layer without one would get one.
+
+        Of a layer of several calls, this is asked for the first.
+        """
 
     def with_shifts(self, shifts: Mapping[str, Shift]) -> BiasNetwork:
-        """A copy with these shifts added to the biases of layers, by name."""
+        """A copy with these shifts added to the biases of layers, by name.
+
+        Of a layer of several calls, the first has the shift of the one bias; later ones may be there too, with the same shift,
+        which is not added again.
+        """
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes the model, whole or not at all; an existing file is kept unless `force`."""
@@ -166,7 +178,7 @@ class EditableNetwork(BiasNetwork, Protocol):
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> EditableNetwork:
         """A copy in which layers, by name, read their input moved to a grid: one scale and zero point, up to 16 bits.
 
-        Other readers of the same tensors are as before. The layers keep their names.
+        Each call of a layer has its own. Other readers of the same tensors are as before. The layers keep their names.
         """
 
 

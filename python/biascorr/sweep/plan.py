@@ -7,6 +7,7 @@ The layers of a stage do not depend on each other, and all before them are corre
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -75,3 +76,9 @@ def plan_stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> li
             stages[made[name]].kept.append(name)
             stages[max(readers)].dropped.append(name)
     return stages
+
+
+def layers_across_stages(stages: Sequence[Stage]) -> set[str]:
+    """The layers, by name, that are called in several stages."""
+    counts = collections.Counter(name for stage in stages for name in {layer.first_call for layer in stage.layers})
+    return {name for name, count in counts.items() if count > 1}

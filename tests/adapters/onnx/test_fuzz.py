@@ -18,7 +18,10 @@ from random_graphs import OPSETS, PROFILE, Builder, Draw
 METHODS = ("mean", "iterative", "empirical", "activation", "auto")
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "QGemm", "QLinearConv", "QLinearMatMul")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning"),
+    pytest.mark.filterwarnings("ignore:not folded:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

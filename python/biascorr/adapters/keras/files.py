@@ -50,7 +50,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     if not path.is_file():
         raise OSError(f"{name}: {kind_of(path)}")
     try:
-        model = _loaded(path)
+        model = _loaded(path, name)
         text = "{}"
         if path.suffix == KERAS_SUFFIX:
             with zipfile.ZipFile(path) as archive:
@@ -65,13 +65,15 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
         ) from error
 
 
-def _loaded(path: Path) -> Any:
-    """A model that Keras reads, not compiled where it cannot make again what it was compiled with."""
+def _loaded(path: Path, name: str) -> Any:
+    """The model in a file; not compiled, with a warning, where its optimizer, losses or metrics cannot be made again."""
     try:
         return keras.saving.load_model(path)
-    except Exception as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
         model = keras.saving.load_model(path, compile=False)
-        warnings.warn(f"{path}: compile the model that is returned yourself: {_reason(error)}", stacklevel=2)
+        warnings.warn(f"{name}: compile the model that is returned yourself: {_reason(error)}", stacklevel=2)
         return model
 
 

@@ -162,6 +162,14 @@ class Linear:
         bias = ops.convert_to_numpy(variable)
         return self.matrix.from_bias(bias) if self.matrix else aligned(bias, self.axis)
 
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """The shape of a bias of the layer, as it broadcasts to its output."""
+        if self.matrix is not None:
+            return self.matrix.to_bias(np.empty(self.weights.shape[1]), self.sizes(self.matrix.produced)).shape
+        count = self.weights.shape[-2] if self.layout.endswith("OI") else self.weights.shape[-1]
+        return aligned(np.empty(count * (self.weights.shape[-2] if self.layout.endswith("CM") else 1)), self.axis).shape
+
     def bias_to_variable(self, values: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
         """A bias as the layer has it, with this shape."""
         if self.matrix is not None:
@@ -175,7 +183,7 @@ class Linear:
         return self.product(ops.cast(x, dtype), ops.cast(weights, dtype))
 
 
-def linears_of(operation: Any, rank: int) -> list[Linear] | Reason | None:
+def linears_of(operation: Any, rank: int, output_shape: Sequence[int | None]) -> list[Linear] | Reason | None:
     """The products that a layer does with an input of this rank; why they cannot be corrected; None for other operations."""
     layer = operation.layer if isinstance(operation, layers.TimeDistributed) else operation
     made = next((make for cls, make in _KINDS.items() if isinstance(layer, cls) and _calls_as(layer, cls)), None)
@@ -185,7 +193,20 @@ def linears_of(operation: Any, rank: int) -> list[Linear] | Reason | None:
         return ReasonCode.DYNAMIC()
     if getattr(layer, "lora_enabled", False):
         return ReasonCode.WEIGHTS_COMPUTED()
-    return made(layer, rank)
+    found = made(layer, rank)
+    return found if isinstance(found, Reason) else _misplaced(found[-1], output_shape) or found
+
+
+def _misplaced(linear: Linear, output_shape: Sequence[int | None]) -> Reason | None:
+    """Where Keras adds the bias along another axis than that of channels, one that is as long (keras.ops.add, as of 3.15)."""
+    rank = len(output_shape)
+    shape = linear.bias_shape
+    long = [(rank - len(shape) + k, size) for k, size in enumerate(shape) if size > 1]
+    if len(long) != 1 or rank < 2:
+        return None
+    ((axis, size),) = long
+    taken = next((each for each in (rank - 1, 1) if output_shape[each] == size), axis)
+    return None if taken == axis else ReasonCode.BIAS_AXES(axes=taken, channels=axis)
 
 
 def _calls_as(layer: Any, cls: type) -> bool:

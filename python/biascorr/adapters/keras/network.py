@@ -63,8 +63,7 @@ class KerasNetwork:
         self._functions = functions
         self._values = values
         self._statistics = statistics
-        self._steps = _without(steps, values.removed)
-        self._makers = {name: step for step in self._steps for name in step.outputs}
+        self._steps, self._shapes = _with_quantizers(_without(steps, values.removed), values.quantizers, steps.shapes)
         self.inputs = [_input(name, tensor) for name, tensor in zip(steps.inputs, source.inputs)]
         self.outputs = list(steps.outputs)
         self.operations = [self._operation(step) for step in self._steps]
@@ -103,7 +102,7 @@ class KerasNetwork:
 
     @functools.cached_property
     def _facts(self) -> Facts:
-        roles: dict[str, Role] = roles_of(replace(self._all, steps=self._steps))
+        roles: dict[str, Role] = roles_of(replace(self._all, steps=self._steps, shapes=self._shapes))
         for step in self._steps:
             if step.first in self._values.removed:
                 roles[step.name] = ChannelPreserving(SpatialEffect.NONE)
@@ -111,7 +110,7 @@ class KerasNetwork:
                 role = roles[step.name]
                 assert isinstance(role, Activation)  # nothing else can be limited
                 roles[step.name] = replace(role, type=ActivationType.clip(*map(_bound, self._values.limits[step.first])))
-        return Facts(roles, self._all.shapes, self._statistics)
+        return Facts(roles, self._shapes, self._statistics)
 
     def part(
         self,
@@ -129,7 +128,7 @@ class KerasNetwork:
                 needed.update(name for name in step.inputs if name not in given)
         if not steps:
             return lambda feeds: {name: feeds[name] for name in wanted}
-        return self._functions.prepared(steps[::-1], self._values, given, wanted, self._all.shapes, allocator)
+        return self._functions.prepared(steps[::-1], self._values, given, wanted, self._shapes, allocator)
 
     def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:  # noqa: ARG002
         """Prepares the model to run as Keras runs it."""
@@ -258,7 +257,7 @@ class KerasNetwork:
             window=linear.window,
             bias=linear.bias if bias is None else bias,
             shares_weights=step.name != step.first or self._is_called_again(step),
-            shared_with=None if step.name == step.first else step.first,
+            call_of=None if step.name == step.first else step.first,
         )
 
     def _is_called_again(self, step: Step) -> bool:
@@ -325,3 +324,19 @@ def _without(steps: Steps, removed: frozenset[str]) -> list[Step]:
     renamed = _renamed(steps, removed)
     kept = [step for step in steps.steps if step.outputs[0] not in renamed]
     return [replace(step, inputs=tuple(renamed.get(name, name) for name in step.inputs)) for step in kept]
+
+
+def _with_quantizers(
+    steps: Sequence[Step], quantizers: Mapping[str, Quantization], shapes: Mapping[str, tuple[int | None, ...]]
+) -> tuple[list[Step], dict[str, tuple[int | None, ...]]]:
+    """The steps with one before each layer that is to read its input on a grid; the shapes of tensors."""
+    made: list[Step] = []
+    known = dict(shapes)
+    for step in steps:
+        if step.linear is not None and step.name in quantizers:
+            moved, name = f"{step.name}/quantized", f"{step.name}/quantizer"
+            made.append(Step(name, name, step.inputs, (moved,), step.operation, quantization=quantizers[step.name]))
+            known |= {moved: shapes[step.inputs[0]]} if step.inputs[0] in shapes else {}
+            step = replace(step, inputs=(moved,))
+        made.append(step)
+    return made, known

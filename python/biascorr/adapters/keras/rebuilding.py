@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import layers, ops
 from numpy.typing import NDArray
 
@@ -156,13 +155,12 @@ class _Rebuilder:
         return config
 
     def _limited(self, operation: Any, outputs: Any) -> Any:
-        """What an operation makes, within the limits that it does not set itself."""
-        dtype = tf.as_dtype(keras.tree.flatten(outputs)[0].dtype).as_numpy_dtype
-        for low, high in [(low.astype(dtype), high.astype(dtype)) for low, high in self._limits(operation)]:
+        """What an operation makes, in its type, within the limits that it does not set itself."""
+        for low, high in self._limits(operation):
             if np.isfinite(low).any() and not (isinstance(operation, keras.Layer) and _is_zero(low)):
-                outputs = self._named(ops.maximum(outputs, low), operation)
+                outputs = self._named(ops.maximum(outputs, low.astype(outputs.dtype)), operation)
             if np.isfinite(high).any() and not (isinstance(operation, layers.ReLU) and high.ndim == 0):
-                outputs = self._named(ops.minimum(outputs, high), operation)
+                outputs = self._named(ops.minimum(outputs, high.astype(outputs.dtype)), operation)
         return outputs
 
     def _named(self, tensor: Any, operation: Any) -> Any:

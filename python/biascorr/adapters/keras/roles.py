@@ -63,7 +63,9 @@ _AVERAGES = (layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D, layer
 def kind_of(step: Step) -> Kind:
     """The kind of a step that is no product."""
     operation = step.operation
-    if step.function is not None:
+    if step.quantization is not None:
+        is_pointwise = True
+    elif step.function is not None:
         is_pointwise = isinstance(step.function, _POINTWISE) or step.function in _FUNCTIONS
     elif isinstance(operation, keras.Layer):
         is_pointwise = isinstance(operation, _POINTWISE)
@@ -103,6 +105,8 @@ def roles_of(steps: Steps) -> dict[str, Role]:
 
 def _role(step: Step, shapes: Mapping[str, tuple[int | None, ...]], axes: Mapping[str, int]) -> Role | None:
     operation, axis = step.operation, axes.get(step.inputs[0], -1)
+    if step.quantization is not None:
+        return None
     if step.function is not None:
         return _role_of_function(step.function, axis)
     if isinstance(operation, layers.BatchNormalization):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Values:
     limits : dict from str to (ndarray, ndarray)
         Of activations, aligned with their tensors.
     quantizers : dict from str to Quantization
-        The grids that products move their input to.
+        The grids that products read their input on; steps of their own move it there.
     removed : set of str
         Steps that give out what they read.
     """
@@ -83,7 +84,8 @@ class Functions:
         function = self._made[key]
 
         def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
-            outputs = function({name: tf.convert_to_tensor(feeds[name]) for name in signature}, weights, biases)
+            with _one_line():
+                outputs = function({name: tf.convert_to_tensor(feeds[name]) for name in signature}, weights, biases)
             found = {name: _array(output, allocator) for name, output in zip(computed, outputs)}
             return {name: found[name] if name in found else feeds[name] for name in wanted}
 
@@ -106,6 +108,16 @@ def _run(
     return [ops.convert_to_tensor(known[name]) for name in computed]
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(f"TensorFlow: {' '.join(error.message.split())[:200]}") from error
+    except tf.errors.OpError as error:
+        raise ValueError(f"TensorFlow cannot run it: {' '.join(error.message.split())[:500]}") from error
+
+
 def _shape(array: NDArray[Any], known: tuple[int | None, ...] | None) -> list[int | None]:
     """The sizes that all batches have."""
     return [None] * array.ndim if known is None or len(known) != array.ndim else list(known)
@@ -123,9 +135,9 @@ def _array(tensor: Any, allocator: Allocator | None) -> NDArray[Any]:
 
 def _weights(step: Step, values: Values) -> Any:
     """The weights of a product, those of the model or other ones."""
-    linear = step.linear
+    linear: Any = step.linear
     own = values.weights.get(step.first)
-    return tf.convert_to_tensor(getattr(linear.layer, linear.variable)) if linear is not None and own is None else own
+    return tf.convert_to_tensor(getattr(linear.layer, linear.variable)) if own is None else own
 
 
 def _bias(step: Step, values: Values) -> Any:
@@ -138,15 +150,20 @@ def _bias(step: Step, values: Values) -> Any:
 def _computed(step: Step, tensors: Sequence[Any], values: Values, weights: Any, bias: Any) -> Sequence[Any]:
     if step.first in values.removed:
         return tensors
+    if step.quantization is not None:
+        return [_on_grid(tensors[0], step.quantization)]
     if step.linear is not None:
-        x = tensors[0]
-        quantization = values.quantizers.get(step.name)
-        product = step.linear.compute(x if quantization is None else _on_grid(x, quantization), weights)
-        return [product if bias is None else ops.add(product, ops.cast(bias, product.dtype))]
+        product = step.linear.compute(tensors[0], weights)
+        return [product if bias is None else _with_bias(product, ops.cast(bias, product.dtype))]
     if step.first in values.limits:
         low, high = (ops.cast(bound, tensors[0].dtype) for bound in values.limits[step.first])
         return [ops.minimum(ops.maximum(tensors[0], low), high), *tensors[1:]]
     return step.compute(*tensors) if step.compute is not None else []
+
+
+def _with_bias(product: Any, bias: Any) -> Any:
+    """The sum; keras.ops.add may take a bias of several axes for one along another axis."""
+    return ops.add(product, bias) if len(bias.shape) == 1 else tf.add(product, bias)
 
 
 def _on_grid(x: Any, quantization: Quantization) -> Any:

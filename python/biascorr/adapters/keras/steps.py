@@ -20,6 +20,7 @@ from keras import ops
 
 from biascorr.adapters.keras.linear import Linear, linears_of, why_unsupported
 from biascorr.graph.reasons import Reason
+from biascorr.quantization import Quantization
 
 Compute = Callable[..., Sequence[Any]]
 """From the tensors that a step reads to those that it makes."""
@@ -47,6 +48,8 @@ class Step:
         The function of each value that it applies, of a fused activation or an Activation layer.
     constants : sequence
         What the operation is given beside tensors.
+    quantization : Quantization, optional
+        The grid that it moves a tensor to, where that is all it does.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Step:
     linear: Linear | None = None
     function: Callable[[Any], Any] | None = None
     constants: Sequence[Any] = ()
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +148,7 @@ class _Walker:
             if inner is not None:
                 self._walk_nested(node, graph_of(operation), name, inner)
                 continue
-            found = linears_of(operation, len(node.input_tensors[0].shape))
+            found = linears_of(operation, len(node.input_tensors[0].shape), node.outputs[0].shape)
             if isinstance(found, list):
                 self._add_layer(name, node, found)
                 continue
@@ -177,7 +181,8 @@ class _Walker:
             given = [given[input_name(each)] for each in graph.inputs]
         flat: list[Any] = keras.tree.flatten(given)
         is_plain = len(flat) == len(graph.inputs) and all(isinstance(each, keras.KerasTensor) for each in flat)
-        is_masked = any(value is not None for key, value in node.arguments.kwargs.items() if key != "training")
+        others = {key: value for key, value in node.arguments.kwargs.items() if key != "training"}
+        is_masked = any(each is not None for each in keras.tree.flatten(others))
         if not is_plain or is_masked or any(len(a.shape) != len(b.shape) for a, b in zip(flat, graph.inputs)):
             return None
         return flat
