@@ -64,7 +64,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # Keras, zipfile, json and h5py raise a dozen kinds at files that are damaged
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).partition(" Full object config:")[0]
         raise ValueError(
             f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
