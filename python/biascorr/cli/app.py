@@ -249,14 +249,15 @@ def _run(
     try:
         _check_output(output, force, models, data)
         console = Console(stderr=True)
-        with _temporary_folder(), Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
+        with _temporary_folder():  # saving may need one too
+            with Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
+                task = bar.add_task("", total=None)
 
-            def progress(step: str, done: int, total: int | None) -> None:
-                bar.update(task, description=step, completed=done, total=total)
+                def progress(step: str, done: int, total: int | None) -> None:
+                    bar.update(task, description=step, completed=done, total=total)
 
-            result = signals.wait_for(lambda: work(progress))
-            result.save(output, force=force)  # for which Keras needs a temporary folder
+                result = signals.wait_for(lambda: work(progress))
+            result.save(output, force=force)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -79,7 +79,8 @@ def _loaded(path: Path, name: str) -> Any:
 
 def _reason(error: Exception) -> str:
     """What is wrong, without the configuration that Keras says before."""
-    return " ".join(str(error).rpartition("Exception encountered: ")[2].split())[:300]
+    said = str(error).rpartition("Exception encountered: ")[2].partition("Full object config:")[0]
+    return " ".join(said.split())[:300]
 
 
 def _check_graph(model: Any, name: str) -> None:
