@@ -242,6 +242,7 @@ def _run(
 ) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # lines of TensorFlow would stand among ours
     for message in (".* made the outputs worse", "not folded: "):
         warnings.filterwarnings("ignore", message, UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
