@@ -137,7 +137,8 @@ class Linear:
         if self.matrix is not None:
             shape = (math.prod(self.sizes(self.matrix.contracted)), math.prod(self.sizes(self.matrix.produced)))
         dtype = np.dtype(keras.backend.standardize_dtype(variable.dtype))
-        return LazyArray(shape, dtype, lambda: self.from_variable(ops.convert_to_numpy(variable)))
+        dtype = np.dtype(np.float32) if dtype.name == "bfloat16" else dtype
+        return LazyArray(shape, dtype, lambda: self.from_variable(ops.convert_to_numpy(variable).astype(dtype, copy=False)))
 
     def sizes(self, letters: str) -> tuple[int, ...]:
         """Sizes of axes of the kernel of an EinsumDense."""
@@ -189,12 +190,19 @@ def linears_of(operation: Any, rank: int, output_shape: Sequence[int | None]) ->
     made = next((make for cls, make in _KINDS.items() if isinstance(layer, cls) and _calls_as(layer, cls)), None)
     if made is None or (layer is not operation and not isinstance(layer, layers.Dense)):
         return None
+    if layer is not operation and not _acts_on_rows(layer.activation):
+        return ReasonCode.LAYERS_INSIDE()
     if getattr(layer, "quantization_mode", None) is not None:
         return ReasonCode.DYNAMIC()
     if getattr(layer, "lora_enabled", False):
         return ReasonCode.WEIGHTS_COMPUTED()
     found = made(layer, rank)
     return found if isinstance(found, Reason) else _misplaced(found[-1], output_shape) or found
+
+
+def _acts_on_rows(activation: Any) -> bool:
+    """Whether an activation is the same for any number of axes before the last one."""
+    return activation is None or activation in vars(keras.activations).values()
 
 
 def _misplaced(linear: Linear, output_shape: Sequence[int | None]) -> Reason | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import types
 import warnings
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ class _Rebuilder:
             if is_graph(operation):
                 return self._model(operation)
             if self._is_removed(operation) or self._is_no_relu(operation):  # which keeps its name
-                copy = layers.Identity(name=operation.name)
+                copy = layers.Identity(name=operation.name, dtype=operation.dtype_policy.name)
             else:
                 copy = made_again(operation, self._config(operation))
             self._made[id(operation)] = copy
@@ -174,10 +175,11 @@ class _Rebuilder:
         if is_graph(operation) or not isinstance(operation, keras.Layer) or self._is_removed(operation):
             return
         if not products:
-            for source, variable in zip(operation.variables, copy.variables):
-                variable.assign(source)
+            _give_state(operation, copy)
             return
         own = copy.layer if isinstance(operation, layers.TimeDistributed) else copy
+        for source, clone in _inner_pairs(products[0][1].layer, own)[1:]:  # activations that are layers
+            _give_state(source, clone)
         for step, linear in products:
             weights = self._values.weights.get(step.first)
             source = getattr(linear.layer, linear.variable)
@@ -229,6 +231,19 @@ def _class_of(model: Any) -> Any:
     plain = type(graph_of(model))
     is_like = not isinstance(model, keras.Sequential) and type(model).__init__ in (plain.__init__, keras.Model.__init__)
     return type(model) if is_like else keras.Model
+
+
+def _give_state(source: Any, copy: Any) -> None:
+    """Gives a layer the variables of another one, and what preprocessing layers have learned beside these."""
+    for given, variable in zip(source.variables, copy.variables):
+        variable.assign(given)
+    for one, other in _inner_pairs(source, copy):
+        if isinstance(one, layers.Normalization):
+            other.finalize_state()
+        elif hasattr(one, "save_assets") and hasattr(one, "load_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                one.save_assets(folder)
+                other.load_assets(folder)
 
 
 def _inner_pairs(layer: Any, clone: Any) -> list[tuple[Any, Any]]:
