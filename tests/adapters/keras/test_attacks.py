@@ -86,6 +86,29 @@ def test_a_vocabulary_is_kept():
     assert made.layers[1].get_vocabulary() == lookup.get_vocabulary()
 
 
+class Scale(layers.Layer):
+    """Computes with what it makes of its weights when these are loaded."""
+
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        self.factor = self.add_weight(shape=shape[-1:], name="factor", initializer="ones")
+        self.doubled = np.float32(2)
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        self.doubled = self.factor.numpy() * 2
+
+    def call(self, x: Any) -> Any:
+        return x * self.doubled
+
+
+def test_layers_that_load_their_state_do_so():
+    x = keras.Input((3,))
+    scale = Scale()
+    model, rows = keras.Model(x, layers.Dense(2)(scale(x))), samples(8, 3)
+    scale.load_own_variables({"0": np.float32([1, 2, 3])})
+    assert_close(run(fold_all_batch_norms(model)[0], rows), run(model, rows))
+
+
 def last_norm(policy: str) -> keras.Model:
     """A normalization that is folded, and whose output is the model's, so that an identity takes its place."""
     x = keras.Input(IMAGES[1:])

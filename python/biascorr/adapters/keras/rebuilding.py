@@ -240,7 +240,11 @@ def _give_state(source: Any, copy: Any) -> None:
     for one, other in _inner_pairs(source, copy):
         if isinstance(one, layers.Normalization):
             other.finalize_state()
-        elif hasattr(one, "save_assets") and hasattr(one, "load_assets"):
+        elif not type(one).load_own_variables.__module__.startswith("keras."):  # a layer of the caller's own
+            store: dict[str, Any] = {}
+            one.save_own_variables(store)
+            other.load_own_variables(store)
+        if hasattr(one, "save_assets") and hasattr(one, "load_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 one.save_assets(folder)
                 other.load_assets(folder)
