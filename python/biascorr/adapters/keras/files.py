@@ -11,8 +11,9 @@ from typing import Any
 
 import keras
 
-from biascorr.adapters.keras.rebuilding import made_again
-from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
+from biascorr.adapters.keras.linear import array_of
+from biascorr.adapters.keras.rebuilding import made_again, own_objects
+from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of, steps_of
 from biascorr.adapters.loading import KERAS_SUFFIX, check_backend, check_suffix
 from biascorr.whole_file import kind_of, whole_file
 
@@ -112,11 +113,37 @@ def _check_layers(model: Any, name: str) -> None:
 def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a .keras file, whole or not at all.
 
-    Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix.
+    Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix, and for a model that Keras
+    does not read as it wrote it.
     """
     check_suffix(path, is_keras=True)
     with whole_file(path, force=force) as temporary:
         keras.saving.save_model(model, temporary)
+        _check_written(temporary, model, path)
         if json.loads(statistics):
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(FOLDED, statistics)
+
+
+def _check_written(file: Path, model: Any, name: str | os.PathLike[str]) -> None:
+    """Raises ValueError where Keras does not read from a file what it wrote there."""
+    try:
+        with keras.saving.custom_object_scope(own_objects(model)):
+            read = keras.saving.load_model(file, compile=False, safe_mode=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: Keras cannot read what it writes of this model: {_reason(error)}") from error
+    if _calls(read) != _calls(model) or not all(map(_are_equal, read.weights, model.weights)):
+        raise ValueError(
+            f"{name}: Keras does not read what it writes of this model, as where a layer is called outside and inside of a "
+            "nested model; the model itself is right"
+        )
+
+
+def _calls(model: Any) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    return [(step.name, step.inputs, step.outputs) for step in steps_of(model).steps]
+
+
+def _are_equal(variable: Any, other: Any) -> bool:
+    return array_of(variable).tobytes() == array_of(other).tobytes()

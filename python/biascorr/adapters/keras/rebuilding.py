@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from biascorr.adapters.keras.linear import Linear
+from biascorr.adapters.keras.linear import Linear, array_of
 from biascorr.adapters.keras.running import Values
 from biascorr.adapters.keras.steps import Step, Steps, graph_of, input_name, is_graph, nodes_of
 from biascorr.graph.axes import aligned
@@ -33,11 +33,11 @@ def made_again(operation: Any, config: dict[str, Any]) -> Any:
     if isinstance(operation, layers.Lambda):  # which Keras makes again only where it is told to trust it
         mask, shape = operation.mask, operation._output_shape
         return layers.Lambda(operation.function, shape, mask, operation.arguments, name=operation.name, dtype=config["dtype"])
-    with keras.saving.custom_object_scope(_own_objects(operation)):
+    with keras.saving.custom_object_scope(own_objects(operation)):
         return type(operation).from_config(config)
 
 
-def _own_objects(operation: Any) -> dict[str, Any]:
+def own_objects(operation: Any) -> dict[str, Any]:
     """The classes and functions of a layer, and of those inside of it, that Keras does not have, by name."""
     inside = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
     values = [each for layer in inside for each in (layer, *vars(layer).values())]
@@ -129,7 +129,7 @@ class _Rebuilder:
             if is_graph(operation):
                 return self._model(operation)
             if self._is_identity(operation):  # which keeps its name
-                copy = layers.Identity(name=operation.name)
+                copy = layers.Identity(name=operation.name, dtype=operation.dtype_policy.name)
             else:
                 copy = made_again(operation, self._config(operation))
                 copy.name = operation.name  # which a get_config of the caller's own may lack
@@ -181,6 +181,8 @@ class _Rebuilder:
             _fill_as_it_is(operation, copy)
             return
         own = copy.layer if isinstance(operation, layers.TimeDistributed) else copy
+        for source, clone in _inner_pairs(products[0][1].layer, own)[1:]:  # activations that are layers
+            _fill_as_it_is(source, clone)
         for step, linear in products:
             weights = self._values.weights.get(step.first)
             source = getattr(linear.layer, linear.variable)
@@ -291,6 +293,6 @@ def _fill_optimizer(optimizer: Any, copy: Any) -> None:
         named = [{each.path.partition("/")[2]: each for each in variables} for variables in (before, after)]
         pairs = [(named[0][name], each) for name, each in named[1].items() if name in named[0]]
     for source, variable in pairs:
-        value = ops.convert_to_numpy(source.value)
+        value = array_of(source.value)
         if value.shape == tuple(variable.shape):  # others of the same name are not, nor those of a training that failed
             variable.assign(value)
