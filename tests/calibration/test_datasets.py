@@ -468,6 +468,13 @@ DROPPED = {
         "data.map(lambda x0, x1, *labels: (x0, x1))",
         "(data[k][:2] for k in range(len(data)))",
     ),
+    "labels first": ((LABELS, A), 1, "data.map(lambda label, x, *labels: x)", "(data[k][1] for k in range(len(data)))"),
+    "labels before two": (
+        (LABELS, A, B),
+        2,
+        "data.map(lambda label, x0, x1, *labels: (x0, x1))",
+        "(data[k][1:3] for k in range(len(data)))",
+    ),
     "a label by name": ({"a": A, "label": LABELS}, 1, "data.map(lambda batch: {'a': batch['a']})", "{'a': batch['a']}"),
 }
 

@@ -69,6 +69,7 @@ def inputs(tmp_path_factory):
     onnx.save(with_constants(model, w1=weights(4, 3, 5, 5)), models / "other.onnx")
     (models / "empty.onnx").write_bytes(b"")
     (models / "text.onnx").write_text("not a model\n" * 50)
+    (models / "model.tflite").write_bytes(b"\x1c\x00\x00\x00TFL3" + bytes(50))
     (models / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
     external = {"save_as_external_data": True, "size_threshold": 0}
     onnx.save(two_layers(), models / "missing_data.onnx", location="gone.data", **external)
@@ -365,6 +366,7 @@ BAD_MODELS = {
     "empty.onnx": "not an ONNX model",
     "text.onnx": "not an ONNX model",
     "truncated.onnx": "not an ONNX model, or a truncated one",
+    "model.tflite": "a TFLite model, which cannot be corrected: give the Keras model",
     "missing_data.onnx": "gone.data is missing",
     "outside_data.onnx": "outside.data is outside",
     "no_weights.onnx": "model",
@@ -386,6 +388,7 @@ BAD_DATA = {
 BAD_QUANTIZED = {
     "none.onnx": "quantized: no such file",
     "text.onnx": "text.onnx: not an ONNX model",
+    "model.tflite": "a TFLite model",
     "other.onnx": "layer first has weights of shape",
 }
 BAD_INPUTS = [

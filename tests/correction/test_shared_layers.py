@@ -508,6 +508,7 @@ def test_hybrid_is_analytical_where_all_calls_are():
         np.testing.assert_allclose(changes(network, found.network)["c"], expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:not folded")  # the method is about what is not
 def test_known_shifts_of_calls_in_several_stages_take_no_sweep_more(monkeypatch):
     shared = conv("c", "n", "a", 4, 4)
     beta = (1.0, -2.0, 0.5, 3.0)

@@ -232,7 +232,8 @@ def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str, remedies: Reme
         if len(arrays) > 1 and (isinstance(arrays[0], Mapping) or _are_inputs(arrays[0], inputs)):
             raise ValueError(f"{name}: inputs and {len(arrays) - 1} more; drop labels, e.g. {_without_labels(1, remedies)}")
         if len(arrays) != len(inputs):
-            hint = f"; drop labels, e.g. {_without_labels(len(inputs), remedies)}" if len(arrays) > len(inputs) else ""
+            before = _number_before(arrays, inputs)
+            hint = f"; drop labels, e.g. {_without_labels(len(inputs), remedies, before)}" if len(arrays) > len(inputs) else ""
             raise ValueError(f"{name}: {len(arrays)} arrays, the model has {len(inputs)} inputs ({', '.join(names)}){hint}")
         batch = dict(zip(names, arrays))
     if set(batch) != set(names):
@@ -244,12 +245,30 @@ def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str, remedies: Reme
     return {key: _array(batch[key], f"{name}: input {key}") for key in names}
 
 
-def _without_labels(count: int, remedies: Remedies) -> str:
-    """How the first so many members of each batch are had without the others."""
-    if count == 1:
-        return remedies.labels.format(given="x", taken="x", index=0)
-    taken = ", ".join(f"x{k}" for k in range(count))
-    return remedies.labels.format(given=f"({taken})", taken=taken, index=f":{count}")
+def _without_labels(count: int, remedies: Remedies, before: int = 0) -> str:
+    """How so many members of each batch are had without the others, of which so many come before them."""
+    labels = [f"label{k or ''}" for k in range(before)]
+    taken = [f"x{k}" for k in range(count)] if count > 1 else ["x"]
+    given = ", ".join(taken)
+    index = before if count == 1 else f"{before or ''}:{before + count}"
+    return remedies.labels.format(given=given if count == 1 else f"({given})", taken=", ".join([*labels, *taken]), index=index)
+
+
+def _number_before(arrays: Sequence[Any], inputs: Sequence[ModelInput]) -> int:
+    """How many arrays come before the first ones of the shapes of the inputs; 0 where none have these."""
+    starts = range(len(arrays) - len(inputs) + 1)
+    return next((start for start in starts if all(map(_has_shape, arrays[start:], inputs))), 0)
+
+
+def _has_shape(array: Any, model_input: ModelInput) -> bool:
+    """Whether a tensor has the shape of an input, or one without or with an axis of samples."""
+    if model_input.shape is None:
+        return True
+    found = tuple(getattr(array, "shape", ()))
+    return any(
+        len(found) == len(expected) and all(size in (None, length) for size, length in zip(expected, found))
+        for expected in (model_input.shape, model_input.shape[1:], (None, *model_input.shape))
+    )
 
 
 def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:

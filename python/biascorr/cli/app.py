@@ -25,7 +25,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.adapters.loading import sizes_by_file
+from biascorr.adapters.loading import check_output_of, sizes_by_file
 from biascorr.calibration.data import Progress
 from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
@@ -242,6 +242,7 @@ def _run(
 ) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # lines of TensorFlow would stand among ours
     for message in (".* made the outputs worse", "not folded: "):
         warnings.filterwarnings("ignore", message, UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
@@ -249,14 +250,15 @@ def _run(
     try:
         _check_output(output, force, models, data)
         console = Console(stderr=True)
-        with _temporary_folder(), Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
+        with _temporary_folder():  # saving may need one too
+            with Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
+                task = bar.add_task("", total=None)
 
-            def progress(step: str, done: int, total: int | None) -> None:
-                bar.update(task, description=step, completed=done, total=total)
+                def progress(step: str, done: int, total: int | None) -> None:
+                    bar.update(task, description=step, completed=done, total=total)
 
-            result = signals.wait_for(lambda: work(progress))
-        result.save(output, force=force)
+                result = signals.wait_for(lambda: work(progress))
+            result.save(output, force=force)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -302,11 +304,13 @@ def _replace_what_cannot_be_encoded() -> None:
 
 
 def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], data: Path | None) -> None:
-    """The output is another file than all that is read, and has room for a model like the last one."""
+    """The output is another file than all that is read, and has the name and the room for a model like the last one."""
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; --force overwrites it")
     check_output(output, force=force)
-    sizes = [sizes_by_file(path, name) for name, path in models.items() if path is not None]
+    given = [(path, name) for name, path in models.items() if path is not None]
+    check_output_of(given[-1][0], output, given[-1][1])
+    sizes = list(itertools.starmap(sizes_by_file, given))
     samples = [] if data is None else data.iterdir() if data.is_dir() else [data]
     for file in [*itertools.chain(*sizes), *samples]:
         if output.exists() and file.exists() and file.samefile(output):

@@ -176,6 +176,8 @@ class _Finder:
         """Why an activation between layers cannot limit each channel to a bound of its own; None where it can, or need not."""
         if not is_scaled(activation.type):
             return None
+        if operation.is_shared:
+            return ReasonCode.BOUND_SHARED(operation=operation.name)
         if any(isinstance(self._facts.roles.get(each.name), ChannelPreserving) for each in between):
             return ReasonCode.BOUND_IN_OTHER_SHAPE(operation=operation.name)
         counts = {len(bound) for bound in activation.type.bounds or () if isinstance(bound, tuple)}

@@ -104,6 +104,9 @@ class _Folder:
             if not self._neighbours.readers(operation.outputs[0]):
                 self.left[operation.name] = ReasonCode.NORM_UNREAD()
                 continue
+            if operation.is_shared:
+                self.left[operation.name] = ReasonCode.NORM_SHARED()
+                continue
             new = self._backward(operation) or self._forward(operation)
             if new:
                 self.left.pop(operation.name, None)

@@ -42,6 +42,8 @@ class Operation:
         Its kind.
     is_lasting : bool
         Whether what it makes are arrays, which can be held; else it is made anew wherever it is read.
+    is_shared : bool
+        Whether other operations of the graph are calls of the same object, so that it cannot be edited on its own.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Operation:
     outputs: tuple[str, ...]
     kind: Kind = Kind.OTHER
     is_lasting: bool = True
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,7 @@ class ReasonCode(enum.Enum):
     OPERATION_AXIS = "{operation} reads its output, whose channels are not along axis {axis}"
     BOUND_IN_OTHER_SHAPE = "{operation} limits its output in another shape"
     BOUND_AXIS = "{operation} limits its output along another axis"
+    BOUND_SHARED = "{operation} limits another tensor too"
     BOUND_PER_CHANNEL = "{operation} cannot limit each channel to a bound of its own in this model"
     LITTLE_GAIN = "{operations} would need a bound for each channel, to gain {bits:.2f} bits"
     FOLLOWED_BY = "followed by {layer}"
@@ -74,6 +75,7 @@ class ReasonCode(enum.Enum):
 
     # a batch normalization is not folded
     NORM_UNREAD = "nothing reads what it makes"
+    NORM_SHARED = "it normalizes another tensor too"
     NORM_NOT_AFTER_LAYER = "no layer makes what it reads, or not only layers read what it makes"
     NORM_OUTPUT_SHARED = "something else reads the output of {layer} too"
     NORM_BEFORE_PADDING = "{layer} after it reads padding too, which would be shifted"

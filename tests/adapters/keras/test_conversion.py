@@ -1,5 +1,8 @@
 """Models that were corrected and equalized are converted to TFLite."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -54,3 +57,15 @@ def test_a_model_that_is_equalized_and_corrected_is_converted():
     found = np.concatenate([*run(**{name: held_out[:1]}).values()])
     expected = model(held_out[:1]).numpy()
     assert np.square(found - expected).sum() < 0.1 * np.square(expected).sum()
+
+
+def test_the_command_writes_keras_files(tmp_path):
+    model_with_relu6().save(tmp_path / "model.keras")
+    np.savez(tmp_path / "samples.npz", images=images(4))
+    for command in (["correct", "--method", "mean"], ["equalize"]):
+        arguments = [command[0], "model.keras", "--data", "samples.npz", "-o", f"{command[0]}.keras", *command[1:]]
+        done = subprocess.run(
+            [sys.executable, "-m", "biascorr", *arguments], check=False, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert keras.saving.load_model(tmp_path / f"{command[0]}.keras").get_layer("first")

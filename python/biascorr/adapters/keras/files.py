@@ -11,11 +11,11 @@ from typing import Any
 
 import keras
 
-from biascorr.adapters.keras.rebuilding import made_again
-from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of
+from biascorr.adapters.keras.linear import array_of
+from biascorr.adapters.keras.rebuilding import made_again, own_objects
+from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of, steps_of
+from biascorr.adapters.loading import KERAS_SUFFIX, check_backend, check_suffix
 from biascorr.whole_file import kind_of, whole_file
-
-SUFFIX = ".keras"
 
 FOLDED = "biascorr.json"
 """The member of a .keras file that keeps the statistics of batch normalizations that became part of layers."""
@@ -35,11 +35,7 @@ def load(model: Any, name: str) -> tuple[Any, str]:
     ValueError
         The file cannot be read; Keras runs by something else than TensorFlow.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            f"{name}: Keras runs by {keras.backend.backend()!r}, expected 'tensorflow': set KERAS_BACKEND=tensorflow, or save "
-            "the model as .keras and give its path to a process that has it so"
-        )
+    check_backend(keras.backend.backend(), name)
     text = "{}"
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
@@ -57,16 +53,15 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     try:
         model = _loaded(path, name)
         text = "{}"
-        if path.suffix == SUFFIX:
+        if path.suffix == KERAS_SUFFIX:
             with zipfile.ZipFile(path) as archive:
                 text = archive.read(FOLDED).decode() if FOLDED in archive.namelist() else text
         return model, text
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # Keras, zipfile, json and h5py raise a dozen kinds at files that are damaged
-        message = " ".join(str(error).split())
         raise ValueError(
-            f"{name}: Keras cannot read it: {message[:300]}; a model with layers of your own: load it with "
+            f"{name}: Keras cannot read it: {_reason(error)}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
         ) from error
 
@@ -79,9 +74,14 @@ def _loaded(path: Path, name: str) -> Any:
         raise
     except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
         model = keras.saving.load_model(path, compile=False)
-        message = " ".join(str(error).split())[:200]
-        warnings.warn(f"{name}: compile the model that is returned yourself: {message}", stacklevel=2)
+        warnings.warn(f"{name}: compile the model that is returned yourself: {_reason(error)}", stacklevel=2)
         return model
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the configuration that Keras says before."""
+    said = str(error).rpartition("Exception encountered: ")[2].partition("Full object config:")[0]
+    return " ".join(said.split())[:300]
 
 
 def _check_graph(model: Any, name: str) -> None:
@@ -106,19 +106,44 @@ def _check_layers(model: Any, name: str) -> None:
         except Exception as error:
             raise TypeError(
                 f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "
-                f"saving it needs too: {' '.join(str(error).split())[:200]}"
+                f"saving it needs too: {_reason(error)}"
             ) from error
 
 
 def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a .keras file, whole or not at all.
 
-    Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix.
+    Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix, and for a model that Keras
+    does not read as it wrote it.
     """
-    if Path(path).suffix != SUFFIX:
-        raise ValueError(f"{path}: expected a name that ends with {SUFFIX}, which is how Keras models are saved")
+    check_suffix(path, is_keras=True)
     with whole_file(path, force=force) as temporary:
         keras.saving.save_model(model, temporary)
+        _check_written(temporary, model, path)
         if json.loads(statistics):
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(FOLDED, statistics)
+
+
+def _check_written(file: Path, model: Any, name: str | os.PathLike[str]) -> None:
+    """Raises ValueError where Keras does not read from a file what it wrote there."""
+    try:
+        with keras.saving.custom_object_scope(own_objects(model)):
+            read = keras.saving.load_model(file, compile=False, safe_mode=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: Keras cannot read what it writes of this model: {_reason(error)}") from error
+    if _calls(read) != _calls(model) or not all(map(_are_equal, read.weights, model.weights)):
+        raise ValueError(
+            f"{name}: Keras does not read what it writes of this model, as where a layer is called outside and inside of a "
+            "nested model; the model itself is right"
+        )
+
+
+def _calls(model: Any) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    return [(step.name, step.inputs, step.outputs) for step in steps_of(model).steps]
+
+
+def _are_equal(variable: Any, other: Any) -> bool:
+    return array_of(variable).tobytes() == array_of(other).tobytes()

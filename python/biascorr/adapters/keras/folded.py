@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from keras import ops
 
+from biascorr.adapters.keras.linear import array_of
 from biascorr.adapters.keras.steps import Steps
 from biascorr.graph.folded import statistics_from_text, text_from_statistics
 from biascorr.graph.operations import BatchNorm
@@ -57,7 +57,7 @@ def _digest(steps: Steps, tensor: str) -> str:
         if step.linear is not None:
             constants = [np.asarray(step.linear.weights), step.linear.bias]
         else:
-            constants = [ops.convert_to_numpy(each) for each in getattr(step.operation, "weights", ()) if step.compute]
+            constants = [array_of(each) for each in getattr(step.operation, "weights", ()) if step.compute]
             waiting += step.inputs
         for values in constants:
             digest.update(b"none" if values is None else f"{values.dtype}{values.shape}".encode() + values.tobytes())

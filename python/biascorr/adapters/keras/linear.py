@@ -34,6 +34,12 @@ DEPTHWISE = "depthwise"
 """The part of a separable convolution that comes first."""
 
 
+def array_of(values: Any) -> NDArray[Any]:
+    """The values of a variable, a tensor or a number; Keras' own conversion is deprecated by numpy 2."""
+    values = values.value if isinstance(values, keras.Variable) else values
+    return np.asarray(values.numpy() if hasattr(values, "numpy") else values)
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """How an EinsumDense is a product with one matrix: the axes of its input, kernel and output, by their letters.
@@ -137,7 +143,8 @@ class Linear:
         if self.matrix is not None:
             shape = (math.prod(self.sizes(self.matrix.contracted)), math.prod(self.sizes(self.matrix.produced)))
         dtype = np.dtype(keras.backend.standardize_dtype(variable.dtype))
-        return LazyArray(shape, dtype, lambda: self.from_variable(ops.convert_to_numpy(variable)))
+        dtype = np.dtype(np.float32) if dtype.name == "bfloat16" else dtype
+        return LazyArray(shape, dtype, lambda: self.from_variable(array_of(variable).astype(dtype, copy=False)))
 
     def sizes(self, letters: str) -> tuple[int, ...]:
         """Sizes of axes of the kernel of an EinsumDense."""
@@ -159,7 +166,7 @@ class Linear:
         variable = None if self.part else self.layer.bias
         if variable is None:
             return None
-        bias = ops.convert_to_numpy(variable)
+        bias = array_of(variable)
         return self.matrix.from_bias(bias) if self.matrix else aligned(bias, self.axis)
 
     @property
@@ -189,12 +196,19 @@ def linears_of(operation: Any, rank: int, output_shape: Sequence[int | None]) ->
     made = next((make for cls, make in _KINDS.items() if isinstance(layer, cls) and _calls_as(layer, cls)), None)
     if made is None or (layer is not operation and not isinstance(layer, layers.Dense)):
         return None
+    if layer is not operation and not _acts_on_rows(layer.activation):
+        return ReasonCode.LAYERS_INSIDE()
     if getattr(layer, "quantization_mode", None) is not None:
         return ReasonCode.DYNAMIC()
     if getattr(layer, "lora_enabled", False):
         return ReasonCode.WEIGHTS_COMPUTED()
     found = made(layer, rank)
     return found if isinstance(found, Reason) else _misplaced(found[-1], output_shape) or found
+
+
+def _acts_on_rows(activation: Any) -> bool:
+    """Whether an activation is the same for any number of axes before the last one."""
+    return activation is None or activation in vars(keras.activations).values()
 
 
 def _misplaced(linear: Linear, output_shape: Sequence[int | None]) -> Reason | None:

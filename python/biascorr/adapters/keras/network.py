@@ -237,7 +237,8 @@ class KerasNetwork:
 
     def _operation(self, step: Step) -> Operation:
         is_lasting = self._all.others.isdisjoint(step.outputs)
-        return Operation(step.name, tuple(dict.fromkeys(step.inputs)), step.outputs, kind_of(step), is_lasting)
+        inputs = tuple(dict.fromkeys(step.inputs))
+        return Operation(step.name, inputs, step.outputs, kind_of(step), is_lasting, self._is_called_again(step))
 
     def _layer(self, step: Step) -> Layer:
         linear = _linear(step)
@@ -256,12 +257,12 @@ class KerasNetwork:
             groups=linear.groups,
             window=linear.window,
             bias=linear.bias if bias is None else bias,
-            shares_weights=step.name != step.first or self._is_called_again(step),
+            shares_weights=self._is_called_again(step),
             call_of=None if step.name == step.first else step.first,
         )
 
     def _is_called_again(self, step: Step) -> bool:
-        return self._calls[step.first] > 1
+        return self._calls.get(step.first, 0) > 1
 
     @functools.cached_property
     def _calls(self) -> dict[str, int]:
@@ -290,7 +291,7 @@ def _variable(step: Step, weights: Constant) -> Any:
     """Weights as the layer has them."""
     linear = _linear(step)
     values = np.asarray(weights).astype(linear.weights.dtype, copy=False)
-    return tf.convert_to_tensor(linear.to_variable(values))
+    return tf.convert_to_tensor(linear.to_variable(values), getattr(linear.layer, linear.variable).dtype)
 
 
 def _bound(limit: NDArray[Any]) -> Bound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import types
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from biascorr.adapters.keras.linear import Linear
+from biascorr.adapters.keras.linear import Linear, array_of
 from biascorr.adapters.keras.running import Values
 from biascorr.adapters.keras.steps import Step, Steps, graph_of, input_name, is_graph, nodes_of
 from biascorr.graph.axes import aligned
@@ -32,11 +33,11 @@ def made_again(operation: Any, config: dict[str, Any]) -> Any:
     if isinstance(operation, layers.Lambda):  # which Keras makes again only where it is told to trust it
         mask, shape = operation.mask, operation._output_shape
         return layers.Lambda(operation.function, shape, mask, operation.arguments, name=operation.name, dtype=config["dtype"])
-    with keras.saving.custom_object_scope(_own_objects(operation)):
+    with keras.saving.custom_object_scope(own_objects(operation)):
         return type(operation).from_config(config)
 
 
-def _own_objects(operation: Any) -> dict[str, Any]:
+def own_objects(operation: Any) -> dict[str, Any]:
     """The classes and functions of a layer, and of those inside of it, that Keras does not have, by name."""
     inside = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
     values = [each for layer in inside for each in (layer, *vars(layer).values())]
@@ -94,7 +95,7 @@ class _Rebuilder:
         (source,) = graph_of(model).inputs
         inside = list(model.layers)
         kept = [layer for layer in inside if not self._is_removed(layer) or layer is inside[-1]]
-        copy = keras.Sequential([_input(source), *map(self._copy, kept)], name=model.name)
+        copy = _class_of(model)([_input(source), *map(self._copy, kept)], name=model.name)
         for layer in kept:
             self._fill(layer)
         return copy
@@ -106,36 +107,39 @@ class _Rebuilder:
         outside = {id(tensor) for tensor in graph.outputs}
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(tensors)
-            is_removed = self._is_removed(node.operation)
+            is_removed = self._is_removed(node.operation) and not outside & set(map(id, node.outputs))
             is_limit = bool(self._limits(node.operation)) and not isinstance(node.operation, keras.Layer)
             self._names -= {node.operation.name} if is_limit else set()
             if is_removed or is_limit:
                 outputs = tensors[id(node.input_tensors[0])]
-                if is_removed and outside & set(map(id, node.outputs)):  # an identity, not given what a normalization is
-                    outputs = self._copy(node.operation)(outputs)
+            elif self._is_identity(node.operation):
+                outputs = self._copy(node.operation)(tensors[id(node.input_tensors[0])])
             else:
                 outputs = self._copy(node.operation)(*args, **kwargs)
                 self._fill(node.operation)
             outputs = self._limited(node.operation, outputs)
             tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs)))
         outputs = keras.tree.map_structure(lambda tensor: tensors[id(tensor)], graph.output)
-        return _class_of(model)(inputs, outputs, name=model.name)
+        kind = keras.Model if isinstance(model, keras.Sequential) else _class_of(model)
+        return kind(inputs, outputs, name=model.name)
 
     def _copy(self, operation: Any) -> Any:
         """The operation again, the same one at each call."""
         if id(operation) not in self._made:
             if is_graph(operation):
                 return self._model(operation)
-            if self._is_removed(operation) or self._is_no_relu(operation):  # which keeps its name
-                copy = layers.Identity(name=operation.name)
+            if self._is_identity(operation):  # which keeps its name
+                copy = layers.Identity(name=operation.name, dtype=operation.dtype_policy.name)
             else:
                 copy = made_again(operation, self._config(operation))
+                copy.name = operation.name  # which a get_config of the caller's own may lack
             self._made[id(operation)] = copy
         return self._made[id(operation)]
 
-    def _is_no_relu(self, operation: Any) -> bool:
-        """Whether a ReLU is to limit its tensor to more than positive numbers."""
-        return isinstance(operation, layers.ReLU) and not all(_is_zero(low) for low, _ in self._limits(operation))
+    def _is_identity(self, operation: Any) -> bool:
+        """Whether a layer is removed, or a ReLU that is to limit its tensor to more than positive numbers."""
+        is_no_relu = isinstance(operation, layers.ReLU) and not all(_is_zero(low) for low, _ in self._limits(operation))
+        return is_no_relu or self._is_removed(operation)
 
     def _config(self, operation: Any) -> dict[str, Any]:
         config: dict[str, Any] = operation.get_config()
@@ -171,13 +175,14 @@ class _Rebuilder:
         """Gives the copy of a layer its values."""
         copy = self._made[id(operation)]
         products = [(step, step.linear) for step in self._steps.get(id(operation), ()) if step.linear is not None]
-        if is_graph(operation) or not isinstance(operation, keras.Layer) or self._is_removed(operation):
+        if is_graph(operation) or not isinstance(operation, keras.Layer) or self._is_identity(operation):
             return
         if not products:
-            for source, variable in zip(operation.variables, copy.variables):
-                variable.assign(source)
+            _fill_as_it_is(operation, copy)
             return
         own = copy.layer if isinstance(operation, layers.TimeDistributed) else copy
+        for source, clone in _inner_pairs(products[0][1].layer, own)[1:]:  # activations that are layers
+            _fill_as_it_is(source, clone)
         for step, linear in products:
             weights = self._values.weights.get(step.first)
             source = getattr(linear.layer, linear.variable)
@@ -218,17 +223,23 @@ def _is_zero(low: NDArray[Any]) -> bool:
 
 def _input(tensor: Any) -> Any:
     layer = tensor._keras_history.operation
-    optional = getattr(layer, "optional", False)
-    return keras.Input(
-        batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=input_name(tensor), optional=optional
-    )
+    others = {name: True for name in ("optional", "ragged") if getattr(layer, name, False)}  # which older versions lack
+    copy = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=input_name(tensor), **others)
+    copy.name = tensor.name  # which Keras finds the arrays of a mapping by
+    return copy
 
 
 def _class_of(model: Any) -> Any:
-    """The class of a model where it is made from inputs and outputs, else that of a plain one."""
-    plain = type(graph_of(model))
-    is_like = not isinstance(model, keras.Sequential) and type(model).__init__ in (plain.__init__, keras.Model.__init__)
-    return type(model) if is_like else keras.Model
+    """The class of a model where it is made as Keras' own are; else their class, with a warning."""
+    own: Any = next(cls for cls in type(model).__mro__ if cls.__name__ in ("Functional", "Sequential"))
+    if type(model).__init__ in (own.__init__, keras.Model.__init__):
+        return type(model)
+    warnings.warn(
+        f"{model.name}: the model that is returned is no {type(model).__name__}, whose constructor takes something else than "
+        "inputs and outputs: its own methods are lost",
+        stacklevel=2,
+    )
+    return own
 
 
 def _inner_pairs(layer: Any, clone: Any) -> list[tuple[Any, Any]]:
@@ -237,17 +248,51 @@ def _inner_pairs(layer: Any, clone: Any) -> list[tuple[Any, Any]]:
     return [(a, b) for a, b in zip(*map(list, own)) if isinstance(a, keras.Layer)]
 
 
+def _fill_as_it_is(layer: Any, copy: Any) -> None:
+    """Gives the copy of a layer the values of all variables, and what layers keep beside them or make of them."""
+    for source, clone in _inner_pairs(layer, copy):
+        if hasattr(source, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                source.save_assets(folder)
+                clone.load_assets(folder)
+        if hasattr(source, "finalize_state") or not type(source).__module__.startswith("keras."):
+            store: dict[str, Any] = {}
+            source.save_own_variables(store)
+            clone.load_own_variables(store)
+    if [each.shape for each in layer.variables] != [each.shape for each in copy.variables]:
+        raise ValueError(f"layer {layer.name}: other variables than it had, when it is made again from its get_config()")
+    for source, variable in zip(layer.variables, copy.variables):
+        variable.assign(source)
+
+
 def _compile(model: Any, copy: Any) -> None:
-    """Compiles a copy as the model was; losses and metrics that cannot be made again are left out, with a warning."""
+    """Compiles a copy as the model was; where that cannot be, a warning says so."""
     if not model.compiled:
         return
     try:
-        copy.compile_from_config(model.get_compile_config())
+        copy.compile(**keras.tree.map_structure(_compiled_with, dict(model._compile_config.config)))
+        if copy.optimizer is not None:
+            copy.optimizer.build(copy.trainable_variables)
+            _fill_optimizer(model.optimizer, copy.optimizer)
     except Exception as error:
         message = " ".join(str(error).split())[:200]
         warnings.warn(f"{model.name}: compile the model that is returned yourself: {message}", stacklevel=2)
-        return
-    before, after = (getattr(each.optimizer, "variables", []) for each in (model, copy))
+
+
+def _compiled_with(value: Any) -> Any:
+    """What a model is compiled with, for another model: again, where it has variables."""
+    return type(value).from_config(value.get_config()) if isinstance(value, (keras.Metric, keras.Optimizer)) else value
+
+
+def _fill_optimizer(optimizer: Any, copy: Any) -> None:
+    """Gives an optimizer the values of another one, of all variables that are the same."""
+    before, after = optimizer.variables, copy.variables
     if [each.shape for each in before] == [each.shape for each in after]:
-        for source, variable in zip(before, after):
-            variable.assign(source)
+        pairs = list(zip(before, after))
+    else:
+        named = [{each.path.partition("/")[2]: each for each in variables} for variables in (before, after)]
+        pairs = [(named[0][name], each) for name, each in named[1].items() if name in named[0]]
+    for source, variable in pairs:
+        value = array_of(source.value)
+        if value.shape == tuple(variable.shape):  # others of the same name are not, nor those of a training that failed
+            variable.assign(value)

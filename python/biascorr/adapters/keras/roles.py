@@ -8,8 +8,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
+from biascorr.adapters.keras.linear import array_of
 from biascorr.adapters.keras.steps import Step, Steps
 from biascorr.graph.axes import Order
 from biascorr.graph.operations import (
@@ -158,9 +159,9 @@ def _role_of_relu(layer: Any, axis: int) -> Role:
 
 
 def _batch_norm(name: str, layer: Any) -> BatchNorm:
-    mean, variance = (ops.convert_to_numpy(each).astype(np.float64) for each in (layer.moving_mean, layer.moving_variance))
-    gamma = ops.convert_to_numpy(layer.gamma).astype(np.float64) if layer.scale else np.ones_like(mean)
-    beta = ops.convert_to_numpy(layer.beta).astype(np.float64) if layer.center else np.zeros_like(mean)
+    mean, variance = (array_of(each).astype(np.float64) for each in (layer.moving_mean, layer.moving_variance))
+    gamma = array_of(layer.gamma).astype(np.float64) if layer.scale else np.ones_like(mean)
+    beta = array_of(layer.beta).astype(np.float64) if layer.center else np.zeros_like(mean)
     return BatchNorm(name, beta, gamma, mean, variance, layer.epsilon, layer.axis)
 
 
@@ -199,7 +200,7 @@ def _bounds(step: Step, name: str, shape: tuple[int | None, ...], axis: int) -> 
 def _bound(value: Any, shape: tuple[int | None, ...], axis: int) -> Bound | None:
     if isinstance(value, keras.KerasTensor):
         return None
-    array = np.asarray(ops.convert_to_numpy(value), dtype=np.float64)
+    array = np.asarray(array_of(value), dtype=np.float64)
     if np.isnan(array).any():
         return None
     if array.size == 1:

@@ -7,6 +7,7 @@ passes a mask along with a tensor, the mask is a tensor of its own here, "c/mask
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -302,8 +303,24 @@ def _applying(function: Callable[[Any], Any]) -> Compute:
     return lambda x: [function(x)]
 
 
+@contextlib.contextmanager
+def _kept_losses(operation: Any) -> Iterator[None]:
+    """Leaves a layer, and those inside, the losses of the last call, which the next one clears."""
+    inside = list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
+    kept = [(values, values.copy()) for layer in inside for values in (layer._losses, layer._loss_ids)]
+    try:
+        yield
+    finally:
+        for values, before in kept:
+            values.clear()
+            (values.update if isinstance(values, set) else values.extend)(before)
+
+
 def _calling(node: Any, masked_inputs: Sequence[int], masked_outputs: Sequence[int]) -> Compute:
-    """Calls the operation as the model does when it is used, not trained; masks come after the tensors, and go so too."""
+    """Calls the operation as the model does when it is used, not trained; masks come after the tensors, and go so too.
+
+    What it does to its own variables, seeds among them, or adds to its losses, is dropped.
+    """
     operation, sources = node.operation, node.input_tensors
     training = {"training": False} if "training" in inspect.signature(operation.call).parameters else {}
 
@@ -311,7 +328,8 @@ def _calling(node: Any, masked_inputs: Sequence[int], masked_outputs: Sequence[i
         for k, mask in zip(masked_inputs, tensors[len(sources) :]):
             tensors[k]._keras_mask = mask
         args, kwargs = node.arguments.fill_in(dict(zip(map(id, sources), tensors)))
-        outputs = keras.tree.flatten(operation(*args, **{**kwargs, **training}))
+        with keras.StatelessScope(), _kept_losses(operation):
+            outputs = keras.tree.flatten(operation(*args, **{**kwargs, **training}))
         return [*outputs, *(outputs[k]._keras_mask for k in masked_outputs)]
 
     return compute

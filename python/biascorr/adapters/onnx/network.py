@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from biascorr.adapters.loading import check_suffix
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
@@ -113,6 +114,7 @@ class OnnxNetwork:
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes the model, whole or not at all; with what was changed in :attr:`model` since."""
+        check_suffix(path, is_keras=False)
         if self._whole is None:
             files.save(self._original.model, self._original.values, path, force=force)
         else:
