@@ -9,19 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from biascorr.graph.frameworks import KERAS_SUFFIXES, check_backend, check_suffix
 from biascorr.graph.network import Network, is_network
-
-KERAS_SUFFIX = ".keras"
-"""Of the files that Keras models are saved in."""
-
-_KERAS = (KERAS_SUFFIX, ".h5", ".hdf5")
-"""Suffixes of the files that Keras has written."""
 
 _TENSORFLOW = (
     'a Keras model needs {}: pip install "biascorr[keras]", and tensorflow or tensorflow-cpu, not both; what Keras runs by is '
     "TensorFlow unless KERAS_BACKEND or ~/.keras/keras.json says otherwise"
 )
-_BACKEND = "tensorflow"
 _ONNX = 'reading a model needs {}: pip install "biascorr[onnx]"'
 
 
@@ -43,7 +37,7 @@ def network_from_model(model: Any, name: str) -> Network:
         return cast(Network, model)
     if _is_keras(model, name):
         if "keras" not in sys.modules:  # which may fail to load a library that is not wanted
-            check_backend(os.environ.get("KERAS_BACKEND") or _BACKEND, name)
+            check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow", name)
         with _needed(_TENSORFLOW):
             from biascorr.adapters.keras.network import KerasNetwork
         return KerasNetwork.load(model, name)
@@ -69,31 +63,13 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
     check_suffix(output, is_keras=_is_keras(model, name))
 
 
-def check_backend(backend: str, name: str) -> None:
-    """Raises ValueError where Keras runs by something else than TensorFlow."""
-    if backend != _BACKEND:
-        raise ValueError(
-            f"{name}: Keras runs by {backend!r}, expected {_BACKEND!r}: set KERAS_BACKEND={_BACKEND}, or save the model as "
-            ".keras and give its path to a process that has it so"
-        )
-
-
-def check_suffix(path: str | os.PathLike[str], *, is_keras: bool) -> None:
-    """Raises ValueError where a file of this name is to have a model of another framework."""
-    suffix = Path(path).suffix
-    if is_keras and suffix != KERAS_SUFFIX:
-        raise ValueError(f"{path}: expected a name that ends with {KERAS_SUFFIX}, which is how Keras models are saved")
-    if not is_keras and suffix.lower() in _KERAS:
-        raise ValueError(f"{path}: a name of a Keras model, expected one for an ONNX model: .onnx")
-
-
 def _is_keras(model: Any, name: str) -> bool:
     """Whether a model is one of Keras 3, or the path of one. Raises TypeError for other models of TensorFlow."""
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if (path / "saved_model.pb").exists():
             raise TypeError(f"{name}: {path} is a SavedModel, expected the model that was exported, as a .keras or .h5 file")
-        return path.suffix.lower() in _KERAS
+        return path.suffix.lower() in KERAS_SUFFIXES
     if _is_of("tf_keras", model):
         raise TypeError(f"{name}: a model of tf_keras (Keras 2), expected one of Keras 3: save it as .h5 and give its path")
     return _is_of("keras", model)
