@@ -208,7 +208,8 @@ def linears_of(operation: Any, rank: int, output_shape: Sequence[int | None]) ->
 
 def _acts_on_rows(activation: Any) -> bool:
     """Whether an activation is the same for any number of axes before the last one."""
-    return activation is None or activation in vars(keras.activations).values()
+    is_of_each_value = isinstance(activation, (layers.ELU, layers.LeakyReLU, layers.ReLU))
+    return activation is None or is_of_each_value or activation in vars(keras.activations).values()
 
 
 def _misplaced(linear: Linear, output_shape: Sequence[int | None]) -> Reason | None:
