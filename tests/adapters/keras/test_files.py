@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -315,16 +316,15 @@ def test_a_disk_that_is_full_leaves_nothing(limit, tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_a_folder_that_is_read_only(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("locked")
-    for parent in (folder, folder.parent, folder.parent.parent):
-        parent.chmod(0o755)
-    folder.chmod(0o555)
-    done = in_process(NO_SPACE, folder / "out.keras", "read only", 0)
-    folder.chmod(0o755)
-    assert done.stdout.startswith("PermissionError"), done.stderr
-    assert str(folder) in done.stdout
-    assert names_in(folder) == []
+def test_a_folder_that_is_read_only():
+    with tempfile.TemporaryDirectory() as place:  # others run tests in that of pytest, and close it
+        Path(place).chmod(0o755)
+        folder = Path(place, "locked")
+        folder.mkdir(0o555)
+        done = in_process(NO_SPACE, folder / "out.keras", "read only", 0)
+        assert done.stdout.startswith("PermissionError"), done.stderr
+        assert str(folder) in done.stdout
+        assert names_in(folder) == []
 
 
 # Statistics
