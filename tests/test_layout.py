@@ -88,5 +88,6 @@ def test_only_the_folder_of_an_extra_imports_it(path):
     "path", sorted((PACKAGE / "adapters").glob("*/*.py")), ids=lambda path: path.parent.name + "/" + path.name
 )
 def test_an_adapter_imports_no_other(path):
-    modules = [module for module in imports_of(path) if module.startswith("biascorr.adapters")]
+    shared = "biascorr.adapters.frameworks"  # what tells them apart
+    modules = [module for module in imports_of(path) if module.startswith("biascorr.adapters") and module != shared]
     assert all(module.startswith(f"biascorr.adapters.{path.parent.name}") for module in modules)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from biascorr.graph.frameworks import KERAS_SUFFIXES, check_backend, check_suffix
+from biascorr.adapters.frameworks import KERAS_SUFFIXES, check_backend, check_suffix
 from biascorr.graph.network import Network, is_network
 
 _TENSORFLOW = (

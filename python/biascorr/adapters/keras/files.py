@@ -11,10 +11,10 @@ from typing import Any
 
 import keras
 
+from biascorr.adapters.frameworks import KERAS_SUFFIX, check_backend, check_suffix
 from biascorr.adapters.keras.linear import array_of
 from biascorr.adapters.keras.rebuilding import made_again, own_objects
 from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of, steps_of
-from biascorr.graph.frameworks import KERAS_SUFFIX, check_backend, check_suffix
 from biascorr.whole_file import kind_of, whole_file
 
 FOLDED = "biascorr.json"

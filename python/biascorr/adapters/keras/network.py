@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from biascorr.adapters.keras import files
 from biascorr.adapters.keras.folded import folded_of, keep_folded, keep_text, text_of
-from biascorr.adapters.keras.linear import DEPTHWISE, Linear
+from biascorr.adapters.keras.linear import DEPTHWISE, Linear, array_of
 from biascorr.adapters.keras.rebuilding import rebuilt
 from biascorr.adapters.keras.roles import kind_of, roles_of
 from biascorr.adapters.keras.running import Functions, Values, packed
@@ -141,7 +142,7 @@ class KerasNetwork:
 
         def compute(feeds: Feeds) -> dict[str, Any]:
             outputs = function([tf.convert_to_tensor(feeds[name]) for name in names])
-            return dict(zip(self.outputs, map(np.array, outputs)))
+            return dict(zip(self.outputs, map(array_of, outputs)))
 
         return compute
 
@@ -262,14 +263,11 @@ class KerasNetwork:
         )
 
     def _is_called_again(self, step: Step) -> bool:
-        return self._calls.get(step.first, 0) > 1
+        return self._calls[step.first] > 1
 
     @functools.cached_property
-    def _calls(self) -> dict[str, int]:
-        calls: dict[str, int] = {}
-        for step in self._all.steps:
-            calls[step.first] = calls.get(step.first, 0) + 1
-        return calls
+    def _calls(self) -> collections.Counter[str]:
+        return collections.Counter(step.first for step in self._all.steps)
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes a .keras file, whole or not at all."""
@@ -295,8 +293,7 @@ def _variable(step: Step, weights: Constant) -> Any:
 
 
 def _bound(limit: NDArray[Any]) -> Bound:
-    values = tuple(np.asarray(limit, dtype=np.float64).ravel().tolist())
-    return values if len(values) > 1 else values[0]
+    return tuple(np.asarray(limit, dtype=np.float64).ravel().tolist())
 
 
 def _bias_dtype(layer: Layer) -> np.dtype[Any]:

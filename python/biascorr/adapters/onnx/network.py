@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from biascorr.adapters.frameworks import check_suffix
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
@@ -36,7 +37,6 @@ from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quanti
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
 from biascorr.adapters.onnx.tensors import Values, is_foreign, whole_model
-from biascorr.graph.frameworks import check_suffix
 from biascorr.graph.layer import Constant, Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
