@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.ma import MaskedArray
 from numpy.typing import ArrayLike, NDArray
 
 AxisWindow = tuple[int, int, int, int, int]
@@ -30,7 +29,7 @@ def native(array: Any, name: str) -> NDArray[Any]:
     ValueError
         The object is no array (ragged lists).
     """
-    if isinstance(array, MaskedArray):
+    if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .compressed())")
     try:
         array = np.asarray(array)

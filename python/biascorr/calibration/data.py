@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
 from biascorr.arguments import checked_integer
@@ -281,7 +280,7 @@ def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
 
 def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
-    if isinstance(values, MaskedArray):
+    if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
     if hasattr(values, "row_splits"):
         raise TypeError(f"{name}: a ragged tensor, expected one whose rows have one length, e.g. x.to_tensor()")
