@@ -687,8 +687,8 @@ def random_file(seed, any_batch=False):
             y = b.add(x, y)
         activation = pick("RELU", "HARD_SWISH", "TANH", "LOGISTIC", "LEAKY_RELU")
         x = b.unary(activation, y)
-        # litert-quantizer leaves these float, and mixes up outputs that others go on with.
-        if activation not in ("HARD_SWISH", "LEAKY_RELU") and pick(True, False):
+        # litert-quantizer leaves these float, and SHAPE: its signatures then name tensors that are no outputs.
+        if not any_batch and activation not in ("HARD_SWISH", "LEAKY_RELU") and pick(True, False):
             b.output(x, f"after_{i}")
     b.output(b.fully_connected(b.mean(x), b.weights(3, b.shape(x)[-1]), pick(None, b.bias(3)), name="logits"), "output")
     b.signature()
