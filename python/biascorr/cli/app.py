@@ -151,6 +151,15 @@ def correct(
     fold: Annotated[
         bool, typer.Option("--fold", help="Simulated quantization: fold batch normalizations into layers first.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER", help="Correct only these layers: a name, a pattern with * and ?, an operator. Repeatable."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="Leave these layers as they are, named the same way. Repeatable.")
+    ] = None,
     new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
     batch_size: BatchSize = 1,
     max_samples: MaxSamples = None,
@@ -178,6 +187,8 @@ def correct(
             equalize=equalize,
             fold=fold,
             new_biases=new_biases,
+            only=only or None,
+            exclude=exclude or (),
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             batch_size=batch_size,
             max_samples=max_samples,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -18,6 +18,7 @@ from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
+from biascorr.correction.selection import excluded_layers
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
@@ -130,6 +131,8 @@ def correct(
     equalize: bool = False,
     fold: bool = False,
     new_biases: str = "add",
+    only: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     batch_size: int = 1,
     max_samples: int | None = None,
     memory_budget: int | str | None = None,
@@ -182,6 +185,10 @@ def correct(
         model that is returned has them folded. Converters do this, and quantize the weights that it makes.
     new_biases : str
         "add": a layer without a bias gets one. "skip": it is left as it is, and no node is added to the model.
+    only : iterable of str, optional
+        The layers that are corrected: names, patterns of names with ``*`` and ``?``, or operators. None: all of them.
+    exclude : iterable of str
+        Layers that are left as they are, named the same way.
     batch_size : int
         Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
     max_samples : int, optional
@@ -250,6 +257,7 @@ def correct(
     params = quant_params or QuantParams()
     pair = _to_simulate(reference, params, fold, equalize) if given is None else paired(reference, given)
     reference, notes = pair.reference, [*notes, *pair.notes]
+    excluded = excluded_layers(given or reference, only, exclude)
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto")
@@ -259,7 +267,7 @@ def correct(
             samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
             take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
-        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add")
+        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
             made = _candidates(options, reference, given, pair.matches, False, True)
             equalization, attempts = None, [_Attempt(given, pair.matches, made)]
@@ -279,7 +287,7 @@ def correct(
     return Correction(
         network,
         best.choice,
-        _report(chosen, best),
+        _report(chosen, best, excluded),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         notes,
         samples.count,
@@ -306,6 +314,8 @@ class _Options:
         Whether to try the analytical method too, where there are statistics for it.
     adds_biases : bool
         Whether layers without a bias get one.
+    excluded : set of str
+        The layers that are not corrected, by the names of their first calls.
     """
 
     wanted: Sequence[Choice]
@@ -315,6 +325,7 @@ class _Options:
     expected: FloatOutputs
     is_auto: bool
     adds_biases: bool
+    excluded: Set[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,7 +407,10 @@ def _candidates(
         {
             name: match
             for name, match in matches.items()
-            if match.is_quantized and match.is_finite and (options.adds_biases or match.quantized.bias is not None)
+            if match.is_quantized
+            and match.is_finite
+            and (options.adds_biases or match.quantized.bias is not None)
+            and match.quantized.first_call not in options.excluded
         },
         options.wanted,
         options.samples,
@@ -470,13 +484,18 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
     return notes
 
 
-def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
+def _report(attempt: _Attempt, best: Candidate, excluded: Set[str]) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
     for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
-            reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
+            left = _excluded(layer) if layer.name in excluded else _uncorrectable(layer, attempt.matches.get(layer.name))
+            reports[layer.name] = left
     return [reports[name] for name in attempt.network.order if name in reports]
+
+
+def _excluded(layer: Layer) -> LayerReport:
+    return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.EXCLUDED(),))
 
 
 def _uncorrectable(layer: Layer, match: Match | None) -> LayerReport:
