@@ -1,8 +1,8 @@
 """TFLite files by name, as networks and as LiteRT runs them, for the tests of the adapter.
 
-    "convolutions"              a float file of tflite_models.MODELS
-    "convolutions-int8"         it, quantized with a recipe of tflite_quantizers.RECIPES
-    "fixture:classifier_int8"   a file of TFLiteConverter
+"convolutions"              a float file of tflite_models.MODELS
+"convolutions-int8"         it, quantized with a recipe of tflite_quantizers.RECIPES
+"fixture:classifier_int8"   a file of TFLiteConverter
 """
 
 import functools

@@ -356,7 +356,9 @@ def test_facts_have_the_shapes_of_tensors(name):
         step = names[operation]
         source, made = whole[step.inputs[0]], whole[real.get(step.outputs[0], step.outputs[0])]
         if isinstance(role, Activation) and role.type.bounds is not None:
-            np.testing.assert_allclose(made, np.clip(source, *map(np.float32, role.type.bounds)), atol=0.05 * np.abs(made).max())
+            np.testing.assert_allclose(
+                made, np.clip(source, *map(np.float32, role.type.bounds)), atol=0.05 * np.abs(made).max()
+            )
         elif isinstance(role, ChannelPreserving) and role.effect is SpatialEffect.AVERAGE:
             means = np.clip(source.mean(axis=tuple(range(1, source.ndim - 1))), made.min(), made.max())  # where codes end
             np.testing.assert_allclose(made.reshape(means.shape), means, atol=0.02 * np.abs(source).max())
