@@ -19,7 +19,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_suffix
-from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, shape_of
+from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, scales_of_blocks, shape_of
 from biascorr.whole_file import kind_of, whole_file
 
 LIMIT = 2**31
@@ -128,6 +128,8 @@ def _errors_in_tensors(subgraph: Any, data: Sequence[NDArray[np.uint8] | None]) 
         if raw is not None and size is not None and tensor.sparsity is None and len(raw) != size:
             yield f"{name} of shape {shape} has {len(raw)} bytes, expected {size}"
         yield from (f"{name} {error}" for error in _errors_in_grid(tensor, shape))
+        if any(scales >= len(subgraph.tensors) for scales in scales_of_blocks(tensor)):
+            yield f"{name} has scales in a tensor that is none of {len(subgraph.tensors)}"
 
 
 def _errors_in_grid(tensor: Any, shape: tuple[int, ...]) -> Iterator[str]:
@@ -165,7 +167,8 @@ def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
         inputs, outputs = _indices(operator.inputs), _indices(operator.outputs)
         if not 0 <= operator.opcodeIndex < len(codes):
             yield f"operator {position} has code {operator.opcodeIndex} of {len(codes)}"
-        if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in outputs):
+        inner = _indices(operator.intermediates)
+        if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in (*outputs, *inner)):
             yield f"operator {position} reads or makes tensors that are none of {count}"
             continue
         late = [index for index in inputs if index in all_made and index not in made]

@@ -53,6 +53,11 @@ class Operator:
         """The options of a builtin operator; None where it has none."""
         return self.table.builtinOptions
 
+    @property
+    def tensors(self) -> list[int]:
+        """All tensors that it has, those that recurrent ones keep what is between their products in among them."""
+        return [index for index in (*self.inputs, *self.outputs, *_indices(self.table.intermediates)) if index >= 0]
+
     def input(self, position: int) -> int | None:
         """One of its inputs; None where it is left out."""
         index = self.inputs[position] if position < len(self.inputs) else -1

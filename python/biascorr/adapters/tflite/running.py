@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import CONTROL
-from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, shape_of
+from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, scales_of_blocks, shape_of
 from biascorr.graph.network import Allocator, Feeds
 
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
@@ -201,12 +201,13 @@ def _needed(lowered: Lowered, given: Mapping[int, Any], wanted: set[int]) -> lis
 
 def _model(lowered: Lowered, nodes: Sequence[Node], given: Arrays, wanted: Sequence[int]) -> Any:
     """A model of some nodes."""
-    used = dict.fromkeys([*given, *(i for node in nodes for i in (*node.operator.inputs, *node.operator.outputs) if i >= 0)])
+    used = dict.fromkeys([*given, *(index for node in nodes for index in node.operator.tensors)])
+    used |= dict.fromkeys(scales for index in used for scales in scales_of_blocks(lowered.tensors[index]))
     place = {index: position for position, index in enumerate(used)}
     model, subgraph = schema.ModelT(), schema.SubGraphT()
     model.version, model.description = 3, b""
     model.buffers, model.operatorCodes, model.subgraphs = [schema.BufferT()], [], [subgraph]
-    subgraph.tensors = [_tensor(lowered, index, given, model) for index in used]
+    subgraph.tensors = [_tensor(lowered, index, given, place, model) for index in used]
     subgraph.inputs = np.array([place[index] for index in given], np.int32)
     subgraph.outputs = np.array([place[index] for index in wanted], np.int32)
     subgraph.operators = [_table(node, place, model) for node in nodes]
@@ -219,14 +220,20 @@ def _table(node: Node, place: Mapping[int, int], model: Any) -> Any:
     table = copy.copy(node.operator.table)
     table.inputs = np.array([place.get(index, -1) for index in node.operator.inputs], np.int32)
     table.outputs = np.array([place[index] for index in node.operator.outputs], np.int32)
+    if table.intermediates is not None:
+        table.intermediates = np.array([place[index] for index in table.intermediates], np.int32)
     table.opcodeIndex = len(model.operatorCodes)
     model.operatorCodes.append(node.operator.code)
     return table
 
 
-def _tensor(lowered: Lowered, index: int, given: Arrays, model: Any) -> Any:
+def _tensor(lowered: Lowered, index: int, given: Arrays, place: Mapping[int, int], model: Any) -> Any:
     tensor = copy.copy(lowered.tensors[index])
     tensor.buffer = 0
+    if scales_of_blocks(tensor):
+        tensor.quantization = copy.copy(tensor.quantization)
+        details = tensor.quantization.details = copy.copy(tensor.quantization.details)
+        details.scales, details.zeroPoints = (place.get(each, -1) for each in (details.scales, details.zeroPoints))
     if index in given:
         tensor.shape, tensor.shapeSignature = np.array(given[index].shape, np.int32), None
     elif index in lowered.values:
