@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
-from biascorr.adapters.loading import network_from_model
+from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import ONE_OF, Samples
@@ -248,6 +248,8 @@ def correct(
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
+    if quantized is not None:
+        check_same_framework(model, quantized)
     reference = network_from_model(model, "model")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
     check_method(method, reference)
