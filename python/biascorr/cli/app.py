@@ -25,7 +25,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.adapters.loading import check_output_of, sizes_by_file
+from biascorr.adapters.loading import check_output_of, check_same_framework, sizes_by_file
 from biascorr.calibration.data import Progress
 from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
@@ -320,6 +320,8 @@ def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], 
         raise FileExistsError(f"{output} exists; --force overwrites it")
     check_output(output, force=force)
     given = [(path, name) for name, path in models.items() if path is not None]
+    if len(given) > 1:
+        check_same_framework(given[0][0], given[1][0])
     check_output_of(given[-1][0], output, given[-1][1])
     sizes = list(itertools.starmap(sizes_by_file, given))
     samples = [] if data is None else data.iterdir() if data.is_dir() else [data]
