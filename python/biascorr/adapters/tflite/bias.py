@@ -121,8 +121,7 @@ class Bias:
     @functools.cached_property
     def is_own(self) -> bool:
         """Whether its bytes in the file are for it alone."""
-        bias = self.product.bias
-        return self.stored is not None and bias is not None and all(map(self.graph.is_own, {self.stored, bias}))
+        return self.product.bias is not None and self.graph.is_own(self.product.bias)
 
     def write(self, editor: Editor, shift: Shift) -> None:
         """Adds a shift to it, in the graph that is made."""
