@@ -16,6 +16,7 @@ from biascorr.sweep.measurements import empty_mean
 from biascorr.windows import TransposedWindow
 from tflite_models import MODELS, UNSUPPORTED, Builder, packed, samples_for, several_signatures, unpacked
 from tflite_networks import (
+    CORRECTABLE,
     FLOATS,
     QUANTIZED,
     SOME,
@@ -226,10 +227,6 @@ def test_the_mean_of_a_product_is_the_product_of_the_mean(name):
 # Their weights and biases
 
 
-FLOAT_MATMUL = "int8x4", "dynamic_int4"
-"""Formats in which litert-quantizer leaves the weights of BATCH_MATMUL as they are."""
-
-
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_weights_are_whole_steps(name):
     network, originals = network_of(name), {layer.name: layer for layer in loaded(float_of(name)).layers}
@@ -252,7 +249,7 @@ def test_weights_are_whole_steps(name):
         top = 7 if "int4" in name or "int8x4" in name else 127
         assert (np.abs(np.round(codes)).max(axis=axes) == top).all()
         assert step.size > 1 or "per_tensor" in name or layer.op == "BATCH_MATMUL" or "decoder" in name
-    assert has_steps != (name.endswith("float16") or (name.startswith("matmul") and name.endswith(FLOAT_MATMUL)))
+    assert has_steps == (name in CORRECTABLE and not name.endswith("float16"))
 
 
 def test_steps_and_codes_of_made_up_weights():

@@ -260,7 +260,7 @@ def with_tail(content: bytes, given: bytes) -> bytes:
     tail = given[_end_of(given) :]
     if not tail.strip(b"\0"):
         return content
-    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError):
+    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError):  # none; of another kind; encrypted
         return content + _moved_archive(tail, len(content))
     return content + tail
 
@@ -270,6 +270,7 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
     made = io.BytesIO()
     made.seek(start)
     with zipfile.ZipFile(io.BytesIO(tail)) as archive, zipfile.ZipFile(made, "w") as moved:
+        moved.comment = archive.comment
         for entry in archive.infolist():
             moved.writestr(entry, archive.read(entry))
     return bytes(made.getvalue()[start:])
@@ -278,7 +279,7 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
 def _end_of(content: bytes) -> int:
     """Where the flatbuffer ends and what is behind it starts: no shorter part of the file can be read."""
     behind = max((each.offset + each.size for each in schema.ModelT.InitFromPackedBuf(content, 0).buffers or []), default=0)
-    if not _is_readable(content, len(content) - _ALIGNMENT):
+    if not _is_readable(content, len(content) - 1):
         return len(content)
     end: int = bisect.bisect_left(range(len(content)), True, key=lambda end: _is_readable(content, end))
     return max(behind, end)

@@ -196,13 +196,15 @@ class Graph:
         return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
-        """Whether a stored tensor has its bytes for itself, and one operator reads it, so that these can be others."""
-        return (
-            self.uses[self.tensors[index].buffer] == 1
-            and len(self.readers.get(index, ())) == 1
-            and index not in self.outputs
-            and not self.tensors[index].isVariable
-        )
+        """Whether one operator alone reads a constant that has its bytes for itself, so that these can be others.
+
+        So does what dequantizes it, where it is not stored itself.
+        """
+        if len(self.readers.get(index, ())) != 1 or index in self.outputs or self.tensors[index].isVariable:
+            return False
+        if self.is_stored(index):
+            return self.uses[self.tensors[index].buffer] == 1
+        return self.source(index) is not None and self.is_own(self.producers[index].inputs[0])
 
     def written(self) -> bytes:
         """The file."""

@@ -271,7 +271,7 @@ def deployed(
 ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
     """Prepares a file to run as it is; takes and gives real numbers."""
     graph, tensors = lowered.graph, lowered.graph.tensors
-    runner = Runner(content, name, threads=threads, optimized=optimized)
+    runner = _prepared(content, name, threads, optimized)
     inputs = [(lowered.names[given], tensors[index]) for given, index in zip(lowered.inputs, graph.inputs)]
     outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.outputs)]
 
@@ -280,6 +280,16 @@ def deployed(
         return {name: _real(tensor, array) for (name, tensor), array in zip(outputs, found)}
 
     return compute
+
+
+def _prepared(content: bytes, name: str, threads: int, optimized: bool) -> Runner:
+    """With XNNPACK, too, where other kernels do not take the file: they take no groups of one scale."""
+    if not optimized:
+        with contextlib.suppress(ValueError):
+            runner = Runner(content, name, threads=threads, optimized=False)
+            runner.allocate()
+            return runner
+    return Runner(content, name, threads=threads)
 
 
 def _grid(tensor: Any) -> Grid | None:
