@@ -282,6 +282,9 @@ def correct(
         network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
         found = deployed(given, candidates[0], network, best, expected)
         notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
+    if found.is_worse and method != "auto":
+        before, after = found.scores.values()
+        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
     if found.is_worse and method == "auto":
         notes.append(
             f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
