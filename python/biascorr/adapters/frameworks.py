@@ -1,15 +1,33 @@
-"""What tells the frameworks of models apart before any of them is imported: suffixes of files, the backend of Keras."""
+"""What tells the frameworks of models apart before any of them is imported: names and first bytes of files, backends."""
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path
 
-KERAS_SUFFIX = ".keras"
-"""Of the files that Keras models are saved in."""
+IDENTIFIER = b"TFL3"
+"""Bytes 4 to 8 of every TFLite file."""
 
-KERAS_SUFFIXES = (KERAS_SUFFIX, ".h5", ".hdf5")
-"""Of the files that Keras has written."""
+
+class Framework(enum.Enum):
+    """The frameworks of models; the values are the suffixes of their files, the one that is written first."""
+
+    ONNX = (".onnx",)
+    KERAS = (".keras", ".h5", ".hdf5")
+    TFLITE = (".tflite", ".lite")
+
+    @property
+    def suffix(self) -> str:
+        """Of the files that are written."""
+        return str(self.value[0])
+
+
+def framework_of_name(path: str | os.PathLike[str]) -> Framework | None:
+    """The framework whose files end so; None for any other name."""
+    suffix = Path(path).suffix.lower()
+    return next((each for each in Framework if suffix in each.value), None)
+
 
 _BACKEND = "tensorflow"
 
@@ -23,10 +41,10 @@ def check_backend(backend: str, name: str) -> None:
         )
 
 
-def check_suffix(path: str | os.PathLike[str], *, is_keras: bool) -> None:
-    """Raises ValueError where a file of this name is to have a model of another framework."""
-    suffix = Path(path).suffix
-    if is_keras and suffix != KERAS_SUFFIX:
-        raise ValueError(f"{path}: expected a name that ends with {KERAS_SUFFIX}, which is how Keras models are saved")
-    if not is_keras and suffix.lower() in KERAS_SUFFIXES:
-        raise ValueError(f"{path}: a name of a Keras model, expected one for an ONNX model: .onnx")
+def check_suffix(path: str | os.PathLike[str], framework: Framework) -> None:
+    """Raises ValueError where a file of this name is to have a model of another framework, or cannot be told from one."""
+    named = framework_of_name(path)
+    is_any = framework is Framework.ONNX  # which has no name of its own: .onnx, .ort, .model
+    if Path(path).suffix != framework.suffix and not (is_any and named in (None, Framework.ONNX)):
+        kind = {Framework.ONNX: "ONNX", Framework.KERAS: "Keras", Framework.TFLITE: "TFLite"}[framework]
+        raise ValueError(f"{path}: expected a name that ends with {framework.suffix}, which is how {kind} models are saved")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from biascorr.adapters.frameworks import KERAS_SUFFIXES, check_backend, check_suffix
+from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_backend, check_suffix, framework_of_name
 from biascorr.graph.network import Network, is_network
 
 _TENSORFLOW = (
     'a Keras model needs {}: pip install "biascorr[keras]", and tensorflow or tensorflow-cpu, not both; what Keras runs by is '
     "TensorFlow unless KERAS_BACKEND or ~/.keras/keras.json says otherwise"
 )
+_LITERT = 'a TFLite model needs {}: pip install "biascorr[tflite]"'
 _ONNX = 'reading a model needs {}: pip install "biascorr[onnx]"'
 
 
 def network_from_model(model: Any, name: str) -> Network:
-    """The network of a path, bytes, an onnx.ModelProto or a keras.Model, or that an adapter has made; errors use the name.
+    """The network of a path, bytes, an onnx.ModelProto or a keras.Model, or one that an adapter has made; errors use the name.
 
     Raises
     ------
@@ -35,7 +37,12 @@ def network_from_model(model: Any, name: str) -> Network:
     """
     if is_network(model):
         return cast(Network, model)
-    if _is_keras(model, name):
+    framework = _framework_of(model, name)
+    if framework is Framework.TFLITE:
+        with _needed(_LITERT):
+            from biascorr.adapters.tflite.network import TfliteNetwork
+        return TfliteNetwork.load(model, name)
+    if framework is Framework.KERAS:
         if "keras" not in sys.modules:  # which may fail to load a library that is not wanted
             check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow", name)
         with _needed(_TENSORFLOW):
@@ -48,7 +55,7 @@ def network_from_model(model: Any, name: str) -> Network:
 
 def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
     """The files that a model is in, with the bytes that it has in each. Raises as :func:`network_from_model`."""
-    if _is_keras(path, name):
+    if _framework_of(path, name) is not Framework.ONNX:
         return {path: path.stat().st_size if path.is_file() else 0}
     with _needed(_ONNX):
         from biascorr.adapters.onnx import files
@@ -60,19 +67,37 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
 
     Raises TypeError as :func:`network_from_model` too.
     """
-    check_suffix(output, is_keras=_is_keras(model, name))
+    check_suffix(output, _framework_of(model, name))
 
 
-def _is_keras(model: Any, name: str) -> bool:
-    """Whether a model is one of Keras 3, or the path of one. Raises TypeError for other models of TensorFlow."""
+def _framework_of(model: Any, name: str) -> Framework:
+    """The framework of a model, or of its path; ONNX where nothing says. Raises TypeError for other models of TensorFlow."""
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if (path / "saved_model.pb").exists():
-            raise TypeError(f"{name}: {path} is a SavedModel, expected the model that was exported, as a .keras or .h5 file")
-        return path.suffix.lower() in KERAS_SUFFIXES
+            raise TypeError(
+                f"{name}: {path} is a SavedModel, expected the model that was exported, as a .keras or .h5 file, or the "
+                ".tflite file that it was converted to"
+            )
+        return framework_of_name(path) or (Framework.TFLITE if _is_tflite(_start_of(path)) else Framework.ONNX)
+    if isinstance(model, (bytes, bytearray, memoryview)):
+        return Framework.TFLITE if _is_tflite(bytes(model[:8])) else Framework.ONNX
     if _is_of("tf_keras", model):
         raise TypeError(f"{name}: a model of tf_keras (Keras 2), expected one of Keras 3: save it as .h5 and give its path")
-    return _is_of("keras", model)
+    return Framework.KERAS if _is_of("keras", model) else Framework.ONNX
+
+
+def _start_of(path: Path) -> bytes:
+    """The first bytes of a file; none of what is no file, or cannot be read."""
+    try:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            return file.read(8)
+    except OSError:
+        return b""
+
+
+def _is_tflite(start: bytes) -> bool:
+    return start[4:] == IDENTIFIER
 
 
 def _is_of(module: str, model: Any) -> bool:

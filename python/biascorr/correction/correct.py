@@ -16,7 +16,7 @@ from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
-from biascorr.correction.roles import Pair, check_roles, paired
+from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
@@ -243,6 +243,8 @@ def correct(
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
     reference = network_from_model(model, "model")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
+    check_method(method, reference)
+    given = given and with_inputs_of(reference, given)
     check_roles(reference, given)
     notes = _check_inputs_and_outputs(reference, given or reference)
     params = quant_params or QuantParams()

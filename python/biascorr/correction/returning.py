@@ -66,8 +66,9 @@ def deployed(
     found, measured = scores[str(best.choice)], best.score
     notes = []
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
-        notes.append(
-            f"the integer kernels that the runtime has for this CPU give {found}, exact arithmetic {measured}: 8-bit products "
-            "may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
-        )
+        notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{_why(network)}")
     return Deployed(scores, found.is_worse_than(scores[str(before.choice)]), tuple(notes))
+
+
+def _why(network: BiasNetwork) -> str:
+    return f": {network.arithmetic}" if network.arithmetic else ""

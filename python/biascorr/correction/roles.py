@@ -9,7 +9,7 @@ from typing import cast
 
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.graph.matching import Match, match_layers
-from biascorr.graph.network import EditableNetwork, Network, is_editable, require_float
+from biascorr.graph.network import BiasNetwork, EditableNetwork, Network, has_tensor_names, is_editable, require_float
 from biascorr.graph.operations import BatchNorm, Kind
 from biascorr.graph.reasons import ReasonCode
 
@@ -36,6 +36,22 @@ class Pair:
     reference: Network
     matches: Mapping[str, Match]
     notes: tuple[str, ...] = ()
+
+
+def check_method(method: str, reference: Network) -> None:
+    """Raises ValueError where a method needs what models of this kind do not have."""
+    if method in ("analytical", "hybrid") and not reference.keeps_batch_norms:
+        raise ValueError(
+            f"method: {method!r} needs the statistics of batch normalizations, which became part of layers when this model was "
+            "converted; expected another method, which needs samples, but no labels"
+        )
+
+
+def with_inputs_of(reference: Network, quantized: BiasNetwork) -> BiasNetwork:
+    """The quantized network, its inputs called as the float ones in their order, where a converter has renamed them all."""
+    expected, found = ({each.name: each.dtype for each in network.inputs} for network in (reference, quantized))
+    is_renamed = not expected.keys() & found.keys() and list(expected.values()) == list(found.values())
+    return quantized.with_input_names(list(expected)) if is_renamed and has_tensor_names(quantized) else quantized
 
 
 def check_roles(reference: Network, quantized: Network | None) -> None:

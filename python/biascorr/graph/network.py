@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -99,6 +99,10 @@ class Network(Protocol):
     """
 
     @property
+    def keeps_batch_norms(self) -> bool:
+        """Whether models of this kind can have batch normalizations, or statistics of those that were folded."""
+
+    @property
     def inputs(self) -> Sequence[ModelInput]:
         """The inputs that a batch must have."""
 
@@ -137,6 +141,10 @@ class Network(Protocol):
 
 class BiasNetwork(Network, Protocol):
     """A network whose biases can be changed."""
+
+    @property
+    def arithmetic(self) -> str:
+        """How the arithmetic of the framework's own runtime may differ from that of :meth:`part`; empty where it does not."""
 
     @property
     def model(self) -> Any:
@@ -182,6 +190,13 @@ class EditableNetwork(BiasNetwork, Protocol):
         """
 
 
+class RenamableNetwork(BiasNetwork, Protocol):
+    """A network whose inputs have no names of their own."""
+
+    def with_input_names(self, names: Sequence[str]) -> BiasNetwork:
+        """The same network, whose inputs are called so."""
+
+
 def is_network(model: Any) -> bool:
     """Whether an adapter has made this."""
     return all(hasattr(type(model), name) for name in ("part", "facts"))
@@ -198,6 +213,11 @@ _EDITS = ("edited", "with_quantizers")
 def is_editable(network: Network) -> bool:
     """Whether its weights, bounds and operations can be changed."""
     return all(hasattr(network, method) for method in _EDITS)
+
+
+def has_tensor_names(network: Network) -> TypeGuard[RenamableNetwork]:
+    """Whether its inputs may be called otherwise."""
+    return hasattr(network, "with_input_names")
 
 
 def require_edits(network: Network, name: str, purpose: str) -> EditableNetwork:

@@ -16,6 +16,7 @@ class ReasonCode(enum.Enum):
     NO_MATRIX_PRODUCT = "{equation} is no product with one matrix"
     LAYERS_INSIDE = "it has layers inside, which are not corrected"
     LAYERS_IN_SUBGRAPH = "its subgraphs have layers, which are not corrected"
+    OTHER_SUBGRAPH = "it is in subgraph {subgraph}: only the first one is corrected"
     LAYERS_IN_FUNCTION = "its function has layers, which are not corrected"
     WEIGHTS_COMPUTED = "weights are computed at run time"
     BIAS_COMPUTED = "its bias is computed at run time"
@@ -23,6 +24,7 @@ class ReasonCode(enum.Enum):
     BIAS_AXES = "its bias is along axes {axes}, expected one for each channel along {channels}"
     SPATIAL_AXES = "{count} spatial axes, expected 1 to 3"
     NOT_ONE_MATRIX = "weights of shape {shape} are not one matrix"
+    WEIGHTS_FORMAT = "its weights are {format}, which is not read"
 
     # its bias is left as it is
     UNMATCHED = "no layer of this name in the float model, nor one of its weights"
@@ -36,10 +38,12 @@ class ReasonCode(enum.Enum):
     BIAS_SKIPPED = "it has no bias, and none was to be added"
     STEP_TOO_SMALL = "it has no bias, and {dtype} has no number near the step of its products"
     CLAMPED = "it has no bias, and its quantized output is clamped at 0"
+    NO_PLACE_FOR_BIAS = "it has no bias, nor a place for one: no ADD of one number for each channel follows it alone"
 
     # its bias was corrected
     BIAS_ADDED = "it had no bias; one was added"
     BIAS_IN_NEXT = "its bias is part of that of the pointwise product after it"
+    BIAS_SEPARATED = "its bias shared its bytes in the file with others; it has its own now"
     BIAS_REWRITTEN = "its bias was computed from constants; it is a real one now"
     BIAS_BETWEEN_STEPS = "its bias is real: it would be lost between the steps of its quantized output"
     BIAS_STEP_TOO_SMALL = "its bias is real: {dtype} has no number near the step of its products"

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from biascorr.adapters.frameworks import KERAS_SUFFIX, check_backend, check_suffix
+from biascorr.adapters.frameworks import Framework, check_backend, check_suffix
 from biascorr.adapters.keras.linear import array_of
 from biascorr.adapters.keras.rebuilding import made_again, own_objects
 from biascorr.adapters.keras.steps import graph_of, is_graph, nodes_of, steps_of
@@ -53,7 +53,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     try:
         model = _loaded(path, name)
         text = "{}"
-        if path.suffix == KERAS_SUFFIX:
+        if path.suffix == Framework.KERAS.suffix:
             with zipfile.ZipFile(path) as archive:
                 text = archive.read(FOLDED).decode() if FOLDED in archive.namelist() else text
         return model, text
@@ -116,7 +116,7 @@ def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bo
     Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix, and for a model that Keras
     does not read as it wrote it.
     """
-    check_suffix(path, is_keras=True)
+    check_suffix(path, Framework.KERAS)
     with whole_file(path, force=force) as temporary:
         keras.saving.save_model(model, temporary)
         _check_written(temporary, model, path)

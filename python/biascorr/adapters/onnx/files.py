@@ -24,9 +24,6 @@ PROTOBUF_LIMIT = 2**31 - 1
 _ALIGNMENT = 4096
 """Alignment of tensors in a file beside the model, so that they can be mapped into memory as they are."""
 
-_TFLITE = b"TFL3"
-"""The identifier at bytes 4 to 8 of a TFLite model."""
-
 
 def load(model: Any, name: str) -> tuple[onnx.ModelProto, Values]:
     """A copy of a model, and the values of its large tensors, those of external data where they lie in their file.
@@ -80,11 +77,6 @@ def _from_file(path: Path, name: str) -> onnx.ModelProto:
 
 
 def _parse(data: bytes, name: str) -> onnx.ModelProto:
-    if data[4:8] == _TFLITE:
-        raise ValueError(
-            f"{name}: a TFLite model, which cannot be corrected: give the Keras model that it was converted from, without "
-            "`quantized`, and convert the result"
-        )
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

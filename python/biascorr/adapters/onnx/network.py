@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from biascorr.adapters.frameworks import check_suffix
+from biascorr.adapters.frameworks import Framework, check_suffix
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
@@ -62,6 +62,9 @@ class OnnxNetwork:
     name : str
         The name that errors give the model.
     """
+
+    keeps_batch_norms = True
+    arithmetic = "8-bit products may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
 
     def __init__(self, model: onnx.ModelProto, values: Values, name: str) -> None:
         self._original = Graph(model, values)
@@ -114,7 +117,7 @@ class OnnxNetwork:
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes the model, whole or not at all; with what was changed in :attr:`model` since."""
-        check_suffix(path, is_keras=False)
+        check_suffix(path, Framework.ONNX)
         if self._whole is None:
             files.save(self._original.model, self._original.values, path, force=force)
         else:

@@ -1,0 +1,1 @@
+"""TFLite: models in flatbuffers as networks, run by LiteRT."""

@@ -1,0 +1,276 @@
+"""TFLite files: read and checked before LiteRT sees them, written whole or not at all."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import io
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+
+from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_suffix
+from biascorr.adapters.tflite.tensors import bytes_of, grid_of, name_of, shape_of
+from biascorr.whole_file import kind_of, whole_file
+
+LIMIT = 2**31
+"""Offsets in a flatbuffer have 32 bits, one of them the sign."""
+
+_ALIGNMENT = 16
+"""Bytes that the schema aligns buffers to, which the generated code does not."""
+
+_DAMAGED = (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError, struct.error)
+"""What the generated code raises at files that are cut off or changed."""
+
+
+def load(model: Any, name: str) -> tuple[bytes, Any]:
+    """The bytes of a model, given by its path or themselves, and what is in them, which is valid.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file is missing.
+    OSError
+        It is no file.
+    TypeError
+        It is neither bytes nor a path.
+    ValueError
+        It is damaged, or too large.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        name = f"{name}: {path}"
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        if not path.is_file():
+            raise OSError(f"{name}: {kind_of(path)}")
+        if path.stat().st_size >= LIMIT:
+            raise ValueError(
+                f"{name}: {path.stat().st_size} bytes, expected less than 2 GB, which is what a flatbuffer can have"
+            )
+        content = path.read_bytes()
+    else:
+        content = bytes(model)
+    if len(content) >= LIMIT:
+        raise ValueError(f"{name}: {len(content)} bytes, expected less than 2 GB, which is what a flatbuffer can have")
+    if content[4:8] != IDENTIFIER:
+        raise ValueError(f"{name}: no TFLite model, which has {IDENTIFIER.decode()} at its bytes 4 to 8; is the file whole?")
+    try:
+        parsed = schema.ModelT.InitFromPackedBuf(_Bounded(content), 0)
+        data = _buffers(parsed, content)
+        errors = list(_errors(parsed, data))
+    except _DAMAGED as error:
+        raise ValueError(f"{name}: a damaged or truncated TFLite file: {error}") from error
+    if errors:
+        raise ValueError(f"{name}: a damaged TFLite file: {errors[0]}")
+    for buffer, raw in zip(parsed.buffers or [], data):
+        buffer.data = raw
+    return content, parsed
+
+
+def _buffers(model: Any, content: bytes) -> list[NDArray[np.uint8] | None]:
+    """The bytes of each buffer, some of which lie behind the flatbuffer."""
+    found: list[NDArray[np.uint8] | None] = []
+    for buffer in model.buffers or []:
+        raw = buffer.data
+        if raw is None or not len(raw):
+            raw = None
+            if buffer.offset > 1:  # 0: none; 1: in a file of its own
+                if buffer.offset + buffer.size > len(content):
+                    raise ValueError(f"buffer {len(found)} ends at byte {buffer.offset + buffer.size} of {len(content)}")
+                raw = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+        found.append(raw)
+    return found
+
+
+def _errors(model: Any, data: Sequence[NDArray[np.uint8] | None]) -> Iterator[str]:
+    """What LiteRT must not meet."""
+    if not model.subgraphs:
+        yield "it has no subgraph"
+    for subgraph in model.subgraphs or []:
+        yield from _errors_in_tensors(subgraph, data)
+        yield from _errors_in_operators(subgraph, model)
+    for signature in model.signatureDefs or []:
+        if not 0 <= signature.subgraphIndex < len(model.subgraphs):
+            yield f"signature {_text(signature.signatureKey)}: subgraph {signature.subgraphIndex} of {len(model.subgraphs)}"
+            continue
+        count = len(model.subgraphs[signature.subgraphIndex].tensors or [])
+        for each in (*(signature.inputs or []), *(signature.outputs or [])):
+            if each.name is None or not 0 <= each.tensorIndex < count:
+                yield f"signature {_text(signature.signatureKey)}: tensor {each.tensorIndex} of {count}"
+
+
+def _text(name: bytes | None) -> str:
+    return (name or b"").decode(errors="backslashreplace")
+
+
+def _errors_in_tensors(subgraph: Any, data: Sequence[NDArray[np.uint8] | None]) -> Iterator[str]:
+    for index, tensor in enumerate(subgraph.tensors or []):
+        name, shape = f"tensor {index} ({name_of(tensor)})", shape_of(tensor)
+        if any(size < 0 for size in shape):
+            yield f"{name} has shape {shape}"
+            continue
+        if not 0 <= tensor.buffer < max(1, len(data)):
+            yield f"{name} is in buffer {tensor.buffer} of {len(data)}"
+            continue
+        size, raw = bytes_of(tensor), data[tensor.buffer] if data else None
+        if size is not None and size >= LIMIT:
+            yield f"{name} of shape {shape} would take {size} bytes"
+        if raw is not None and size is not None and tensor.sparsity is None and len(raw) != size:
+            yield f"{name} of shape {shape} has {len(raw)} bytes, expected {size}"
+        yield from (f"{name} {error}" for error in _errors_in_grid(tensor, shape))
+
+
+def _errors_in_grid(tensor: Any, shape: tuple[int, ...]) -> Iterator[str]:
+    scales, zeros = (
+        (0, 0) if tensor.quantization is None else map(_length, (tensor.quantization.scale, tensor.quantization.zeroPoint))
+    )
+    if scales and zeros not in (0, 1, scales):
+        yield f"has {scales} scales and {zeros} zero points"
+        return
+    grid = grid_of(tensor)
+    if grid is None:
+        return
+    if not (np.isfinite(grid.scale).all() and (grid.scale >= 0).all()):
+        yield "has a scale that is negative or not finite"
+    if len(grid.scale) > 1 and not (0 <= grid.axis < len(shape) and shape[grid.axis] == len(grid.scale)):
+        yield f"of shape {shape} has {len(grid.scale)} scales along axis {grid.axis}"
+
+
+def _length(vector: Any) -> int:
+    return 0 if vector is None else len(vector)
+
+
+def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
+    count, codes = len(subgraph.tensors or []), model.operatorCodes or []
+    ends = [*_indices(subgraph.inputs), *_indices(subgraph.outputs)]
+    if any(not 0 <= index < count for index in ends):
+        yield f"an input or output of subgraph {_text(subgraph.name)} is none of its {count} tensors"
+        return
+    made: dict[int, int] = dict.fromkeys(_indices(subgraph.inputs), -1)
+    all_made = {index for operator in subgraph.operators or [] for index in _indices(operator.outputs)}
+    for position, operator in enumerate(subgraph.operators or []):
+        inputs, outputs = _indices(operator.inputs), _indices(operator.outputs)
+        if not 0 <= operator.opcodeIndex < len(codes):
+            yield f"operator {position} has code {operator.opcodeIndex} of {len(codes)}"
+        if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in outputs):
+            yield f"operator {position} reads or makes tensors that are none of {count}"
+            continue
+        late = [index for index in inputs if index in all_made and index not in made]
+        if late:
+            yield f"operator {position} reads tensor {late[0]} before it is made"
+        twice = [index for index in outputs if index in made]
+        if twice or any(_is_constant(subgraph.tensors[index], model) for index in outputs):
+            yield f"operator {position} makes a tensor that is there already"
+        made.update(dict.fromkeys(outputs, position))
+
+
+def _indices(vector: Any) -> list[int]:
+    return [] if vector is None else [int(index) for index in vector]
+
+
+def _is_constant(tensor: Any, model: Any) -> bool:
+    return bool(model.buffers) and _length(model.buffers[tensor.buffer].data) > 0
+
+
+class _AlignedBuffer(schema.BufferT):  # type: ignore[misc]
+    """A buffer whose data is aligned as the schema asks for."""
+
+    def Pack(self, builder: Any) -> Any:  # noqa: N802  (of the generated code)
+        data = None
+        if self.data is not None and len(self.data):
+            raw = np.ascontiguousarray(self.data).view(np.uint8).reshape(-1)
+            builder.StartVector(1, len(raw), _ALIGNMENT)
+            builder.head = builder.head - len(raw)
+            builder.Bytes[builder.head : builder.head + len(raw)] = raw.data
+            data = builder.EndVector()
+        schema.BufferStart(builder)
+        if data is not None:
+            schema.BufferAddData(builder, data)
+        return schema.BufferEnd(builder)
+
+
+def packed(model: Any) -> bytes:
+    """A model as a flatbuffer. Raises ValueError where it would have 2 GB."""
+    aligned = schema.ModelT()
+    aligned.__dict__.update(model.__dict__)
+    aligned.buffers = [_aligned(buffer) for buffer in model.buffers]
+    size = sum(len(buffer.data) + 2 * _ALIGNMENT for buffer in aligned.buffers if buffer.data is not None)
+    if size >= LIMIT:
+        raise ValueError(f"the model would take {size} bytes, expected less than 2 GB, which is what a flatbuffer can have")
+    builder = flatbuffers.Builder(size + (1 << 16))
+    builder.Finish(aligned.Pack(builder), IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def _aligned(buffer: Any) -> _AlignedBuffer:
+    made = _AlignedBuffer()
+    made.data = buffer.data
+    return made
+
+
+def save(content: bytes, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes a file, whole or not at all; raises as :func:`biascorr.whole_file.whole_file`."""
+    check_suffix(path, Framework.TFLITE)
+    with whole_file(path, force=force) as temporary:
+        temporary.write_bytes(content)
+
+
+def place_of(content: bytes, index: int) -> int:
+    """Where the bytes of a buffer are in a file."""
+    buffer = schema.Model.GetRootAs(content, 0).Buffers(index)
+    return int(buffer._tab.Vector(buffer._tab.Offset(4)) if buffer.DataLength() else buffer.Offset())
+
+
+def with_tail(content: bytes, given: bytes) -> bytes:
+    """A file with what is behind the flatbuffer of another one: an archive of labels, or anything else."""
+    tail = given[_end_of(given) :]
+    if not tail.strip(b"\0"):
+        return content
+    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError):
+        return content + _moved_archive(tail, len(content))
+    return content + tail
+
+
+def _moved_archive(tail: bytes, start: int) -> bytes:
+    """An archive whose entries say where they are in a file that it is put behind."""
+    made = io.BytesIO()
+    made.seek(start)
+    with zipfile.ZipFile(io.BytesIO(tail)) as archive, zipfile.ZipFile(made, "w") as moved:
+        for entry in archive.infolist():
+            moved.writestr(entry, archive.read(entry))
+    return bytes(made.getvalue()[start:])
+
+
+def _end_of(content: bytes) -> int:
+    """Where the flatbuffer ends and what is behind it starts: no shorter part of the file can be read."""
+    behind = max((each.offset + each.size for each in schema.ModelT.InitFromPackedBuf(content, 0).buffers or []), default=0)
+    if not _is_readable(content, len(content) - _ALIGNMENT):
+        return len(content)
+    end: int = bisect.bisect_left(range(len(content)), True, key=lambda end: _is_readable(content, end))
+    return max(behind, end)
+
+
+def _is_readable(content: bytes, end: int) -> bool:
+    try:
+        schema.ModelT.InitFromPackedBuf(_Bounded(content[:end]), 0)
+    except _DAMAGED:
+        return False
+    return True
+
+
+class _Bounded(bytes):
+    """Bytes that cannot be sliced beyond their end, as others can, so that no text is cut off unnoticed."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) and key.stop is not None and key.stop > len(self):
+            raise IndexError(f"byte {key.stop} of {len(self)}")
+        return super().__getitem__(key)

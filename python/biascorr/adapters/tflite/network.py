@@ -1,0 +1,192 @@
+"""A TFLite model as a network; see :mod:`biascorr.graph.network`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biascorr.adapters.tflite import files, running
+from biascorr.adapters.tflite.bias import Bias
+from biascorr.adapters.tflite.edits import edited
+from biascorr.adapters.tflite.graph import Editor, Graph
+from biascorr.adapters.tflite.lowering import Lowered, Node
+from biascorr.adapters.tflite.roles import kind_of, role_of
+from biascorr.adapters.tflite.tensors import axes_of, dtype_of
+from biascorr.graph.layer import Layer, LazyArray
+from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
+from biascorr.graph.operations import Facts, Kind, Operation
+from biascorr.graph.reasons import LayerReport
+from biascorr.quantization import Quantization
+
+
+class TfliteNetwork:
+    """A model, and the nodes that it is run by.
+
+    Parameters
+    ----------
+    graph : Graph
+        The model, which is never changed.
+    name : str
+        The name that errors give it.
+    quantizers : mapping from str to Quantization
+        The grids that layers, by name, read their input on; not part of the model.
+    input_names : sequence of str
+        What its inputs are called; as the signature of the model calls them where there are none.
+    """
+
+    keeps_batch_norms = False
+    arithmetic = "its kernels round elsewhere, and those of dynamic range quantize what they read, too"
+
+    def __init__(
+        self, graph: Graph, name: str, quantizers: Mapping[str, Quantization] | None = None, input_names: Sequence[str] = ()
+    ) -> None:
+        self._graph = graph
+        self._name = name
+        self._input_names = input_names
+        self._lowered = Lowered(graph, quantizers or {}, input_names)
+        self._dynamic = self._found_dynamic()
+        names, tensors = self._lowered.names, self._lowered.tensors
+        self.inputs = [_input(names[index], tensors[index], name) for index in self._lowered.inputs]
+        self.outputs = [names[index] for index in self._lowered.outputs]
+        self.layers = [self._layer(name) for name in self._lowered.products]
+        self.unsupported = [LayerReport(name, op, reasons=(reason,)) for name, (op, reason) in self._lowered.left.items()]
+
+    @classmethod
+    def load(cls, model: Any, name: str) -> TfliteNetwork:
+        """From a path or bytes; see :func:`biascorr.adapters.tflite.files.load` for the errors."""
+        content, parsed = files.load(model, name)
+        running.Runner(content, name)  # refuses what is no valid model before anything is read from it
+        return cls(Graph(content, parsed), name)
+
+    @property
+    def model(self) -> bytes:
+        """The file; made each time it is asked for."""
+        return self._graph.written()
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Names of all nodes, in topological order; after them, those of layers in other subgraphs."""
+        return list(dict.fromkeys([*(node.name for node in self._nodes), *self._lowered.left]))
+
+    @property
+    def _nodes(self) -> list[Node]:
+        return [node for node in self._lowered.nodes if not node.is_back]
+
+    def _found_dynamic(self) -> set[int]:
+        """The tensors that depend on the inputs."""
+        found = set(self._lowered.inputs)
+        for node in self._lowered.nodes:
+            if not node.is_back and not found.isdisjoint(node.operator.inputs):
+                found.update(node.operator.outputs)
+        return found
+
+    @functools.cached_property
+    def operations(self) -> list[Operation]:
+        """All nodes that depend on the inputs."""
+        lowered = self._lowered
+        layers, made = set(lowered.products), []
+        for node in self._nodes:
+            each = node.operator
+            outputs = tuple(lowered.names[index] for index in each.outputs)
+            kind = Kind.OTHER if node.name in layers else kind_of(each)
+            read = each.inputs if kind is Kind.DEQUANTIZE else [lowered.real.get(index, index) for index in each.inputs]
+            inputs = tuple(dict.fromkeys(lowered.names[index] for index in read if index in self._dynamic))
+            if any(index in self._dynamic for index in each.outputs):
+                is_lasting = all(dtype_of(lowered.tensors[index]) is not None for index in each.outputs)
+                made.append(Operation(node.name, inputs, outputs, kind, is_lasting))
+        return made
+
+    def facts(self) -> Facts:
+        """Facts about operations and tensors; found at the first call."""
+        return self._facts
+
+    @functools.cached_property
+    def _facts(self) -> Facts:
+        lowered = self._lowered
+        shapes = {name: axes_of(tensor) for name, tensor in zip(lowered.names, lowered.tensors)}
+        roles = {}
+        for node in self._nodes:
+            each = node.operator
+            if node.name not in lowered.products and each.outputs and each.inputs[:1] and each.inputs[0] in self._dynamic:
+                ends = (shapes[lowered.names[index]] for index in (each.inputs[0], each.outputs[0]))
+                roles[node.name] = role_of(lowered.graph, each, *ends)
+        return Facts({name: role for name, role in roles.items() if role is not None}, shapes)
+
+    def part(
+        self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, allocator: Allocator | None = None
+    ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+        """Prepares an interpreter that computes the wanted tensors."""
+        return running.part(self._lowered, given, wanted, self._name, threads=threads, allocator=allocator)
+
+    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:
+        """Prepares the file itself to run, with XNNPACK or without; what it takes and gives as codes is real here."""
+        return running.deployed(self._lowered, self.model, self._name, threads=threads, optimized=optimized)
+
+    def check(self) -> None:
+        """Raises ValueError where LiteRT does not take the model."""
+        running.Runner(self.model, self._name)
+
+    def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
+        """The change that adding a shift to the bias of a layer would make."""
+        return Bias(self._graph, self._lowered.products[layer.name]).change(shift)
+
+    def with_shifts(self, shifts: Mapping[str, Shift]) -> TfliteNetwork:
+        """A copy with these shifts added to the biases of layers."""
+        editor = Editor(self._graph)
+        for name, shift in shifts.items():
+            Bias(self._graph, self._lowered.products[name]).write(editor, shift)
+        return self._with(editor.graph())
+
+    def edited(self, edits: Edits) -> TfliteNetwork:
+        """A copy with these edits."""
+        return self._with(edited(self._lowered, edits))
+
+    def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> TfliteNetwork:
+        """A copy in which layers read their input moved to a grid; what it writes has no such grids."""
+        quantizers = {**self._lowered.quantizers, **quantizations}
+        return TfliteNetwork(self._graph, self._name, quantizers, self._input_names)
+
+    def with_input_names(self, names: Sequence[str]) -> TfliteNetwork:
+        """The same network, whose inputs are called so; the file keeps its own names."""
+        return TfliteNetwork(self._graph, self._name, self._lowered.quantizers, names)
+
+    def _with(self, graph: Graph) -> TfliteNetwork:
+        return TfliteNetwork(graph, self._name, self._lowered.quantizers, self._input_names)
+
+    def _layer(self, name: str) -> Layer:
+        lowered, graph = self._lowered, self._graph
+        product = lowered.products[name]
+        bias = Bias(graph, product).real
+        shape = product.shape
+        return Layer(
+            name,
+            product.operator.kind,
+            LazyArray(shape, np.dtype(np.float32), functools.partial(product.weights_of, graph)),
+            product.layout,
+            lowered.names[lowered.read[name]],
+            None,
+            product.axis,
+            lowered.names[lowered.made[name]],
+            product.axis,
+            groups=product.groups,
+            window=product.window,
+            weight_step=product.step_of(graph),
+            bias=None if bias is None else bias.astype(np.float32).reshape(-1, *[1] * (-1 - product.axis)),
+            shares_weights=not graph.is_own(product.weights),
+        )
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes a .tflite file, whole or not at all."""
+        files.save(self.model, path, force=force)
+
+
+def _input(name: str, tensor: Any, model: str) -> ModelInput:
+    dtype = dtype_of(tensor)
+    if dtype is None:
+        raise ValueError(f"{model}: input {name} is of a type that numpy does not have, expected a model of numbers")
+    return ModelInput(name, dtype, axes_of(tensor))
