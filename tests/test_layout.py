@@ -26,6 +26,7 @@ BELOW = {
 EXTRAS = {
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},
+    "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
     "report": {"rich"},
     "cli": {"typer", "rich"},
 }

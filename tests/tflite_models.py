@@ -277,25 +277,46 @@ class Builder:
         return self.unary("DEQUANTIZE", tensor, name)
 
     def bytes(self, behind=False):
-        """The file; with all buffers behind the flatbuffer, if asked for, as the converter writes large files."""
-        if not behind:
-            return self._packed()
-        contents = {i: buffer.data for i, buffer in enumerate(self.model.buffers) if buffer.data is not None}
-        offsets = dict.fromkeys(contents, ALIGNMENT)  # for the size of the flatbuffer, which does not depend on them
-        for _ in range(2):
-            for i, data in contents.items():
-                self.model.buffers[i] = _AlignedBuffer(None, offsets[i], len(data))
-            content = bytearray(self._packed())
-            for i, data in contents.items():
-                content += bytes(-len(content) % ALIGNMENT)
-                offsets[i] = len(content)
-                content += data.tobytes()
-        return bytes(content)
+        return packed(self.model, behind)
 
-    def _packed(self):
+
+def packed(model, behind=False):
+    """The file of a model; with all buffers behind the flatbuffer, if asked for, as the converter writes large files."""
+    contents = [buffer.data for buffer in model.buffers]
+    places = [(ALIGNMENT, len(data)) if behind and data is not None else (0, 0) for data in contents]
+    for _ in range(2):  # the size of the flatbuffer does not depend on the places
+        model.buffers = [_AlignedBuffer(None if place[0] else data, *place) for data, place in zip(contents, places)]
         builder = flatbuffers.Builder()
-        builder.Finish(self.model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        builder.Finish(model.Pack(builder), b"TFL3")
+        content = bytearray(builder.Output())
+        for i, (place, _) in enumerate(places):
+            if place:
+                content += bytes(-len(content) % ALIGNMENT)
+                places[i] = len(content), len(contents[i])
+                content += contents[i].tobytes()
+    model.buffers = [_AlignedBuffer(data) for data in contents]
+    return bytes(content)
+
+
+def unpacked(content):
+    """The model of a file, to be changed and packed again."""
+    model = schema.ModelT.InitFromPackedBuf(content)
+    for i, buffer in enumerate(model.buffers):
+        behind = np.frombuffer(content, np.uint8, buffer.size, buffer.offset) if buffer.offset > 1 else None
+        model.buffers[i] = _AlignedBuffer(buffer.data if behind is None else behind)
+    return model
+
+
+def deduplicated(content):
+    """The file with one buffer where several are equal, as the converter has it."""
+    model = unpacked(content)
+    first = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data = model.buffers[tensor.buffer].data
+            if data is not None:
+                tensor.buffer = first.setdefault(data.tobytes(), tensor.buffer)
+    return packed(model)
 
 
 def _present(*inputs):
@@ -413,9 +434,9 @@ def depthwise(b, x):
     return b.conv2d(y, b.weights(4, 1, 1, 18), b.bias(4), name="pointwise")
 
 
-@_file((1, 4, 4, 3))
+@_file((1, 4, 4, 4))
 def fully_connected(b, x):
-    y = b.fully_connected(x, b.weights(16, 48), b.bias(16), activation="RELU", name="flattening")
+    y = b.fully_connected(x, b.weights(16, 64), b.bias(16), activation="RELU", name="flattening")
     y = b.fully_connected(y, b.weights(12, 16), activation="RELU6", name="without_bias")
     return b.softmax(b.fully_connected(y, b.weights(5, 12), b.bias(5), name="logits"), name="probabilities")
 
@@ -628,3 +649,47 @@ def several_signatures(keys=("encode", "decode")):
         builder.output(builder.fully_connected(y, builder.weights(3, 6), builder.bias(3), name=f"{key}_last"), "y")
         builder.signature(key)
     return builder.bytes()
+
+
+def random_file(seed, any_batch=False):
+    """A float file of some layers of any form, in a row with shortcuts, and maybe with outputs in the middle.
+
+    None of one channel: LiteRT corrupts its memory in BATCH_MATMUL of integers with such sizes.
+    """
+    b = Builder(seed)
+
+    def pick(*values):
+        return values[b.rng.integers(len(values))]
+
+    x = b.input("image", (1, pick(5, 8), 8, pick(2, 3, 4)), any_batch)
+    for i in range(pick(1, 2, 3, 4)):
+        inputs, channels, kernel = b.shape(x)[-1], pick(4, 5, 8), pick((1, 1), (3, 3), (2, 3))
+        form = {"activation": pick("NONE", "NONE", "RELU", "RELU6"), "name": f"layer_{i}"}
+        in_space = form | {"strides": pick((1, 1), (2, 1), (2, 2))}
+        padding = pick("SAME", "VALID") if min(b.shape(x)[1:3]) > 4 else "SAME"
+        match pick("conv2d", "conv2d", "depthwise", "transpose_conv", "fully_connected", "matmul"):
+            case "conv2d":
+                weights, bias = b.weights(channels, *kernel, inputs), b.bias(channels)
+                y = b.conv2d(x, weights, bias, dilation=pick((1, 1), (1, 2)), padding=padding, **in_space)
+            case "depthwise":
+                channels = inputs * pick(1, 1, 2, 3)
+                weights = b.weights(1, *kernel, channels, fan_in=math.prod(kernel))
+                y = b.depthwise(x, weights, b.bias(channels), padding=padding, **in_space)
+            case "transpose_conv":
+                weights = b.weights(channels, *kernel, inputs)
+                y = b.transpose_conv(x, weights, pick(None, b.bias(channels)), **in_space)
+            case "fully_connected":
+                y = b.fully_connected(x, b.weights(channels, inputs), pick(None, b.bias(channels)), keep_dims=True, **form)
+            case "matmul":
+                y = b.matmul(x, b.weights(inputs, channels, fan_in=inputs), name=f"layer_{i}")
+                y = b.add(y, b.bias(channels), form["activation"])
+        if b.shape(y) == b.shape(x):
+            y = b.add(x, y)
+        activation = pick("RELU", "HARD_SWISH", "TANH", "LOGISTIC", "LEAKY_RELU")
+        x = b.unary(activation, y)
+        # litert-quantizer leaves these float, and SHAPE: its signatures then name tensors that are no outputs.
+        if not any_batch and activation not in ("HARD_SWISH", "LEAKY_RELU") and pick(True, False):
+            b.output(x, f"after_{i}")
+    b.output(b.fully_connected(b.mean(x), b.weights(3, b.shape(x)[-1]), pick(None, b.bias(3)), name="logits"), "output")
+    b.signature()
+    return b.bytes()

@@ -7,8 +7,10 @@ from litert_quantizer import Quantizer, qtyping
 
 from tflite_models import MODELS
 
-_PER_TENSOR = qtyping.QuantGranularity.TENSORWISE
-_ALL, _INPUT, _OUTPUT, _MATMUL = (qtyping.TFLOperationName(name) for name in ("*", "INPUT", "OUTPUT", "BATCH_MATMUL"))
+_PER_TENSOR, _BLOCKS_OF_32 = qtyping.QuantGranularity.TENSORWISE, qtyping.QuantGranularity.BLOCKWISE_32
+_ALL, _INPUT, _OUTPUT, _MATMUL, _DENSE = (
+    qtyping.TFLOperationName(name) for name in ("*", "INPUT", "OUTPUT", "BATCH_MATMUL", "FULLY_CONNECTED")
+)
 _FLOAT16 = qtyping.OpQuantizationConfig(
     weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
 )
@@ -36,20 +38,28 @@ RECIPES = {
     "dynamic_int4": lambda quantizer: quantizer.add_dynamic_config(".*", _ALL, 4),
     "weights_int8": lambda quantizer: quantizer.add_weight_only_config(".*", _ALL, 8),
     "weights_int4": lambda quantizer: quantizer.add_weight_only_config(".*", _ALL, 4),
+    "int4_blocks": lambda quantizer: quantizer.add_dynamic_config("flattening", _DENSE, 4, _BLOCKS_OF_32),
     "float16": lambda quantizer: quantizer.update_quantization_recipe(".*", _ALL, _FLOAT16, "float_casting"),
 }
-"""By name, functions that add what is wanted to a quantizer. Inputs and outputs are float, except where the name says."""
+"""By name, functions that add what is wanted to a quantizer. Inputs and outputs are float, except where the name says.
 
+"int4_blocks" is for one layer of one model, and "dynamic_per_tensor" for files without depthwise layers, in which LiteRT reads
+scales that are not there.
+"""
 
 CASES = [
     (model, recipe)
     for model in MODELS
     for recipe in RECIPES
-    if model not in ("float16_weights", "int8_weights")  # are quantized already
-    and not (model == "matmul_left" and recipe in ("int16x8", "dynamic", "dynamic_per_tensor"))  # LiteRT refuses these,
-    and not (model in ("depthwise", "residual") and recipe == "dynamic_per_tensor")  # and reads scales that are not there
+    if recipe != "int4_blocks"
+    and model not in ("float16_weights", "int8_weights")  # are quantized already
+    and not (model == "matmul_left" and recipe in ("int16x8", "dynamic", "dynamic_per_tensor"))  # LiteRT refuses it
+    and not (model in ("depthwise", "residual") and recipe == "dynamic_per_tensor")
 ]
 """Names of a model and of a recipe for it whose file LiteRT runs."""
+
+BLOCKS = ("fully_connected", "int4_blocks")
+"""A case with what cannot be corrected: weights of 4 bits, with a scale for each 32 of them along the inputs of one layer."""
 
 
 def quantized(content, recipe, samples):

@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_suffix
-from biascorr.adapters.tflite.tensors import bytes_of, grid_of, name_of, shape_of
+from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, shape_of
 from biascorr.whole_file import kind_of, whole_file
 
 LIMIT = 2**31
@@ -141,6 +141,9 @@ def _errors_in_grid(tensor: Any, shape: tuple[int, ...]) -> Iterator[str]:
         return
     if not (np.isfinite(grid.scale).all() and (grid.scale >= 0).all()):
         yield "has a scale that is negative or not finite"
+    limits = np.iinfo(dtype_of(tensor) or np.int64)
+    if ((grid.zero_point < limits.min) | (grid.zero_point > limits.max)).any():
+        yield f"has a zero point that is no {limits.dtype}"
     if len(grid.scale) > 1 and not (0 <= grid.axis < len(shape) and shape[grid.axis] == len(grid.scale)):
         yield f"of shape {shape} has {len(grid.scale)} scales along axis {grid.axis}"
 

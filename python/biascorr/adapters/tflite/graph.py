@@ -129,9 +129,19 @@ class Graph:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """Names of the tensors, each another one."""
-        taken: set[str] = set()
-        return [unique(name_of(tensor) or f"tensor {index}", taken) for index, tensor in enumerate(self.tensors)]
+        """Names of the tensors, each another one.
+
+        A converter names what it fused by all the parts, "conv/Relu;conv/BiasAdd;...": the first one is enough where no other
+        tensor that is computed starts with it.
+        """
+        named = [name_of(tensor) or f"tensor {index}" for index, tensor in enumerate(self.tensors)]
+        computed = [*self.inputs, *self.producers]
+        starts = collections.Counter(named[index].partition(";")[0] for index in computed)
+        short = {index: start for index in computed if starts[start := named[index].partition(";")[0]] == 1}
+        found, taken = dict.fromkeys([*computed, *range(len(named))], ""), set[str]()
+        for index in found:  # constants after all others
+            found[index] = unique(short.get(index, named[index]), taken)
+        return [found[index] for index in range(len(named))]
 
     @functools.cached_property
     def constants(self) -> set[int]:

@@ -89,9 +89,9 @@ class Lowered:
 
     def __post_init__(self) -> None:
         self.tensors = list(self.graph.tensors)
-        self.names = list(self.graph.names)
-        self._taken = set(self.names)
-        self._call_ends()
+        self._ends = self._called_ends()
+        self._taken, self._taken_by_nodes = set(self._ends.values()), set(self.graph.names)
+        self.names = [self._ends.get(k) or unique(name, self._taken) for k, name in enumerate(self.graph.names)]
         products, self.left = products_of(self.graph)
         last = {id(product.last): product for product in products}
         apart = {id(product.operator) for product in products}
@@ -103,24 +103,23 @@ class Lowered:
                 self._add_other(each)
         self.outputs = [self.real.get(index, index) for index in self.graph.outputs]
 
-    def _call_ends(self) -> None:
-        """Calls inputs and outputs as the signature of the model does."""
+    def _called_ends(self) -> dict[int, str]:
+        """Names of inputs and outputs: those that are wanted, those of the signature, those of the tensors."""
+        named = dict(zip(self.graph.inputs, self.input_names))
         for signature in self.graph.model.signatureDefs or []:
             if signature.subgraphIndex == 0:
                 for each in (*(signature.inputs or []), *(signature.outputs or [])):
-                    self._rename(int(each.tensorIndex), each.name.decode(errors="backslashreplace"))
+                    named.setdefault(int(each.tensorIndex), each.name.decode(errors="backslashreplace"))
                 break
-        for index, name in zip(self.graph.inputs, self.input_names):
-            self._rename(index, name)
-
-    def _rename(self, index: int, name: str) -> None:
-        if index in (*self.graph.inputs, *self.graph.outputs) and self.names[index] != name:
-            self._taken.discard(self.names[index])
-            self.names[index] = unique(name, self._taken)
+        taken: set[str] = set()
+        ends = dict.fromkeys([*self.graph.inputs, *self.graph.outputs])
+        return {index: unique(named.get(index, self.graph.names[index]), taken) for index in ends}
 
     def new(self, tensor: Any) -> int:
         """Adds a tensor, whose name may become another one."""
-        name = unique(tensor.name.decode(), self._taken)
+        return self._new(tensor, unique(tensor.name.decode(), self._taken))
+
+    def _new(self, tensor: Any, name: str) -> int:
         self.tensors.append(tensor)
         self.names.append(name)
         return len(self.tensors) - 1
@@ -129,30 +128,36 @@ class Lowered:
         """A tensor of real numbers of the shape of another one."""
         return self.new(tensor_like(self.tensors[index], f"{self.graph.names[index]}/{suffix}"))
 
-    def _add(self, name: str, added: Operator, *, is_back: bool = False) -> None:
-        self.nodes.append(Node(name, added, is_back))
+    def _add(self, name: str, added: Operator) -> None:
+        """Adds the node that makes a tensor of the file, called as this is called there."""
+        self.nodes.append(Node(name, added))
+
+    def _add_own(self, name: str, added: Operator, *, is_back: bool = False) -> None:
+        """Adds another node, whose name may become another one."""
+        self.nodes.append(Node(unique(name, self._taken_by_nodes), added, is_back))
 
     def _input(self, index: int) -> int:
         """The tensor of real numbers that is given for an input of the graph."""
         if not has_codes(self.tensors[index]):
             return index
-        name = self.names[index]
-        self.names[index] = unique(f"{name}/codes", self._taken)
-        self._taken.discard(name)
-        real = self.new(tensor_like(self.tensors[index], name))
-        self._add(self.names[index], _quantize(real, index))
+        real = self._real_end(index)
+        self._add_own(f"{self.graph.names[index]}/quantize", _quantize(real, index))
         self._add_real(index)
         return real
 
+    def _real_end(self, index: int) -> int:
+        """The real numbers of an input or output of codes, which has its name."""
+        name = self.names[index]
+        self.names[index] = unique(f"{name}/codes", self._taken)
+        return self._new(tensor_like(self.tensors[index], name), name)
+
     def _add_real(self, index: int) -> None:
-        """Dequantizes a tensor of codes, which is called as the output of the model that it is."""
-        name = f"{self.names[index]}/real"
-        if index in self.graph.outputs:
-            name, self.names[index] = self.names[index], unique(f"{self.names[index]}/codes", self._taken)
-            self._taken.discard(name)
-        real = self.real[index] = self.new(tensor_like(self.tensors[index], name))
-        self._add(self.names[real], operator("DEQUANTIZE", [index], [real], schema.DequantizeOptionsT(), version=_DEQUANTIZED))
-        self._add(self.names[index], _quantize(real, index), is_back=True)
+        """Dequantizes a tensor of codes."""
+        real = self._real_end(index) if index in self.graph.outputs else self._after(index, "real")
+        name, self.real[index] = self.graph.names[index], real
+        dequantize = operator("DEQUANTIZE", [index], [real], schema.DequantizeOptionsT(), version=_DEQUANTIZED)
+        self._add_own(f"{name}/dequantize", dequantize)
+        self._add_own(f"{name}/requantize", _quantize(real, index), is_back=True)
 
     def _add_other(self, each: Operator) -> None:
         self._add(self.graph.names[each.outputs[0]] if each.outputs else each.kind, each)
@@ -175,10 +180,10 @@ class Lowered:
         self._add(name, _with(product.last, stand_ins, made))
         if fused:
             activated = self._after(output, "activated") if is_quantized else output
-            self._add(f"{name}/activation", operator(fused, [made], [activated]))
+            self._add_own(f"{name}/activation", operator(fused, [made], [activated]))
             made = activated
         if is_quantized:
-            self._add(f"{name}/quantize", _quantize(made, output))
+            self._add_own(f"{name}/quantize", _quantize(made, output))
             self._add_real(output)
 
     def _add_between(self, product: Operator, stand_ins: Mapping[int, int]) -> int:
@@ -189,7 +194,7 @@ class Lowered:
         self._add(name, _with(product, stand_ins, made))
         if not is_quantized:
             return made
-        self._add(f"{name}/quantize", _quantize(made, between))
+        self._add_own(f"{name}/quantize", _quantize(made, between))
         self._add_real(between)
         return self.real[between]
 
@@ -204,7 +209,7 @@ class Lowered:
             rows, shape = self.new(tensor), self._constant(np.array([-1, width], np.int32), f"{name}/rows/shape")
             options = schema.ReshapeOptionsT()
             options.newShape = [-1, width]
-            self._add(self.names[rows], operator("RESHAPE", [source, shape], [rows], options))
+            self._add_own(self.names[rows], operator("RESHAPE", [source, shape], [rows], options))
             source = rows
         if name in self.quantizers:
             source = self._on_grid(source, self.quantizers[name], name)
@@ -219,7 +224,7 @@ class Lowered:
         for kind, by in steps:
             made = self.new(tensor_like(self.tensors[source], f"{name}/{kind.lower()}"))
             given = [] if by is None else [self._constant(np.array(by, np.float32), f"{name}/{kind.lower()}/by")]
-            self._add(self.names[made], operator(kind, [source, *given], [made], _OPTIONS.get(kind, lambda: None)()))
+            self._add_own(self.names[made], operator(kind, [source, *given], [made], _OPTIONS.get(kind, lambda: None)()))
             source = made
         return source
 

@@ -60,8 +60,9 @@ class TfliteNetwork:
     def load(cls, model: Any, name: str) -> TfliteNetwork:
         """From a path or bytes; see :func:`biascorr.adapters.tflite.files.load` for the errors."""
         content, parsed = files.load(model, name)
-        running.Runner(content, name)  # refuses what is no valid model before anything is read from it
-        return cls(Graph(content, parsed), name)
+        network = cls(Graph(content, parsed), name)
+        network.check()
+        return network
 
     @property
     def model(self) -> bytes:
@@ -129,7 +130,7 @@ class TfliteNetwork:
 
     def check(self) -> None:
         """Raises ValueError where LiteRT does not take the model."""
-        running.Runner(self.model, self._name)
+        running.check(self._lowered, self.model, self._name)
 
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
         """The change that adding a shift to the bias of a layer would make."""

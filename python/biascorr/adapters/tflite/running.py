@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,10 +19,51 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import CONTROL
-from biascorr.adapters.tflite.tensors import Grid, dtype_of, grid_of, has_codes
+from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, shape_of
 from biascorr.graph.network import Allocator, Feeds
 
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
+
+_TRIAL = """
+import contextlib, pickle, sys
+from ai_edge_litert.interpreter import Interpreter
+for content in pickle.load(sys.stdin.buffer):
+    with contextlib.suppress(Exception):
+        interpreter = Interpreter(model_content=content)
+        interpreter.allocate_tensors()
+        interpreter.invoke()
+"""
+
+_LARGE = 64 << 20
+"""Bytes of a file beyond which it is only tried as it is, as its nodes may take four times as many."""
+
+_survived: set[bytes] = set()
+"""Digests of the files that were tried."""
+
+
+def check(lowered: Lowered, content: bytes, name: str) -> None:
+    """Raises ValueError where LiteRT does not take a file, or does not survive it or its nodes.
+
+    LiteRT checks much of a file, but not all that its kernels rely on; so a file is run in a process of its own before it is
+    in this one.
+    """
+    digest = hashlib.sha256(content).digest()
+    if digest not in _survived:
+        tried = [content, _whole(lowered)] if len(content) < _LARGE else [content]
+        with contextlib.suppress(OSError):  # no other process can be started
+            trial = subprocess.run([sys.executable, "-c", _TRIAL], input=pickle.dumps(tried), capture_output=True, check=False)
+            if trial.returncode < 0:
+                raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
+        _survived.add(digest)
+    runner = Runner(content, name)
+    if not any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs):
+        runner.allocate()
+
+
+def _whole(lowered: Lowered) -> bytes:
+    """All nodes as one model, for one batch."""
+    given = {index: np.zeros(shape_of(lowered.tensors[index]), np.bool_) for index in lowered.inputs}
+    return files.packed(_model(lowered, _needed(lowered, given, set(lowered.outputs)), given, lowered.outputs))
 
 
 class Runner:
@@ -49,6 +94,11 @@ class Runner:
                 Interpreter(model_content=self._content, num_threads=self._threads, experimental_op_resolver_type=self._kernels)
             )
 
+    def allocate(self) -> None:
+        """Prepares one for batches as the model has them. Raises ValueError where LiteRT cannot."""
+        with runs(self._name):
+            self._idle[0].allocate()
+
     def __call__(self, feeds: Sequence[NDArray[Any]], allocator: Allocator | None = None) -> list[NDArray[Any]]:
         """The outputs of a batch, in their order, for inputs in theirs."""
         try:
@@ -69,6 +119,10 @@ class _Ready:
         self._inputs = [each["index"] for each in interpreter.get_input_details()]
         self._outputs = [each["index"] for each in interpreter.get_output_details()]
         self._shapes: list[tuple[int, ...]] | None = None
+
+    def allocate(self) -> None:
+        """Allocates its tensors for batches of the shapes that the model has."""
+        self._interpreter.allocate_tensors()
 
     def __call__(self, feeds: Sequence[NDArray[Any]], allocator: Allocator | None) -> list[NDArray[Any]]:
         interpreter, shapes = self._interpreter, [array.shape for array in feeds]
