@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test pytest pytest-keras bench quality quality-keras quality-tflite instructions memcheck lint format clean
+.PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ build/wheelhouse: $(VENV)/installed
 # Draws build/demo.png, or PICTURE=docs/demo.png: the README's. NETWORK=net.onnx DATA=samples.npz: your network.
 demo: $(VENV)/built $(VENV)/network
 	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
+
+# Corrects a small quantized .tflite file; NETWORK=float.tflite QUANTIZED=int8.tflite DATA=samples.npy: yours.
+demo-tflite: $(VENV)/built
+	$(BIN)/python examples/tflite_deployed.py $(NETWORK) $(QUANTIZED) $(DATA)
 
 KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/keras.md
 

@@ -92,7 +92,8 @@ class Builder:
             [schema.TensorMapT(self.names[tensor], tensor) for tensor in tensors]
             for tensors in (self.graph.inputs, self.graph.outputs)
         )
-        self.model.signatureDefs.append(schema.SignatureDefT(inputs, outputs, key, len(self.model.subgraphs) - 1))
+        index = next(i for i, graph in enumerate(self.model.subgraphs) if graph is self.graph)
+        self.model.signatureDefs.append(schema.SignatureDefT(inputs, outputs, key, index))
 
     def metadata(self, name, content):
         self.model.metadata.append(schema.MetadataT(name, self._buffer(content)))

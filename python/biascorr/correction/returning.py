@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from biascorr.correction.candidates import Candidate
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
-from biascorr.graph.network import BiasNetwork
+from biascorr.graph.network import BiasNetwork, arithmetic_of
 
 _OTHERWISE = 1.0
 """dB by which a runtime's own arithmetic may change a score unmentioned."""
@@ -66,9 +66,6 @@ def deployed(
     found, measured = scores[str(best.choice)], best.score
     notes = []
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
-        notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{_why(network)}")
+        why = f": {arithmetic_of(network)}" if arithmetic_of(network) else ""
+        notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{why}")
     return Deployed(scores, found.is_worse_than(scores[str(before.choice)]), tuple(notes))
-
-
-def _why(network: BiasNetwork) -> str:
-    return f": {network.arithmetic}" if network.arithmetic else ""

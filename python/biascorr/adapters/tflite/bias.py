@@ -121,23 +121,22 @@ class Bias:
     @functools.cached_property
     def is_own(self) -> bool:
         """Whether its bytes in the file are for it alone."""
-        bias = self.product.bias
-        return self.stored is not None and bias is not None and all(map(self.graph.is_own, {self.stored, bias}))
+        return self.product.bias is not None and self.graph.is_own(self.product.bias)
 
     def write(self, editor: Editor, shift: Shift) -> None:
         """Adds a shift to it, in the graph that is made."""
         self._put(editor, self._with(shift)[0])
 
     def set(self, editor: Editor, values: NDArray[np.float64]) -> None:
-        """Makes it other real numbers, (channels,), in the graph that is made."""
+        """Makes it other real numbers, (channels,), in the graph that is made: of float32, as the weights that it gets."""
         assert self.grid is None  # what is quantized is not edited
-        self._put(editor, values.astype(self.dtype))
+        self._put(editor, values.astype(np.float32))
 
     def _put(self, editor: Editor, values: NDArray[Any]) -> None:
         bias, stored, position = self.product.bias, self.stored, self.product.bias_position
         assert position is not None  # `change` has said so before
         shape = (self.product.channels,) if stored is None else self.graph.value(stored).shape
-        if stored is not None and self.is_own:
+        if stored is not None and self.is_own and values.dtype == self.dtype:
             editor.store(stored, values.reshape(shape))
             return
         tensor = real_tensor(shape, f"{self.graph.names[self.product.output]}/bias")

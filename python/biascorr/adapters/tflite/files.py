@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import io
 import os
 import struct
@@ -18,7 +19,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_suffix
-from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, shape_of
+from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, scales_of_blocks, shape_of
 from biascorr.whole_file import kind_of, whole_file
 
 LIMIT = 2**31
@@ -127,6 +128,8 @@ def _errors_in_tensors(subgraph: Any, data: Sequence[NDArray[np.uint8] | None]) 
         if raw is not None and size is not None and tensor.sparsity is None and len(raw) != size:
             yield f"{name} of shape {shape} has {len(raw)} bytes, expected {size}"
         yield from (f"{name} {error}" for error in _errors_in_grid(tensor, shape))
+        if any(scales >= len(subgraph.tensors) for scales in scales_of_blocks(tensor)):
+            yield f"{name} has scales in a tensor that is none of {len(subgraph.tensors)}"
 
 
 def _errors_in_grid(tensor: Any, shape: tuple[int, ...]) -> Iterator[str]:
@@ -164,7 +167,8 @@ def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
         inputs, outputs = _indices(operator.inputs), _indices(operator.outputs)
         if not 0 <= operator.opcodeIndex < len(codes):
             yield f"operator {position} has code {operator.opcodeIndex} of {len(codes)}"
-        if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in outputs):
+        inner = _indices(operator.intermediates)
+        if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in (*outputs, *inner)):
             yield f"operator {position} reads or makes tensors that are none of {count}"
             continue
         late = [index for index in inputs if index in all_made and index not in made]
@@ -203,21 +207,39 @@ class _AlignedBuffer(schema.BufferT):  # type: ignore[misc]
 
 def packed(model: Any) -> bytes:
     """A model as a flatbuffer. Raises ValueError where it would have 2 GB."""
-    aligned = schema.ModelT()
-    aligned.__dict__.update(model.__dict__)
-    aligned.buffers = [_aligned(buffer) for buffer in model.buffers]
-    size = sum(len(buffer.data) + 2 * _ALIGNMENT for buffer in aligned.buffers if buffer.data is not None)
+    size = sum(len(buffer.data) + 2 * _ALIGNMENT for buffer in model.buffers if buffer.data is not None)
     if size >= LIMIT:
         raise ValueError(f"the model would take {size} bytes, expected less than 2 GB, which is what a flatbuffer can have")
+    buffers = [_AlignedBuffer(buffer.data) for buffer in model.buffers]
+    return _finished(model, buffers, size)
+
+
+def packed_in_front(model: Any) -> bytes:
+    """A model as a flatbuffer with its buffers behind it, which takes no memory but for the result, and less time."""
+    sizes = [0 if buffer.data is None else len(buffer.data) for buffer in model.buffers]
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)])
+
+    def front(length: int) -> bytes:
+        return _finished(model, [_behind(length + start, size) for start, size in zip(starts.tolist(), sizes)])
+
+    length = -(-len(front(1 << 30)) // _ALIGNMENT) * _ALIGNMENT  # offsets take the same room, whatever they are
+    parts: list[Any] = [front(length).ljust(length, b"\0")]
+    for buffer, size in zip(model.buffers, sizes):
+        parts += [memoryview(buffer.data), bytes(-size % _ALIGNMENT)] if size else []
+    return b"".join(parts)
+
+
+def _behind(start: int, size: int) -> Any:
+    """A buffer of so many bytes behind the flatbuffer."""
+    return schema.BufferT(None, start, size) if size else schema.BufferT()
+
+
+def _finished(model: Any, buffers: Sequence[Any], size: int = 0) -> bytes:
+    made = copy.copy(model)
+    made.buffers = list(buffers)
     builder = flatbuffers.Builder(size + (1 << 16))
-    builder.Finish(aligned.Pack(builder), IDENTIFIER)
-    return bytes(builder.Output())
-
-
-def _aligned(buffer: Any) -> _AlignedBuffer:
-    made = _AlignedBuffer()
-    made.data = buffer.data
-    return made
+    builder.Finish(made.Pack(builder), IDENTIFIER)
+    return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
 
 def save(content: bytes, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -238,7 +260,7 @@ def with_tail(content: bytes, given: bytes) -> bytes:
     tail = given[_end_of(given) :]
     if not tail.strip(b"\0"):
         return content
-    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError):
+    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError):  # none; of another kind; encrypted
         return content + _moved_archive(tail, len(content))
     return content + tail
 
@@ -248,6 +270,7 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
     made = io.BytesIO()
     made.seek(start)
     with zipfile.ZipFile(io.BytesIO(tail)) as archive, zipfile.ZipFile(made, "w") as moved:
+        moved.comment = archive.comment
         for entry in archive.infolist():
             moved.writestr(entry, archive.read(entry))
     return bytes(made.getvalue()[start:])
@@ -256,7 +279,7 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
 def _end_of(content: bytes) -> int:
     """Where the flatbuffer ends and what is behind it starts: no shorter part of the file can be read."""
     behind = max((each.offset + each.size for each in schema.ModelT.InitFromPackedBuf(content, 0).buffers or []), default=0)
-    if not _is_readable(content, len(content) - _ALIGNMENT):
+    if not _is_readable(content, len(content) - 1):
         return len(content)
     end: int = bisect.bisect_left(range(len(content)), True, key=lambda end: _is_readable(content, end))
     return max(behind, end)

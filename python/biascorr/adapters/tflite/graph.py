@@ -53,6 +53,11 @@ class Operator:
         """The options of a builtin operator; None where it has none."""
         return self.table.builtinOptions
 
+    @property
+    def tensors(self) -> list[int]:
+        """All tensors that it has, those that recurrent ones keep what is between their products in among them."""
+        return [index for index in (*self.inputs, *self.outputs, *_indices(self.table.intermediates)) if index >= 0]
+
     def input(self, position: int) -> int | None:
         """One of its inputs; None where it is left out."""
         index = self.inputs[position] if position < len(self.inputs) else -1
@@ -191,13 +196,15 @@ class Graph:
         return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
-        """Whether a stored tensor has its bytes for itself, and one operator reads it, so that these can be others."""
-        return (
-            self.uses[self.tensors[index].buffer] == 1
-            and len(self.readers.get(index, ())) == 1
-            and index not in self.outputs
-            and not self.tensors[index].isVariable
-        )
+        """Whether one operator alone reads a constant that has its bytes for itself, so that these can be others.
+
+        So does what dequantizes it, where it is not stored itself.
+        """
+        if len(self.readers.get(index, ())) != 1 or index in self.outputs or self.tensors[index].isVariable:
+            return False
+        if self.is_stored(index):
+            return self.uses[self.tensors[index].buffer] == 1
+        return self.source(index) is not None and self.is_own(self.producers[index].inputs[0])
 
     def written(self) -> bytes:
         """The file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import pickle
+import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import CONTROL
-from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, shape_of
+from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, scales_of_blocks, shape_of
 from biascorr.graph.network import Allocator, Feeds
 
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
 
 _TRIAL = """
-import contextlib, pickle, sys
+import contextlib, sys
 from ai_edge_litert.interpreter import Interpreter
-for content in pickle.load(sys.stdin.buffer):
+for size in sys.argv[1:]:
+    content = sys.stdin.buffer.read(int(size))
     with contextlib.suppress(Exception):
         interpreter = Interpreter(model_content=content)
         interpreter.allocate_tensors()
@@ -35,7 +36,7 @@ for content in pickle.load(sys.stdin.buffer):
 """
 
 _LARGE = 64 << 20
-"""Bytes of a file beyond which it is only tried as it is, as its nodes may take four times as many."""
+"""Bytes of a model that are not held more often than has to be: LiteRT keeps a copy of the weights for each interpreter."""
 
 _survived: set[bytes] = set()
 """Digests of the files that were tried."""
@@ -44,14 +45,14 @@ _survived: set[bytes] = set()
 def check(lowered: Lowered, content: bytes, name: str) -> None:
     """Raises ValueError where LiteRT does not take a file, or does not survive it or its nodes.
 
-    LiteRT checks much of a file, but not all that its kernels rely on; so a file is run in a process of its own before it is
-    in this one.
+    LiteRT checks much of a file, but not all that its kernels rely on; so a file that is not large is run in a process of its
+    own before it is in this one.
     """
-    digest = hashlib.sha256(content).digest()
-    if digest not in _survived:
-        tried = [content, _whole(lowered)] if len(content) < _LARGE else [content]
+    if len(content) < _LARGE and (digest := hashlib.sha256(content).digest()) not in _survived:
+        tried = [content, _whole(lowered)]
+        command = [sys.executable, "-c", _TRIAL, *(str(len(each)) for each in tried)]
         with contextlib.suppress(OSError):  # no other process can be started
-            trial = subprocess.run([sys.executable, "-c", _TRIAL], input=pickle.dumps(tried), capture_output=True, check=False)
+            trial = subprocess.run(command, input=b"".join(tried), capture_output=True, check=False)
             if trial.returncode < 0:
                 raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
         _survived.add(digest)
@@ -63,11 +64,11 @@ def check(lowered: Lowered, content: bytes, name: str) -> None:
 def _whole(lowered: Lowered) -> bytes:
     """All nodes as one model, for one batch."""
     given = {index: np.zeros(shape_of(lowered.tensors[index]), np.bool_) for index in lowered.inputs}
-    return files.packed(_model(lowered, _needed(lowered, given, set(lowered.outputs)), given, lowered.outputs))
+    return files.packed_in_front(_model(lowered, _needed(lowered, given, set(lowered.outputs)), given, lowered.outputs))
 
 
 class Runner:
-    """Interpreters of one model, as many as there are threads that run it at once.
+    """Interpreters of one model, as many as there are threads that run it at once; one where it is large.
 
     Parameters
     ----------
@@ -86,7 +87,9 @@ class Runner:
         self._name = name
         self._threads = threads or None
         self._kernels = OpResolverType.AUTO if optimized else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        self._idle = [self._made()]
+        self._first = self._made()
+        self._idle: queue.SimpleQueue[_Ready] = queue.SimpleQueue()
+        self._idle.put(self._first)
 
     def _made(self) -> _Ready:
         with runs(self._name):
@@ -97,18 +100,19 @@ class Runner:
     def allocate(self) -> None:
         """Prepares one for batches as the model has them. Raises ValueError where LiteRT cannot."""
         with runs(self._name):
-            self._idle[0].allocate()
+            self._first.allocate()
 
     def __call__(self, feeds: Sequence[NDArray[Any]], allocator: Allocator | None = None) -> list[NDArray[Any]]:
         """The outputs of a batch, in their order, for inputs in theirs."""
         try:
-            ready = self._idle.pop()  # one step of the interpreter, so that no other thread has the same
-        except IndexError:
+            ready = self._idle.get(block=len(self._content) >= _LARGE)
+        except queue.Empty:
             ready = self._made()
-        with runs(self._name):
-            outputs = ready(feeds, allocator)
-        self._idle.append(ready)
-        return outputs
+        try:
+            with runs(self._name):
+                return ready(feeds, allocator)
+        finally:
+            self._idle.put(ready)
 
 
 class _Ready:
@@ -170,7 +174,9 @@ def part(
     if not computed:
         return lambda feeds: {name: feeds[name] for name in wanted}
     read = [each for each in feeds if any(each in node.operator.inputs for node in nodes)]
-    content = files.packed(_model(lowered, nodes, {each: feeds[each] for each in read}, [index[name] for name in computed]))
+    content = files.packed_in_front(
+        _model(lowered, nodes, {each: feeds[each] for each in read}, [index[name] for name in computed])
+    )
     runner = Runner(content, name, threads=threads)
     names = [lowered.names[each] for each in read]
 
@@ -195,12 +201,13 @@ def _needed(lowered: Lowered, given: Mapping[int, Any], wanted: set[int]) -> lis
 
 def _model(lowered: Lowered, nodes: Sequence[Node], given: Arrays, wanted: Sequence[int]) -> Any:
     """A model of some nodes."""
-    used = dict.fromkeys([*given, *(i for node in nodes for i in (*node.operator.inputs, *node.operator.outputs) if i >= 0)])
+    used = dict.fromkeys([*given, *(index for node in nodes for index in node.operator.tensors)])
+    used |= dict.fromkeys(scales for index in used for scales in scales_of_blocks(lowered.tensors[index]))
     place = {index: position for position, index in enumerate(used)}
     model, subgraph = schema.ModelT(), schema.SubGraphT()
     model.version, model.description = 3, b""
     model.buffers, model.operatorCodes, model.subgraphs = [schema.BufferT()], [], [subgraph]
-    subgraph.tensors = [_tensor(lowered, index, given, model) for index in used]
+    subgraph.tensors = [_tensor(lowered, index, given, place, model) for index in used]
     subgraph.inputs = np.array([place[index] for index in given], np.int32)
     subgraph.outputs = np.array([place[index] for index in wanted], np.int32)
     subgraph.operators = [_table(node, place, model) for node in nodes]
@@ -213,14 +220,20 @@ def _table(node: Node, place: Mapping[int, int], model: Any) -> Any:
     table = copy.copy(node.operator.table)
     table.inputs = np.array([place.get(index, -1) for index in node.operator.inputs], np.int32)
     table.outputs = np.array([place[index] for index in node.operator.outputs], np.int32)
+    if table.intermediates is not None:
+        table.intermediates = np.array([place[index] for index in table.intermediates], np.int32)
     table.opcodeIndex = len(model.operatorCodes)
     model.operatorCodes.append(node.operator.code)
     return table
 
 
-def _tensor(lowered: Lowered, index: int, given: Arrays, model: Any) -> Any:
+def _tensor(lowered: Lowered, index: int, given: Arrays, place: Mapping[int, int], model: Any) -> Any:
     tensor = copy.copy(lowered.tensors[index])
     tensor.buffer = 0
+    if scales_of_blocks(tensor):
+        tensor.quantization = copy.copy(tensor.quantization)
+        details = tensor.quantization.details = copy.copy(tensor.quantization.details)
+        details.scales, details.zeroPoints = (place.get(each, -1) for each in (details.scales, details.zeroPoints))
     if index in given:
         tensor.shape, tensor.shapeSignature = np.array(given[index].shape, np.int32), None
     elif index in lowered.values:
@@ -258,7 +271,7 @@ def deployed(
 ) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
     """Prepares a file to run as it is; takes and gives real numbers."""
     graph, tensors = lowered.graph, lowered.graph.tensors
-    runner = Runner(content, name, threads=threads, optimized=optimized)
+    runner = _prepared(content, name, threads, optimized)
     inputs = [(lowered.names[given], tensors[index]) for given, index in zip(lowered.inputs, graph.inputs)]
     outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.outputs)]
 
@@ -267,6 +280,16 @@ def deployed(
         return {name: _real(tensor, array) for (name, tensor), array in zip(outputs, found)}
 
     return compute
+
+
+def _prepared(content: bytes, name: str, threads: int, optimized: bool) -> Runner:
+    """With XNNPACK, too, where other kernels do not take the file: they take no groups of one scale."""
+    if not optimized:
+        with contextlib.suppress(ValueError):
+            runner = Runner(content, name, threads=threads, optimized=False)
+            runner.allocate()
+            return runner
+    return Runner(content, name, threads=threads)
 
 
 def _grid(tensor: Any) -> Grid | None:

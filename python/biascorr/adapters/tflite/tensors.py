@@ -130,6 +130,12 @@ def grid_of(tensor: Any) -> Grid | None:
     return Grid(scale, np.broadcast_to(zero, scale.shape), int(quantization.quantizedDimension))
 
 
+def scales_of_blocks(tensor: Any) -> tuple[int, ...]:
+    """The tensors that have the scales and zero points of weights that are quantized in blocks."""
+    details = None if tensor.quantization is None else tensor.quantization.details
+    return tuple(index for name in ("scales", "zeroPoints") if (index := getattr(details, name, -1)) >= 0)
+
+
 def has_codes(tensor: Any) -> bool:
     """Whether a tensor holds quantized activations."""
     grid = grid_of(tensor) if tensor.type in _CODES else None
