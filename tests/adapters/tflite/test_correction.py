@@ -62,7 +62,7 @@ def assert_only_biases_differ(given, returned):
 # Not worse
 
 
-@pytest.mark.parametrize("name", EACH[::2])
+@pytest.mark.parametrize("name", EACH[::4])
 def test_auto_is_not_worse_in_litert(name):
     samples, reference, content = samples_of(name, 8), float_of(name), content_of(name)
     correction = correct(reference, samples, quantized=content, threads=1)
@@ -427,7 +427,7 @@ RUNS = [recipe for recipe in RECIPES if recipe not in ("int4_blocks", "dynamic_p
 METHODS = "auto", "mean", "auto", "iterative", "auto", "empirical", "auto", "activation"
 
 
-@pytest.mark.parametrize("seed", range(len(RUNS) * 3))
+@pytest.mark.parametrize("seed", range(len(RUNS) * 2))
 def test_any_file(seed):
     recipe, method = RUNS[seed % len(RUNS)], METHODS[seed % len(METHODS)]
     reference = random_file(seed)
