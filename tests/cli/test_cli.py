@@ -366,7 +366,7 @@ BAD_MODELS = {
     "empty.onnx": "not an ONNX model",
     "text.onnx": "not an ONNX model",
     "truncated.onnx": "not an ONNX model, or a truncated one",
-    "model.tflite": "a TFLite model, which cannot be corrected: give the Keras model",
+    "model.tflite": "out.onnx: expected a name that ends with .tflite, which is how TFLite models are saved",
     "missing_data.onnx": "gone.data is missing",
     "outside_data.onnx": "outside.data is outside",
     "no_weights.onnx": "model",
@@ -388,7 +388,7 @@ BAD_DATA = {
 BAD_QUANTIZED = {
     "none.onnx": "quantized: no such file",
     "text.onnx": "text.onnx: not an ONNX model",
-    "model.tflite": "a TFLite model",
+    "model.tflite": "quantized: of another framework (.tflite) than the float model (.onnx), expected of the same",
     "other.onnx": "layer first has weights of shape",
 }
 BAD_INPUTS = [

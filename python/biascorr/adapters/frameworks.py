@@ -43,8 +43,11 @@ def check_backend(backend: str, name: str) -> None:
 
 def check_suffix(path: str | os.PathLike[str], framework: Framework) -> None:
     """Raises ValueError where a file of this name is to have a model of another framework, or cannot be told from one."""
-    named = framework_of_name(path)
-    is_any = framework is Framework.ONNX  # which has no name of its own: .onnx, .ort, .model
-    if Path(path).suffix != framework.suffix and not (is_any and named in (None, Framework.ONNX)):
-        kind = {Framework.ONNX: "ONNX", Framework.KERAS: "Keras", Framework.TFLITE: "TFLite"}[framework]
-        raise ValueError(f"{path}: expected a name that ends with {framework.suffix}, which is how {kind} models are saved")
+    named, suffix = framework_of_name(path), framework.suffix
+    kinds = {Framework.ONNX: "an ONNX", Framework.KERAS: "a Keras", Framework.TFLITE: "a TFLite"}
+    if framework is Framework.ONNX:  # which goes by other names, too
+        if named not in (None, framework):
+            raise ValueError(f"{path}: a name of {kinds[named]} model, expected one for an ONNX model: {suffix}")
+    elif Path(path).suffix != suffix:
+        kind = kinds[framework].removeprefix("a ")
+        raise ValueError(f"{path}: expected a name that ends with {suffix}, which is how {kind} models are saved")

@@ -70,6 +70,18 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
     check_suffix(output, _framework_of(model, name))
 
 
+def check_same_framework(model: Any, quantized: Any) -> None:
+    """Raises ValueError where a quantized model is of another framework than the float one; TypeError as above."""
+    if is_network(model) or is_network(quantized):
+        return
+    expected, found = _framework_of(model, "model"), _framework_of(quantized, "quantized")
+    if found is not expected:
+        raise ValueError(
+            f"quantized: of another framework ({found.suffix}) than the float model ({expected.suffix}), expected of the same: "
+            f"convert the float model to {found.suffix} too, without quantizing it"
+        )
+
+
 def _framework_of(model: Any, name: str) -> Framework:
     """The framework of a model, or of its path; ONNX where nothing says. Raises TypeError for other models of TensorFlow."""
     if isinstance(model, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""`biascorr`: bias correction from the command line. Needs typer and rich, which the extra `biascorr[onnx]` brings."""
+"""`biascorr`: bias correction from the command line. Needs typer and rich, which each extra brings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
 
 from biascorr import __version__
-from biascorr.adapters.loading import check_output_of, sizes_by_file
+from biascorr.adapters.loading import check_output_of, check_same_framework, sizes_by_file
 from biascorr.calibration.data import Progress
 from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
@@ -95,7 +95,7 @@ def biascorr(
 
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx or .keras.")
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx, .tflite or .keras.")
 ]
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
@@ -117,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 
 @app.command()
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -129,7 +129,8 @@ def correct(
     quantized: Annotated[
         Path | None,
         typer.Option(
-            metavar="Q.onnx", help="The model quantized (QDQ, QOperator or MatMulNBits). Without it, quantization is simulated."
+            metavar="QUANTIZED",
+            help="The model quantized: .onnx (QDQ, QOperator, MatMulNBits) or .tflite. Without it, quantization is simulated.",
         ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
@@ -151,6 +152,15 @@ def correct(
     fold: Annotated[
         bool, typer.Option("--fold", help="Simulated quantization: fold batch normalizations into layers first.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER", help="Correct only these layers: a name, a pattern with * and ?, an operator. Repeatable."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="Leave these layers as they are, named the same way. Repeatable.")
+    ] = None,
     new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
     batch_size: BatchSize = 1,
     max_samples: MaxSamples = None,
@@ -178,6 +188,8 @@ def correct(
             equalize=equalize,
             fold=fold,
             new_biases=new_biases,
+            only=only or None,
+            exclude=exclude or (),
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             batch_size=batch_size,
             max_samples=max_samples,
@@ -192,7 +204,7 @@ def correct(
 
 @app.command()
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -309,6 +321,8 @@ def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], 
         raise FileExistsError(f"{output} exists; --force overwrites it")
     check_output(output, force=force)
     given = [(path, name) for name, path in models.items() if path is not None]
+    if len(given) > 1:
+        check_same_framework(given[0][0], given[1][0])
     check_output_of(given[-1][0], output, given[-1][1])
     sizes = list(itertools.starmap(sizes_by_file, given))
     samples = [] if data is None else data.iterdir() if data.is_dir() else [data]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
-from biascorr.adapters.loading import network_from_model
+from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import ONE_OF, Samples
@@ -18,6 +18,7 @@ from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
+from biascorr.correction.selection import excluded_layers
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
@@ -107,7 +108,7 @@ class Correction:
 
     @property
     def model(self) -> Any:
-        """The corrected model, of the framework's own type (onnx.ModelProto, keras.Model)."""
+        """The corrected model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
         return self.network.model
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
@@ -130,6 +131,8 @@ def correct(
     equalize: bool = False,
     fold: bool = False,
     new_biases: str = "add",
+    only: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     batch_size: int = 1,
     max_samples: int | None = None,
     memory_budget: int | str | None = None,
@@ -141,7 +144,7 @@ def correct(
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto or keras.Model
-        The float model.
+        The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
         the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
@@ -149,8 +152,8 @@ def correct(
         single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
         does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
-        The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
-        model is quantized in simulation, and the float model with corrected biases is returned.
+        The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
+        None: the float model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
@@ -182,6 +185,10 @@ def correct(
         model that is returned has them folded. Converters do this, and quantize the weights that it makes.
     new_biases : str
         "add": a layer without a bias gets one. "skip": it is left as it is, and no node is added to the model.
+    only : iterable of str, optional
+        The layers that are corrected: names, patterns of names with ``*`` and ``?``, or operators. None: all of them.
+    exclude : iterable of str
+        Layers that are left as they are, named the same way.
     batch_size : int
         Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
     max_samples : int, optional
@@ -204,8 +211,9 @@ def correct(
     FileNotFoundError
         A file is missing.
     ImportError
-        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``), or for a Keras model, Keras and TensorFlow
-        (``pip install "biascorr[keras]" tensorflow``).
+        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``); for a TFLite model, LiteRT
+        (``pip install "biascorr[tflite]"``); for a Keras model, Keras and TensorFlow (``pip install "biascorr[keras]"
+        tensorflow``).
     OSError
         The temporary folder is full.
     RuntimeError
@@ -241,6 +249,8 @@ def correct(
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
+    if quantized is not None:
+        check_same_framework(model, quantized)
     reference = network_from_model(model, "model")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
     check_method(method, reference)
@@ -250,6 +260,7 @@ def correct(
     params = quant_params or QuantParams()
     pair = _to_simulate(reference, params, fold, equalize) if given is None else paired(reference, given)
     reference, notes = pair.reference, [*notes, *pair.notes]
+    excluded = excluded_layers(given or reference, only, exclude)
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto")
@@ -259,7 +270,7 @@ def correct(
             samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
             take_apart(reference, samples, threads)
         expected = FloatOutputs(reference, samples, threads)
-        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add")
+        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
             made = _candidates(options, reference, given, pair.matches, False, True)
             equalization, attempts = None, [_Attempt(given, pair.matches, made)]
@@ -271,6 +282,9 @@ def correct(
         network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
         found = deployed(given, candidates[0], network, best, expected)
         notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
+    if found.is_worse and method != "auto":
+        before, after = found.scores.values()
+        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
     if found.is_worse and method == "auto":
         notes.append(
             f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
@@ -279,7 +293,7 @@ def correct(
     return Correction(
         network,
         best.choice,
-        _report(chosen, best),
+        _report(chosen, best, excluded),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         notes,
         samples.count,
@@ -306,6 +320,8 @@ class _Options:
         Whether to try the analytical method too, where there are statistics for it.
     adds_biases : bool
         Whether layers without a bias get one.
+    excluded : set of str
+        The layers that are not corrected, by the names of their first calls.
     """
 
     wanted: Sequence[Choice]
@@ -315,6 +331,7 @@ class _Options:
     expected: FloatOutputs
     is_auto: bool
     adds_biases: bool
+    excluded: Set[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,7 +413,10 @@ def _candidates(
         {
             name: match
             for name, match in matches.items()
-            if match.is_quantized and match.is_finite and (options.adds_biases or match.quantized.bias is not None)
+            if match.is_quantized
+            and match.is_finite
+            and (options.adds_biases or match.quantized.bias is not None)
+            and match.quantized.first_call not in options.excluded
         },
         options.wanted,
         options.samples,
@@ -470,13 +490,18 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
     return notes
 
 
-def _report(attempt: _Attempt, best: Candidate) -> list[LayerReport]:
+def _report(attempt: _Attempt, best: Candidate, excluded: Set[str]) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
     for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
-            reports[layer.name] = _uncorrectable(layer, attempt.matches.get(layer.name))
+            left = _excluded(layer) if layer.name in excluded else _uncorrectable(layer, attempt.matches.get(layer.name))
+            reports[layer.name] = left
     return [reports[name] for name in attempt.network.order if name in reports]
+
+
+def _excluded(layer: Layer) -> LayerReport:
+    return LayerReport(layer.name, layer.op, channels=layer.channels, reasons=(ReasonCode.EXCLUDED(),))
 
 
 def _uncorrectable(layer: Layer, match: Match | None) -> LayerReport:

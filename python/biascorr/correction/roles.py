@@ -9,7 +9,15 @@ from typing import cast
 
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.graph.matching import Match, match_layers
-from biascorr.graph.network import BiasNetwork, EditableNetwork, Network, has_tensor_names, is_editable, require_float
+from biascorr.graph.network import (
+    BiasNetwork,
+    EditableNetwork,
+    Network,
+    has_tensor_names,
+    is_editable,
+    keeps_batch_norms,
+    require_float,
+)
 from biascorr.graph.operations import BatchNorm, Kind
 from biascorr.graph.reasons import ReasonCode
 
@@ -40,7 +48,7 @@ class Pair:
 
 def check_method(method: str, reference: Network) -> None:
     """Raises ValueError where a method needs what models of this kind do not have."""
-    if method in ("analytical", "hybrid") and not reference.keeps_batch_norms:
+    if method in ("analytical", "hybrid") and not keeps_batch_norms(reference):
         raise ValueError(
             f"method: {method!r} needs the statistics of batch normalizations, which became part of layers when this model was "
             "converted; expected another method, which needs samples, but no labels"

@@ -99,10 +99,6 @@ class Network(Protocol):
     """
 
     @property
-    def keeps_batch_norms(self) -> bool:
-        """Whether models of this kind can have batch normalizations, or statistics of those that were folded."""
-
-    @property
     def inputs(self) -> Sequence[ModelInput]:
         """The inputs that a batch must have."""
 
@@ -141,10 +137,6 @@ class Network(Protocol):
 
 class BiasNetwork(Network, Protocol):
     """A network whose biases can be changed."""
-
-    @property
-    def arithmetic(self) -> str:
-        """How the arithmetic of the framework's own runtime may differ from that of :meth:`part`; empty where it does not."""
 
     @property
     def model(self) -> Any:
@@ -213,6 +205,16 @@ _EDITS = ("edited", "with_quantizers")
 def is_editable(network: Network) -> bool:
     """Whether its weights, bounds and operations can be changed."""
     return all(hasattr(network, method) for method in _EDITS)
+
+
+def keeps_batch_norms(network: Network) -> bool:
+    """Whether models of its kind can have batch normalizations, or statistics of those that were folded."""
+    return bool(getattr(network, "keeps_batch_norms", True))
+
+
+def arithmetic_of(network: Network) -> str:
+    """How the arithmetic of its own runtime may differ from that of :meth:`Network.part`; empty where that is not known."""
+    return str(getattr(network, "arithmetic", ""))
 
 
 def has_tensor_names(network: Network) -> TypeGuard[RenamableNetwork]:

@@ -56,9 +56,6 @@ class KerasNetwork:
         See :class:`biascorr.graph.operations.Facts`.
     """
 
-    keeps_batch_norms = True
-    arithmetic = ""
-
     def __init__(
         self, source: Any, steps: Steps, functions: Functions, values: Values, statistics: Mapping[str, BatchNorm]
     ) -> None:

@@ -63,7 +63,6 @@ class OnnxNetwork:
         The name that errors give the model.
     """
 
-    keeps_batch_norms = True
     arithmetic = "8-bit products may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
 
     def __init__(self, model: onnx.ModelProto, values: Values, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import pickle
+import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,17 +25,21 @@ from biascorr.graph.network import Allocator, Feeds
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
 
 _TRIAL = """
-import contextlib, pickle, sys
+import contextlib, sys
 from ai_edge_litert.interpreter import Interpreter
-for content in pickle.load(sys.stdin.buffer):
+for size in sys.argv[1:]:
+    content = sys.stdin.buffer.read(int(size))
     with contextlib.suppress(Exception):
         interpreter = Interpreter(model_content=content)
         interpreter.allocate_tensors()
         interpreter.invoke()
 """
 
+NO_SUCH_OPERATOR = ("custom op", "Select TensorFlow op")
+"""How LiteRT says that it does not have an operator."""
+
 _LARGE = 64 << 20
-"""Bytes of a file beyond which it is only tried as it is, as its nodes may take four times as many."""
+"""Bytes of a model that are not held more often than has to be: LiteRT keeps a copy of the weights for each interpreter."""
 
 _survived: set[bytes] = set()
 """Digests of the files that were tried."""
@@ -44,30 +48,31 @@ _survived: set[bytes] = set()
 def check(lowered: Lowered, content: bytes, name: str) -> None:
     """Raises ValueError where LiteRT does not take a file, or does not survive it or its nodes.
 
-    LiteRT checks much of a file, but not all that its kernels rely on; so a file is run in a process of its own before it is
-    in this one.
+    LiteRT checks much of a file, but not all that its kernels rely on; so a file that is not large is run in a process of its
+    own before it is in this one.
     """
-    digest = hashlib.sha256(content).digest()
-    if digest not in _survived:
-        tried = [content, _whole(lowered)] if len(content) < _LARGE else [content]
+    if len(content) < _LARGE and (digest := hashlib.sha256(content).digest()) not in _survived:
+        tried = [content, _whole(lowered)]
+        command = [sys.executable, "-c", _TRIAL, *(str(len(each)) for each in tried)]
         with contextlib.suppress(OSError):  # no other process can be started
-            trial = subprocess.run([sys.executable, "-c", _TRIAL], input=pickle.dumps(tried), capture_output=True, check=False)
+            trial = subprocess.run(command, input=b"".join(tried), capture_output=True, check=False)
             if trial.returncode < 0:
                 raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
         _survived.add(digest)
     runner = Runner(content, name)
-    if not any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs):
+    is_any_size = any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs)
+    if not is_any_size or lowered.graph.has_custom:
         runner.allocate()
 
 
 def _whole(lowered: Lowered) -> bytes:
     """All nodes as one model, for one batch."""
     given = {index: np.zeros(shape_of(lowered.tensors[index]), np.bool_) for index in lowered.inputs}
-    return files.packed(_model(lowered, _needed(lowered, given, set(lowered.outputs)), given, lowered.outputs))
+    return files.packed_in_front(_model(lowered, _needed(lowered, given, set(lowered.outputs)), given, lowered.outputs))
 
 
 class Runner:
-    """Interpreters of one model, as many as there are threads that run it at once.
+    """Interpreters of one model, as many as there are threads that run it at once; one where it is large.
 
     Parameters
     ----------
@@ -86,7 +91,9 @@ class Runner:
         self._name = name
         self._threads = threads or None
         self._kernels = OpResolverType.AUTO if optimized else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        self._idle = [self._made()]
+        self._first = self._made()
+        self._idle: queue.SimpleQueue[_Ready] = queue.SimpleQueue()
+        self._idle.put(self._first)
 
     def _made(self) -> _Ready:
         with runs(self._name):
@@ -97,18 +104,19 @@ class Runner:
     def allocate(self) -> None:
         """Prepares one for batches as the model has them. Raises ValueError where LiteRT cannot."""
         with runs(self._name):
-            self._idle[0].allocate()
+            self._first.allocate()
 
     def __call__(self, feeds: Sequence[NDArray[Any]], allocator: Allocator | None = None) -> list[NDArray[Any]]:
         """The outputs of a batch, in their order, for inputs in theirs."""
         try:
-            ready = self._idle.pop()  # one step of the interpreter, so that no other thread has the same
-        except IndexError:
+            ready = self._idle.get(block=len(self._content) >= _LARGE)
+        except queue.Empty:
             ready = self._made()
-        with runs(self._name):
-            outputs = ready(feeds, allocator)
-        self._idle.append(ready)
-        return outputs
+        try:
+            with runs(self._name):
+                return ready(feeds, allocator)
+        finally:
+            self._idle.put(ready)
 
 
 class _Ready:
@@ -170,7 +178,9 @@ def part(
     if not computed:
         return lambda feeds: {name: feeds[name] for name in wanted}
     read = [each for each in feeds if any(each in node.operator.inputs for node in nodes)]
-    content = files.packed(_model(lowered, nodes, {each: feeds[each] for each in read}, [index[name] for name in computed]))
+    content = files.packed_in_front(
+        _model(lowered, nodes, {each: feeds[each] for each in read}, [index[name] for name in computed])
+    )
     runner = Runner(content, name, threads=threads)
     names = [lowered.names[each] for each in read]
 
@@ -260,14 +270,12 @@ def _add_subgraphs(lowered: Lowered, model: Any) -> None:
         model.subgraphs.append(added)
 
 
-def deployed(
-    lowered: Lowered, content: bytes, name: str, *, threads: int, optimized: bool
-) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+def deployed(lowered: Lowered, content: bytes, name: str, *, optimized: bool) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
     """Prepares a file to run as it is; takes and gives real numbers."""
     graph, tensors = lowered.graph, lowered.graph.tensors
-    runner = _prepared(content, name, threads, optimized)
+    runner = _prepared(content, name, optimized)
     inputs = [(lowered.names[given], tensors[index]) for given, index in zip(lowered.inputs, graph.inputs)]
-    outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.outputs)]
+    outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.ends)]
 
     def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
         found = runner([_codes(tensor, feeds[name]) for name, tensor in inputs])
@@ -276,14 +284,14 @@ def deployed(
     return compute
 
 
-def _prepared(content: bytes, name: str, threads: int, optimized: bool) -> Runner:
+def _prepared(content: bytes, name: str, optimized: bool) -> Runner:
     """With XNNPACK, too, where other kernels do not take the file: they take no groups of one scale."""
     if not optimized:
         with contextlib.suppress(ValueError):
-            runner = Runner(content, name, threads=threads, optimized=False)
+            runner = Runner(content, name, optimized=False)
             runner.allocate()
             return runner
-    return Runner(content, name, threads=threads)
+    return Runner(content, name)
 
 
 def _grid(tensor: Any) -> Grid | None:
