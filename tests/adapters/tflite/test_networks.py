@@ -7,6 +7,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from biascorr.adapters.tflite import running
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.operations import Activation, ActivationType, ChannelPreserving, Kind, Leaky, SpatialEffect
 from tflite_models import MODELS, UNSUPPORTED, Builder, packed, samples_for, unpacked
@@ -599,3 +600,17 @@ def test_states_begin_anew_with_each_batch():
     first = compute(batches(samples)[0])["output"]
     compute(batches(samples)[1])
     np.testing.assert_array_equal(compute(batches(samples)[0])["output"], first)
+
+
+# Files that LiteRT does not take
+
+
+def test_files_that_litert_does_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    b = Builder()
+    x = b.input("x", (1, 6, 6, 3))
+    b.output(b.depthwise(x, b.weights(1, 3, 3, 3, fan_in=9), name="without_bias"), "y")
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(b.bytes())
+    assert loaded(content_of("residual-int8")).layers
+    assert len(running._survived) == 1
