@@ -131,13 +131,13 @@ class Bias:
     def set(self, editor: Editor, values: NDArray[np.float64]) -> None:
         """Makes it other real numbers, (channels,), in the graph that is made."""
         assert self.grid is None  # what is quantized is not edited
-        self._put(editor, values.astype(self.dtype))
+        self._put(editor, values.astype(np.float32))
 
     def _put(self, editor: Editor, values: NDArray[Any]) -> None:
         bias, stored, position = self.product.bias, self.stored, self.product.bias_position
         assert position is not None  # `change` has said so before
         shape = (self.product.channels,) if stored is None else self.graph.value(stored).shape
-        if stored is not None and self.is_own:
+        if stored is not None and self.is_own and values.dtype == self.dtype:
             editor.store(stored, values.reshape(shape))
             return
         tensor = real_tensor(shape, f"{self.graph.names[self.product.output]}/bias")

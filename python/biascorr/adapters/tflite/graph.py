@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.tflite import files
-from biascorr.adapters.tflite.tensors import DTYPES, grid_of, name_of, values_of
+from biascorr.adapters.tflite.tensors import DTYPES, PACKED, grid_of, name_of, values_of
 
 _KINDS = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 
@@ -196,9 +196,10 @@ class Graph:
         return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
-        """Whether a stored tensor has its bytes for itself, and one operator reads it, so that these can be others."""
+        """Whether one operator reads a tensor, and its bytes, if it is stored, are for it alone, so that these can be others."""
         return (
-            self.uses[self.tensors[index].buffer] == 1
+            (self.uses[self.tensors[index].buffer] == 1 or not self.is_stored(index))
+            and self.tensors[index].type not in PACKED  # which nothing writes
             and len(self.readers.get(index, ())) == 1
             and index not in self.outputs
             and not self.tensors[index].isVariable
