@@ -35,7 +35,7 @@ def edited(lowered: Lowered, edits: Edits) -> Graph:
             Bias(graph, product).set(editor, np.asarray(bias, dtype=np.float64).reshape(-1))
     operators = {graph.names[each.outputs[0]]: each for each in graph.operators if each.outputs}
     for name, (low, high) in edits.limits.items():
-        _limit(editor, graph, products, operators, name, (np.asarray(low), np.asarray(high)))
+        _limit(editor, lowered, operators, name, (np.asarray(low), np.asarray(high)))
     return editor.graph()
 
 
@@ -59,15 +59,10 @@ def _set_weights(editor: Editor, graph: Graph, product: Product, weights: Consta
 
 
 def _limit(
-    editor: Editor,
-    graph: Graph,
-    products: Mapping[str, Product],
-    operators: Mapping[str, Operator],
-    name: str,
-    limits: tuple[NDArray[Any], NDArray[Any]],
+    editor: Editor, lowered: Lowered, operators: Mapping[str, Operator], name: str, limits: tuple[NDArray[Any], NDArray[Any]]
 ) -> None:
     """Limits what an activation gives out, by the activation itself and what follows it: MAXIMUM and MINIMUM."""
-    product = products.get(name.removesuffix("/activation"))
+    product = lowered.products[lowered.fused[name]] if name in lowered.fused else None
     if product is None and name not in operators:
         raise ValueError(f"edits: {name!r} is no operation of the model")
     changed = operators[name] if product is None else product.last
@@ -83,7 +78,7 @@ def _limit(
         constant = editor.add_constant(bound, f"{name}/{kind.lower()}")
         editor.replace(changed, operator(kind, [changed.inputs[0], constant], changed.outputs, schema.MaximumMinimumOptionsT()))
     if left:
-        _follow(editor, graph, changed, left)
+        _follow(editor, lowered.graph, changed, left)
 
 
 def _beyond(

@@ -196,7 +196,7 @@ class Graph:
         return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
-        """Whether one operator reads a tensor, and its bytes, if it is stored, are for it alone, so that these can be others."""
+        """Whether one operator reads a tensor, and its bytes, if any are stored, are for it alone, so that these can change."""
         return (
             (self.uses[self.tensors[index].buffer] == 1 or not self.is_stored(index))
             and self.tensors[index].type not in PACKED  # which nothing writes
