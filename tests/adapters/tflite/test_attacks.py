@@ -12,8 +12,9 @@ from ai_edge_litert import schema_py_generated as schema
 import biascorr
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.reasons import ReasonCode
-from tflite_models import MODELS, Builder, deduplicated, packed, unpacked
+from tflite_models import MODELS, Builder, deduplicated, packed, samples_for, unpacked
 from tflite_networks import content_of, litert, run, samples_of
+from tflite_quantizers import quantized
 
 pytestmark = pytest.mark.usefixtures("trusted")
 
@@ -219,3 +220,32 @@ def test_a_window_without_options():
     b.graph.operators[0].builtinOptions, b.graph.operators[0].builtinOptionsType = None, 0
     with pytest.raises(ValueError, match="model: a damaged TFLite file"):
         loaded(b.bytes())
+
+
+def test_a_layer_that_depends_on_nothing():
+    b = Builder()
+    y = b.fully_connected(b.input("x", (1, 4)), b.weights(8, 4), b.bias(8), name="layer")
+    b.output(b.add(y, b.fully_connected(b.tensor("lost", (1, 4)), b.weights(8, 4), b.bias(8), name="other")), "y")
+    with pytest.raises(ValueError, match="model: layer other reads what nothing makes"):
+        loaded(b.bytes())
+
+
+# Biases
+
+
+def test_channels_of_tiny_weights_in_int16x8():
+    """Steps of their biases are so small that as many as int64 holds would wrap in the sums of LiteRT."""
+    b = Builder()
+    values = b.rng.normal(size=(8, 3, 3, 3)).astype(np.float32)
+    values[4] *= 1e-30
+    x = b.input("image", (1, 6, 6, 3))
+    y = b.conv2d(x, b.constant(values), b.bias(8), activation="RELU", name="first")
+    b.output(b.conv2d(y, b.weights(4, 1, 1, 8), b.bias(4), name="last"), "output")
+    b.signature()
+    samples = samples_for(b.bytes(), 32)
+    network = loaded(quantized(b.bytes(), "int16x8", samples))
+    for shift in (np.full(8, 0.5), np.full(8, -1.0)):
+        network = network.with_shifts({"first": shift})
+        expected, found = litert(network.model, samples), run(network, samples)
+        np.testing.assert_allclose(found["output"], expected["output"], atol=0.02)
+        assert ReasonCode.BIAS_SATURATES in {each.code for each in network.bias_change(network.layers[0], shift).reasons}

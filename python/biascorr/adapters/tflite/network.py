@@ -65,8 +65,11 @@ class TfliteNetwork:
         try:
             network = cls(graph, name)
             network.facts()
+            lost = [each.name for each in network.layers if network._lowered.made[each.name] not in network._dynamic]
         except files.DAMAGED as error:
             raise ValueError(f"{name}: a damaged TFLite file: {error}") from error
+        if lost:
+            raise ValueError(f"{name}: layer {lost[0]} reads what nothing makes")
         network.check()
         return network
 
