@@ -23,6 +23,9 @@ from biascorr.adapters.tflite.tensors import DTYPES, Grid, grid_of, has_codes, r
 from biascorr.graph.network import BiasChange, Shift
 from biascorr.graph.reasons import Reason, ReasonCode
 
+_LARGEST = 2**44
+"""Steps of an int64 bias that LiteRT's sums hold: measured, those beyond 2^46 wrap."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bias:
@@ -110,8 +113,9 @@ class Bias:
         scale, limits = np.broadcast_to(self.grid.scale, (size,)), np.iinfo(self.dtype)
         steps = np.round(np.divide(shift, scale, out=np.zeros(size), where=scale > 0))
         wanted = before.astype(np.float64) + steps
-        is_beyond = (wanted > float(limits.max)) | (wanted < float(limits.min))
-        limit = np.where(wanted > 0, limits.max, limits.min)
+        least, most = np.minimum(max(limits.min, -_LARGEST), before), np.maximum(min(limits.max, _LARGEST), before)
+        is_beyond = (wanted > most) | (wanted < least)
+        limit = np.where(wanted > 0, most, least)
         new = np.where(is_beyond, limit, before.astype(np.int64) + np.where(is_beyond, 0, steps).astype(np.int64))
         counts = {ReasonCode.BIAS_CANNOT_MOVE: scale == 0, ReasonCode.BIAS_SATURATES: is_beyond}
         found = {code: int(np.count_nonzero(channels)) for code, channels in counts.items()}

@@ -35,7 +35,7 @@ def edited(lowered: Lowered, edits: Edits) -> Graph:
             Bias(graph, product).set(editor, np.asarray(bias, dtype=np.float64).reshape(-1))
     operators = {graph.names[each.outputs[0]]: each for each in graph.operators if each.outputs}
     for name, (low, high) in edits.limits.items():
-        _limit(editor, graph, products, operators, name, (np.asarray(low), np.asarray(high)))
+        _limit(editor, lowered, operators, name, (np.asarray(low), np.asarray(high)))
     return editor.graph()
 
 
@@ -50,7 +50,8 @@ def _set_weights(editor: Editor, graph: Graph, product: Product, weights: Consta
         raise ValueError(f"layer {graph.names[product.output]}: weights of shape {weights.shape}, expected {product.shape}")
     tensor = graph.tensors[product.weights]
     values = np.asarray(weights).astype(np.float32, copy=False).reshape(tensor.shape)
-    if graph.is_stored(product.weights) and graph.is_own(product.weights) and tensor.type == schema.TensorType.FLOAT32:
+    is_real = graph.is_stored(product.weights) and tensor.type == schema.TensorType.FLOAT32  # and not of float16, dequantized
+    if is_real and graph.is_own(product.weights):
         editor.store(product.weights, values)
         return
     index = editor.add_constant(values, f"{graph.names[product.weights]}/edited")
@@ -58,21 +59,16 @@ def _set_weights(editor: Editor, graph: Graph, product: Product, weights: Consta
 
 
 def _limit(
-    editor: Editor,
-    graph: Graph,
-    products: Mapping[str, Product],
-    operators: Mapping[str, Operator],
-    name: str,
-    limits: tuple[NDArray[Any], NDArray[Any]],
+    editor: Editor, lowered: Lowered, operators: Mapping[str, Operator], name: str, limits: tuple[NDArray[Any], NDArray[Any]]
 ) -> None:
     """Limits what an activation gives out, by the activation itself and what follows it: MAXIMUM and MINIMUM."""
-    product = products.get(name.removesuffix("/activation"))
+    product = lowered.products[lowered.fused[name]] if name in lowered.fused else None
     if product is None and name not in operators:
         raise ValueError(f"edits: {name!r} is no operation of the model")
     changed = operators[name] if product is None else product.last
     numbers = tuple(float(each.flat[0]) if each.size and np.all(each == each.flat[0]) else None for each in limits)
     first = _LIMITED.get(numbers) or ("RELU" if numbers[0] == 0.0 else None)  # type: ignore[arg-type]
-    rank = len(shape_of(graph.tensors[changed.outputs[0]]))
+    rank = len(shape_of(lowered.graph.tensors[changed.outputs[0]]))
     left = _beyond(limits, numbers, first, rank)
     if product is not None:
         editor.set_options(changed, fusedActivationFunction=getattr(schema.ActivationFunctionType, first or "NONE"))
@@ -83,7 +79,7 @@ def _limit(
         constant = editor.add_constant(bound, f"{name}/{kind.lower()}")
         editor.replace(changed, operator(kind, [changed.inputs[0], constant], changed.outputs, schema.MaximumMinimumOptionsT()))
     if left:
-        _follow(editor, graph, changed, left)
+        _follow(editor, lowered.graph, changed, left)
 
 
 def _beyond(

@@ -6,9 +6,11 @@ import bisect
 import contextlib
 import copy
 import io
+import itertools
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ LIMIT = 2**31
 _ALIGNMENT = 16
 """Bytes that the schema aligns buffers to, which the generated code does not."""
 
-_DAMAGED = (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError, struct.error)
-"""What the generated code raises at files that are cut off or changed."""
+DAMAGED = (
+    AssertionError, AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, struct.error
+)  # fmt: skip
+"""What is raised, by the generated code too, at files that are cut off or changed."""
 
 
 def load(model: Any, name: str) -> tuple[bytes, Any]:
@@ -66,14 +70,13 @@ def load(model: Any, name: str) -> tuple[bytes, Any]:
         raise ValueError(f"{name}: no TFLite model, which has {IDENTIFIER.decode()} at its bytes 4 to 8; is the file whole?")
     try:
         parsed = schema.ModelT.InitFromPackedBuf(_Bounded(content), 0)
-        data = _buffers(parsed, content)
-        errors = list(_errors(parsed, data))
-    except _DAMAGED as error:
+        for buffer, raw in zip(parsed.buffers or [], _buffers(parsed, content)):
+            buffer.data = raw
+        found = next(_errors(parsed), None) or _join_buffers(parsed, content)
+    except DAMAGED as error:
         raise ValueError(f"{name}: a damaged or truncated TFLite file: {error}") from error
-    if errors:
-        raise ValueError(f"{name}: a damaged TFLite file: {errors[0]}")
-    for buffer, raw in zip(parsed.buffers or [], data):
-        buffer.data = raw
+    if found:
+        raise ValueError(f"{name}: a damaged TFLite file: {found}")
     return content, parsed
 
 
@@ -84,7 +87,7 @@ def _buffers(model: Any, content: bytes) -> list[NDArray[np.uint8] | None]:
         raw = buffer.data
         if raw is None or not len(raw):
             raw = None
-            if buffer.offset > 1:  # 0: none; 1: in a file of its own
+            if buffer.offset > 1 and buffer.size:  # 0: none; 1: in a file of its own
                 if buffer.offset + buffer.size > len(content):
                     raise ValueError(f"buffer {len(found)} ends at byte {buffer.offset + buffer.size} of {len(content)}")
                 raw = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
@@ -92,12 +95,28 @@ def _buffers(model: Any, content: bytes) -> list[NDArray[np.uint8] | None]:
     return found
 
 
-def _errors(model: Any, data: Sequence[NDArray[np.uint8] | None]) -> Iterator[str]:
+def _join_buffers(model: Any, content: bytes) -> str | None:
+    """Lets all that has the same bytes of the file be in one buffer; an error where buffers overlap otherwise."""
+    first: dict[tuple[int, int], int] = {}
+    joined = {
+        index: first.setdefault((place_of(content, index), len(buffer.data)), index)
+        for index, buffer in enumerate(model.buffers or [])
+        if buffer.data is not None
+    }
+    tensors = [tensor for subgraph in model.subgraphs for tensor in subgraph.tensors or []]
+    for each in (*tensors, *(model.metadata or [])):
+        each.buffer = joined.get(each.buffer, each.buffer)
+    places = sorted(first)
+    overlaps = (following for (start, size), (following, _) in itertools.pairwise(places) if start + size > following)
+    return next((f"two buffers have the byte {place}" for place in overlaps), None)
+
+
+def _errors(model: Any) -> Iterator[str]:
     """What LiteRT must not meet."""
     if not model.subgraphs:
         yield "it has no subgraph"
     for subgraph in model.subgraphs or []:
-        yield from _errors_in_tensors(subgraph, data)
+        yield from _errors_in_tensors(subgraph, model.buffers or [])
         yield from _errors_in_operators(subgraph, model)
     for signature in model.signatureDefs or []:
         if not 0 <= signature.subgraphIndex < len(model.subgraphs):
@@ -113,16 +132,16 @@ def _text(name: bytes | None) -> str:
     return (name or b"").decode(errors="backslashreplace")
 
 
-def _errors_in_tensors(subgraph: Any, data: Sequence[NDArray[np.uint8] | None]) -> Iterator[str]:
+def _errors_in_tensors(subgraph: Any, buffers: Sequence[Any]) -> Iterator[str]:
     for index, tensor in enumerate(subgraph.tensors or []):
         name, shape = f"tensor {index} ({name_of(tensor)})", shape_of(tensor)
         if any(size < 0 for size in shape):
             yield f"{name} has shape {shape}"
             continue
-        if not 0 <= tensor.buffer < max(1, len(data)):
-            yield f"{name} is in buffer {tensor.buffer} of {len(data)}"
+        if not 0 <= tensor.buffer < max(1, len(buffers)):
+            yield f"{name} is in buffer {tensor.buffer} of {len(buffers)}"
             continue
-        size, raw = bytes_of(tensor), data[tensor.buffer] if data else None
+        size, raw = bytes_of(tensor), buffers[tensor.buffer].data if buffers else None
         if size is not None and size >= LIMIT:
             yield f"{name} of shape {shape} would take {size} bytes"
         if raw is not None and size is not None and tensor.sparsity is None and len(raw) != size:
@@ -174,10 +193,14 @@ def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
         late = [index for index in inputs if index in all_made and index not in made]
         if late:
             yield f"operator {position} reads tensor {late[0]} before it is made"
-        twice = [index for index in outputs if index in made]
-        if twice or any(_is_constant(subgraph.tensors[index], model) for index in outputs):
+        is_twice = len(set(outputs)) < len(outputs) or not made.keys().isdisjoint(outputs)
+        if is_twice or any(_is_constant(subgraph.tensors[index], model) for index in outputs):
             yield f"operator {position} makes a tensor that is there already"
         made.update(dict.fromkeys(outputs, position))
+    for index in _indices(subgraph.outputs):
+        tensor = subgraph.tensors[index]
+        if index not in made and not tensor.isVariable and not _is_constant(tensor, model):
+            yield f"output {index} ({name_of(tensor)}) of subgraph {_text(subgraph.name)} is made by nothing"
 
 
 def _indices(vector: Any) -> list[int]:
@@ -260,9 +283,13 @@ def with_tail(content: bytes, given: bytes) -> bytes:
     tail = given[_end_of(given) :]
     if not tail.strip(b"\0"):
         return content
-    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError):  # none; of another kind; encrypted
+    with contextlib.suppress(*_NO_ARCHIVE):
         return content + _moved_archive(tail, len(content))
     return content + tail
+
+
+_NO_ARCHIVE = (EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What is raised at archives that are damaged, or encrypted."""
 
 
 def _moved_archive(tail: bytes, start: int) -> bytes:
@@ -279,16 +306,15 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
 def _end_of(content: bytes) -> int:
     """Where the flatbuffer ends and what is behind it starts: no shorter part of the file can be read."""
     behind = max((each.offset + each.size for each in schema.ModelT.InitFromPackedBuf(content, 0).buffers or []), default=0)
-    if not _is_readable(content, len(content) - 1):
-        return len(content)
-    end: int = bisect.bisect_left(range(len(content)), True, key=lambda end: _is_readable(content, end))
-    return max(behind, end)
+    last = max(0, len(content) - _ALIGNMENT)
+    start = 0 if _is_readable(content, last) else last  # most files have nothing behind
+    return max(behind, bisect.bisect_left(range(len(content)), True, start, key=lambda end: _is_readable(content, end)))
 
 
 def _is_readable(content: bytes, end: int) -> bool:
     try:
         schema.ModelT.InitFromPackedBuf(_Bounded(content[:end]), 0)
-    except _DAMAGED:
+    except DAMAGED:
         return False
     return True
 

@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.tflite import files
-from biascorr.adapters.tflite.tensors import DTYPES, grid_of, name_of, values_of
+from biascorr.adapters.tflite.tensors import DTYPES, PACKED, grid_of, name_of, values_of
 
 _KINDS = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 
@@ -229,10 +229,11 @@ class Graph:
 
         So does what dequantizes it, where it is not stored itself.
         """
-        if len(self.readers.get(index, ())) != 1 or index in self.outputs or self.tensors[index].isVariable:
-            return False
+        tensor = self.tensors[index]
+        if len(self.readers.get(index, ())) != 1 or index in self.outputs or tensor.isVariable or tensor.type in PACKED:
+            return False  # what is packed is not written
         if self.is_stored(index):
-            return self.uses[self.tensors[index].buffer] == 1
+            return self.uses[tensor.buffer] == 1
         return self.source(index) is not None and self.is_own(self.producers[index].inputs[0])
 
     def as_run(self) -> bytes:

@@ -78,6 +78,8 @@ class Lowered:
     """The layers by their names, in order."""
     left: dict[str, tuple[str, Reason]] = field(default_factory=dict)
     """The operators that cannot be corrected, by name, and why."""
+    fused: dict[str, str] = field(default_factory=dict)
+    """The layers that activations are fused into, by the names of these."""
     read: dict[str, int] = field(default_factory=dict)
     """The tensor that each layer reads."""
     made: dict[str, int] = field(default_factory=dict)
@@ -181,6 +183,7 @@ class Lowered:
         if fused:
             activated = self._after(output, "activated") if is_quantized else output
             self._add_own(f"{name}/activation", operator(fused, [made], [activated]))
+            self.fused[self.nodes[-1].name] = name
             made = activated
         if is_quantized:
             self._add_own(f"{name}/quantize", _quantize(made, output))

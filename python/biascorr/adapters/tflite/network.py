@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files, running
 from biascorr.adapters.tflite.bias import Bias
 from biascorr.adapters.tflite.edits import edited
-from biascorr.adapters.tflite.graph import Editor, Graph
+from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import Product
 from biascorr.adapters.tflite.roles import kind_of, role_of
@@ -52,7 +52,7 @@ class TfliteNetwork:
         self._lowered = Lowered(graph, quantizers or {}, input_names)
         self._dynamic = self._found_dynamic()
         names, tensors = self._lowered.names, self._lowered.tensors
-        self.inputs = [_input(names[index], tensors[index], name) for index in self._lowered.inputs]
+        self.inputs = [_input(names[index], tensors[index]) for index in self._lowered.inputs]
         self.outputs = [names[index] for index in self._lowered.outputs]
         self.layers = [self._layer(name) for name in self._lowered.products]
         self.unsupported = [LayerReport(name, op, reasons=(reason,)) for name, (op, reason) in self._lowered.left.items()]
@@ -62,14 +62,28 @@ class TfliteNetwork:
         """From a path or bytes; see :func:`biascorr.adapters.tflite.files.load` for the errors."""
         content, parsed = files.load(model, name)
         graph = Graph(content, parsed)
-        network = cls(graph, name)
+        _check_kinds(graph, name)
+        network = cls._read(graph, name)
         try:
             network.check()
         except ValueError as error:
-            network = cls(replace(graph, lacks_custom=True), name)
+            network = cls._read(replace(graph, lacks_custom=True), name)
             if not (graph.has_custom and network.outputs and any(said in str(error) for said in running.NO_SUCH_OPERATOR)):
                 raise
             network.check()
+        return network
+
+    @classmethod
+    def _read(cls, graph: Graph, name: str) -> TfliteNetwork:
+        """The network of a graph that comes from a file."""
+        try:
+            network = cls(graph, name)
+            network.facts()
+            lost = [each.name for each in network.layers if network._lowered.made[each.name] not in network._dynamic]
+        except files.DAMAGED as error:
+            raise ValueError(f"{name}: a damaged TFLite file: {error}") from error
+        if lost:
+            raise ValueError(f"{name}: layer {lost[0]} reads what nothing makes")
         return network
 
     @property
@@ -208,8 +222,21 @@ class TfliteNetwork:
         files.save(self.model, path, force=force)
 
 
-def _input(name: str, tensor: Any, model: str) -> ModelInput:
+def _check_kinds(graph: Graph, name: str) -> None:
+    """Raises ValueError for inputs that are no numbers, and for outputs that depend on more than the inputs."""
+    for index in graph.inputs:
+        if dtype_of(graph.tensors[index]) is None:
+            given = graph.names[index]
+            raise ValueError(f"{name}: input {given} is of a type that numpy does not have, expected a model of numbers")
+    kinds = {each.kind for subgraph in graph.model.subgraphs for each in operators_of(graph.model, subgraph)}
+    if "ASSIGN_VARIABLE" in kinds:
+        raise ValueError(
+            f"{name}: it keeps variables from one batch to the next (ASSIGN_VARIABLE), expected outputs that depend on its "
+            "inputs alone"
+        )
+
+
+def _input(name: str, tensor: Any) -> ModelInput:
     dtype = dtype_of(tensor)
-    if dtype is None:
-        raise ValueError(f"{model}: input {name} is of a type that numpy does not have, expected a model of numbers")
+    assert dtype is not None  # others are not loaded
     return ModelInput(name, dtype, axes_of(tensor))

@@ -98,7 +98,7 @@ class Product:
     @property
     def activation(self) -> int:
         """The activation that is fused into it."""
-        return fused_activation(self.last)
+        return option(self.last, "fusedActivationFunction")
 
     @property
     def channels(self) -> int:
@@ -124,9 +124,9 @@ class Product:
         return grid.scale.reshape([-1 if position == axis else 1 for position in range(len(self.shape))])
 
 
-def fused_activation(operator: Operator) -> int:
-    """The activation that is fused into an operator."""
-    return int(getattr(operator.options, "fusedActivationFunction", 0) or 0)
+def option(operator: Operator, name: str) -> int:
+    """An option of an operator, a number; 0 where it has none, as LiteRT takes it."""
+    return int(getattr(operator.options, name, 0) or 0)
 
 
 def products_of(graph: Graph) -> tuple[list[Product], dict[str, tuple[str, Reason]]]:
@@ -190,7 +190,7 @@ def _unreadable(graph: Graph, operator: Operator, stored: int) -> Reason | None:
     tensor = graph.tensors[stored]
     if tensor.sparsity is not None:
         return ReasonCode.WEIGHTS_FORMAT(format="sparse")
-    if getattr(operator.options, "weightsFormat", 0):
+    if option(operator, "weightsFormat"):
         return ReasonCode.WEIGHTS_FORMAT(format="shuffled")
     if tensor.quantization is not None and tensor.quantization.detailsType:
         return ReasonCode.WEIGHTS_FORMAT(format="quantized in blocks")
@@ -205,7 +205,7 @@ def _fully_connected(
     if len(shape) != 2:
         return ReasonCode.NOT_ONE_MATRIX(shape=shape)
     given = axes_of(graph.tensors[source])
-    is_flattening = not given or given[-1] != shape[1] or (len(given) != 2 and not operator.options.keepNumDims)
+    is_flattening = not given or given[-1] != shape[1] or (len(given) != 2 and not option(operator, "keepNumDims"))
     return Product(operator, None, source, weights, bias, at_bias, "OI", shape, is_flattening=is_flattening)
 
 
@@ -216,10 +216,10 @@ def _batch_matmul(
     if len(shape) < 2 or any(size != 1 for size in shape[:-2]):
         return ReasonCode.NOT_ONE_MATRIX(shape=shape)
     is_right = operator.inputs[1] == weights
-    options = operator.options
-    if options.adjX if is_right else options.adjY:
+    turns = option(operator, "adjX"), option(operator, "adjY")
+    if turns[0 if is_right else 1]:
         return ReasonCode.NO_MATRIX_PRODUCT(equation="a product of a transposed input")
-    is_turned = options.adjY if is_right else options.adjX
+    is_turned = turns[1 if is_right else 0]
     layout = "OI" if is_right == is_turned else "IO"
     axis = -1 if is_right else -2
     adder, bias = _adder(graph, operator, axis, shape[-2:][layout.index("O")])

@@ -32,6 +32,8 @@ for size in sys.argv[1:]:
     with contextlib.suppress(Exception):
         interpreter = Interpreter(model_content=content)
         interpreter.allocate_tensors()
+        for given in interpreter.get_input_details():
+            interpreter.tensor(given["index"])()[...] = 0
         interpreter.invoke()
 """
 
@@ -205,7 +207,7 @@ def _needed(lowered: Lowered, given: Mapping[int, Any], wanted: set[int]) -> lis
 
 def _model(lowered: Lowered, nodes: Sequence[Node], given: Arrays, wanted: Sequence[int]) -> Any:
     """A model of some nodes."""
-    used = dict.fromkeys([*given, *(index for node in nodes for index in node.operator.tensors)])
+    used = dict.fromkeys([*given, *wanted, *(index for node in nodes for index in node.operator.tensors)])
     used |= dict.fromkeys(scales for index in used for scales in scales_of_blocks(lowered.tensors[index]))
     place = {index: position for position, index in enumerate(used)}
     model, subgraph = schema.ModelT(), schema.SubGraphT()
