@@ -34,7 +34,7 @@ def model():
 def test_layers_are_named(method, options, corrected):
     correction = correct(model(), X, method=method, quant_params=PARAMS, **options)
     assert [layer.name for layer in correction.report] == ["body_first", "body_second", "head"]
-    left = [layer.name for layer in correction.report if layer.reason == "it was not to be corrected"]
+    left = [layer.name for layer in correction.report if layer.reason == "left out by only or exclude"]
     assert left == [name for name in ["body_first", "body_second", "head"] if name not in corrected]
     if method != "auto":
         assert [layer.name for layer in correction.report if layer.method] == corrected

@@ -71,15 +71,21 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
 
 
 def check_same_framework(model: Any, quantized: Any) -> None:
-    """Raises ValueError where a quantized model is of another framework than the float one; TypeError as above."""
-    if is_network(model) or is_network(quantized):
-        return
-    expected, found = _framework_of(model, "model"), _framework_of(quantized, "quantized")
-    if found is not expected:
+    """Raises ValueError where a quantized model is known to be of another framework than the float one; TypeError as above."""
+    expected, found = (_identified(each, name) for each, name in ((model, "model"), (quantized, "quantized")))
+    if expected is not None and found is not None and found is not expected:
         raise ValueError(
             f"quantized: of another framework ({found.suffix}) than the float model ({expected.suffix}), expected of the same: "
             f"convert the float model to {found.suffix} too, without quantizing it"
         )
+
+
+def _identified(model: Any, name: str) -> Framework | None:
+    """The framework of a model, where something says it."""
+    found = _framework_of(model, name)
+    if found is not Framework.ONNX or isinstance(model, (bytes, bytearray)) or type(model).__module__.startswith("onnx"):
+        return found
+    return framework_of_name(model) if isinstance(model, (str, os.PathLike)) else None
 
 
 def _framework_of(model: Any, name: str) -> Framework:

@@ -144,7 +144,8 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
     elif hasattr(data, "get_next"):
         yield from _each(iter(data.get_next, None), inputs, name)
     else:
-        raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path")
+        call = ": call it, and give what it returns" if callable(data) else ""
+        raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path{call}")
 
 
 def _limited(batches: Batches, inputs: Sequence[ModelInput], most: int) -> Batches:

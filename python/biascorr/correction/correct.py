@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
@@ -24,7 +26,7 @@ from biascorr.equalization.equalize import Equalization, equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
 from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
-from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
+from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.independence import take_apart
 
@@ -47,6 +49,9 @@ _AUTO = (
 """The candidates of `auto`. Which one wins differs by network (docs/models.md)."""
 
 _UNCORRECTED = Choice("none")
+
+_OUTSIDE = 0.05
+"""Share of the values of an input that a quantizer may well have cut off."""
 
 _FEW = 8
 """Scores of fewer samples than this are too uncertain."""
@@ -269,6 +274,7 @@ def correct(
             inputs = (given or reference).inputs
             samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
             take_apart(reference, samples, threads)
+            notes += _samples_out_of_range(given or reference, samples)
         expected = FloatOutputs(reference, samples, threads)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
@@ -487,6 +493,21 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
         warnings.warn(notes[-1], stacklevel=3)
+    return notes
+
+
+def _samples_out_of_range(network: Network, samples: Samples) -> list[str]:
+    """Remarks on inputs whose samples are not what the quantized network was made for."""
+    notes = []
+    for name, (low, high) in input_ranges(network).items():
+        arrays = [feeds[name] for feeds in samples.feeds()]
+        outside = sum(int(np.count_nonzero((array < low) | (array > high))) for array in arrays)
+        count = sum(array.size for array in arrays)
+        if outside > _OUTSIDE * count:
+            notes.append(
+                f"{outside / count:.0%} of the values of input {name} are outside of {low:.4g} to {high:.4g}, which is all "
+                "that the quantized model takes: are the samples scaled as for the float model?"
+            )
     return notes
 
 

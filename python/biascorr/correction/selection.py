@@ -7,6 +7,9 @@ from fnmatch import fnmatchcase
 
 from biascorr.graph.network import Network
 
+_LISTED = 8
+"""Layers that an error names."""
+
 
 def excluded_layers(network: Network, only: Iterable[str] | None, exclude: Iterable[str]) -> set[str]:
     """The names of the layers that are not to be corrected.
@@ -47,4 +50,6 @@ def _named(operators: dict[str, str], patterns: Iterable[str], argument: str) ->
 
 
 def _list(operators: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({op})" for name, op in operators.items())
+    names = [f"{name} ({op})" for name, op in operators.items()]
+    more = f" and {len(names) - _LISTED} more; patterns take * and ?" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -217,6 +217,11 @@ def arithmetic_of(network: Network) -> str:
     return str(getattr(network, "arithmetic", ""))
 
 
+def input_ranges(network: Network) -> Mapping[str, tuple[float, float]]:
+    """The least and the greatest value of inputs that it quantizes first, by name, as far as that is known."""
+    return cast(Mapping[str, tuple[float, float]], getattr(network, "input_ranges", {}))
+
+
 def has_tensor_names(network: Network) -> TypeGuard[RenamableNetwork]:
     """Whether its inputs may be called otherwise."""
     return hasattr(network, "with_input_names")

@@ -36,7 +36,7 @@ class ReasonCode(enum.Enum):
     NOT_BETTER = "no correction made the outputs better"
     NO_STATISTICS = "no BatchNormalization before it gives the mean of its input"
     BELOW_STEP = "its shift is below half a step of its quantized output in all channels"
-    EXCLUDED = "it was not to be corrected"
+    EXCLUDED = "left out by only or exclude"
     BIAS_SKIPPED = "it has no bias, and none was to be added"
     STEP_TOO_SMALL = "it has no bias, and {dtype} has no number near the step of its products"
     CLAMPED = "it has no bias, and its quantized output is clamped at 0"

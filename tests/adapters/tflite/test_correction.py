@@ -1,5 +1,7 @@
 """`correct` and `equalize` of TFLite files: what is returned is no worse in LiteRT, and another file in its biases alone."""
 
+import re
+
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
@@ -9,6 +11,7 @@ from biascorr import QuantParams, correct
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.network import Edits
 from biascorr.graph.reasons import ReasonCode
+from tflite_fixtures import images, path_of
 from tflite_models import UNSUPPORTED, Builder, deduplicated, of_uint8, random_file, samples_for, several_signatures, unpacked
 from tflite_networks import EACH, FLOATS, content_of, float_of, kind_of, litert, run, samples_of
 from tflite_quantizers import RECIPES, quantized
@@ -452,3 +455,32 @@ def test_any_file(seed):
         assert after >= before - 1e-6
     for layer in correction.report:
         assert layer.method or layer.reasons
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_in_out", "uint8_in_out", "int16x8"])
+def test_samples_that_are_scaled_otherwise_are_remarked(name):
+    def notes(factor):
+        given = path_of(f"classifier_{name}")
+        samples = factor * images()
+        found = biascorr.correct(path_of("classifier_float"), samples, quantized=given, max_samples=8).notes
+        return [note for note in found if "outside" in note]
+
+    assert not notes(1)
+    (note,) = notes(100)
+    assert re.match(r"99% of the values of input image are outside of \S+ to 6.743, .*: are the samples scaled as", note)
+
+
+def test_a_function_of_samples_is_to_be_called():
+    with pytest.raises(TypeError, match="^data: function, expected .* or a path: call it, and give what it returns$"):
+        biascorr.correct(path_of("classifier_float"), lambda: images())
+
+
+def test_models_of_other_kinds_are_told_apart(tmp_path):
+    given = path_of("classifier_int8")
+    (tmp_path / "float.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"^quantized: of another framework \(.tflite\) than the float model \(.onnx\)"):
+        biascorr.correct(tmp_path / "float.onnx", images(), quantized=given)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        biascorr.correct(tmp_path / "float", images(), quantized=given)
+    with pytest.raises(TypeError, match="^model: int, expected a path, bytes or"):
+        biascorr.correct(3, images(), quantized=given)

@@ -74,7 +74,9 @@ def load(model: Any, name: str) -> tuple[bytes, Any]:
             buffer.data = raw
         found = next(_errors(parsed), None) or _join_buffers(parsed, content)
     except DAMAGED as error:
-        raise ValueError(f"{name}: a damaged or truncated TFLite file: {error}") from error
+        raise ValueError(
+            f"{name}: a damaged or truncated TFLite file of {len(content)} bytes, copy or convert it again: {error}"
+        ) from error
     if found:
         raise ValueError(f"{name}: a damaged TFLite file: {found}")
     return content, parsed

@@ -166,10 +166,12 @@ class Graph:
         """Names of the tensors, each another one.
 
         A converter names what it fused by all the parts, "conv/Relu;conv/BiasAdd;...": the first one is enough where no other
-        tensor that is computed starts with it.
+        tensor that is computed, and not only converted, starts with it.
         """
         named = [name_of(tensor) or f"tensor {index}" for index, tensor in enumerate(self.tensors)]
-        computed = [*self.inputs, *self.producers]
+        converting = ("QUANTIZE", "DEQUANTIZE")
+        made = [index for index, each in self.producers.items() if each.kind not in converting]
+        computed = [*self.inputs, *made]
         starts = collections.Counter(named[index].partition(";")[0] for index in computed)
         short = {index: start for index in computed if starts[start := named[index].partition(";")[0]] == 1}
         found, taken = dict.fromkeys([*computed, *range(len(named))], ""), set[str]()

@@ -18,7 +18,7 @@ from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import Product
 from biascorr.adapters.tflite.roles import kind_of, role_of
-from biascorr.adapters.tflite.tensors import axes_of, dtype_of, has_codes
+from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of, has_codes
 from biascorr.graph.layer import Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -91,7 +91,27 @@ class TfliteNetwork:
         """How the kernels of LiteRT compute otherwise than :meth:`part`."""
         if any(map(self._is_run_wrongly, self._lowered.products.values())):
             return "LiteRT runs BATCH_MATMUL of integers with a scale per channel wrongly: quantize that operator per tensor"
-        return "its kernels round elsewhere, and those of dynamic range quantize what they read, too"
+        if any(map(self._is_dynamic, self._lowered.products.values())):
+            return "kernels of dynamic range quantize what they read, too"
+        return "its kernels round elsewhere"
+
+    @functools.cached_property
+    def input_ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest value of inputs that are quantized before anything else."""
+        graph, found = self._graph, {}
+        for given, each in zip(self.inputs, graph.inputs):
+            readers = graph.readers.get(each, [])
+            codes = readers[0].outputs[0] if len(readers) == 1 and readers[0].kind == "QUANTIZE" else each
+            grid, dtype = grid_of(graph.tensors[codes]), dtype_of(graph.tensors[codes])
+            if has_codes(graph.tensors[codes]) and grid is not None and dtype is not None:
+                limits = np.iinfo(dtype)
+                low, high = grid.real(np.array([limits.min, limits.max])).tolist()
+                found[given.name] = (low, high)
+        return found
+
+    def _is_dynamic(self, product: Product) -> bool:
+        given, weights = (self._graph.tensors[index] for index in (product.input, product.weights))
+        return not has_codes(given) and grid_of(weights) is not None
 
     def _is_run_wrongly(self, product: Product) -> bool:
         step, reads_codes = product.step_of(self._graph), has_codes(self._graph.tensors[product.input])
