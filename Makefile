@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo test pytest pytest-keras bench quality quality-keras instructions memcheck lint format clean
+.PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ build/wheelhouse: $(VENV)/installed
 demo: $(VENV)/built $(VENV)/network
 	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
 
+# Corrects a small quantized .tflite file; NETWORK=float.tflite QUANTIZED=int8.tflite DATA=samples.npy: yours.
+demo-tflite: $(VENV)/built
+	$(BIN)/python examples/tflite_deployed.py $(NETWORK) $(QUANTIZED) $(DATA)
+
 KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/keras.md
 
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
@@ -63,6 +67,12 @@ quality: $(VENV)/built
 quality-keras: export TF_CPP_MIN_LOG_LEVEL = 3
 quality-keras: $(VENV)/built $(VENV)/keras
 	$(BIN)/python benches/keras_models.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
+
+# The same of a quantized .tflite file: NETWORK=float.tflite QUANTIZED=int8.tflite; OPTIONS="--rival 1e-3": beside litert-tunner.
+quality-tflite: export TF_CPP_MIN_LOG_LEVEL = 3
+quality-tflite: $(VENV)/built $(VENV)/keras
+	$(BIN)/python -m pip install --quiet --group quality-tflite
+	$(BIN)/python benches/tflite_models.py $(NETWORK) $(QUANTIZED) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

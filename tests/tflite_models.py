@@ -320,6 +320,18 @@ def deduplicated(content):
     return packed(model)
 
 
+def of_uint8(content):
+    """The file with uint8 in place of int8, as TensorFlow 1 made them; without weights per channel."""
+    model = unpacked(content)
+    changed = [tensor for tensor in model.subgraphs[0].tensors if tensor.type == schema.TensorType.INT8]
+    for tensor in changed:
+        tensor.type, tensor.quantization.zeroPoint = schema.TensorType.UINT8, np.asarray(tensor.quantization.zeroPoint) + 128
+    for index in {tensor.buffer for tensor in changed}:
+        codes = model.buffers[index].data
+        model.buffers[index].data = None if codes is None else codes.view(np.uint8) ^ np.uint8(128)
+    return packed(model)
+
+
 def _present(*inputs):
     return [tensor for tensor in inputs if tensor is not None]
 

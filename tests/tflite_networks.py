@@ -33,6 +33,19 @@ SOME = [
 """Names of files with every model and every format."""
 
 
+_LEFT = "int8x4", "dynamic_int4", "float16"
+"""Recipes by which litert-quantizer leaves BATCH_MATMUL as it is."""
+
+_EACH = "depthwise", "fully_connected_of_steps", "transpose_conv", "matmul_right", "matmul_left", "conv3d"
+"""Models that together have each operator."""
+
+CORRECTABLE = [name for name in QUANTIZED if not (name.startswith("matmul") and name.endswith(_LEFT))]
+"""Names of files with quantized weights."""
+
+EACH = [name for name in CORRECTABLE if name.startswith((*_EACH, "fixture:")) or name.endswith("-int8")]
+"""Those with each operator in each format, and with each model in one."""
+
+
 @functools.cache
 def content_of(name):
     if name.startswith("fixture:"):

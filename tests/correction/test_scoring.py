@@ -79,6 +79,7 @@ def test_ratio_where_values_are_no_usual_numbers(reference, computed, expected):
         ([[1.0, 0.0]], [[0.5, 0.5]], math.log(2)),
         ([[0.5, 0.5]], [[0.0, 1.0]], 0.5 * math.log(0.5e9) + 0.5 * math.log(0.5)),
         ([[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]], 0.5 * math.log(2)),
+        ([[0.25, 0.75, 0.0]], [[0.0, 63 / 64, 1 / 64]], 0.25 * math.log(32) + 0.75 * math.log(64 / 84)),  # half a step
         ([[1.0], [1.0]], [[2.0], [2.0]], 1 - math.log(2)),
     ],
 )

@@ -1,4 +1,4 @@
-"""`biascorr`: bias correction from the command line. Needs typer and rich, which the extra `biascorr[onnx]` brings."""
+"""`biascorr`: bias correction from the command line. Needs typer and rich, which each extra brings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def biascorr(
 
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx or .keras.")
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where the model that is made goes: .onnx, .tflite or .keras.")
 ]
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
@@ -117,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 
 @app.command()
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -129,7 +129,8 @@ def correct(
     quantized: Annotated[
         Path | None,
         typer.Option(
-            metavar="Q.onnx", help="The model quantized (QDQ, QOperator or MatMulNBits). Without it, quantization is simulated."
+            metavar="QUANTIZED",
+            help="The model quantized: .onnx (QDQ, QOperator, MatMulNBits) or .tflite. Without it, quantization is simulated.",
         ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
@@ -203,7 +204,7 @@ def correct(
 
 @app.command()
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .keras or .h5.")],
+    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,

@@ -149,9 +149,9 @@ def find_all_convs_bn_with_activation(model: Any) -> dict[str, ConvBnInfoType]:
 class BiasCorrection:
     """Bias correction by simulated quantization.
 
-    Models are those of ONNX or Keras: a path, bytes, an onnx.ModelProto or a keras.Model. They are float, and so is what is
-    returned, a new model of the same kind, with biases that fit its weights once these are quantized. Models, files and data
-    given are not changed.
+    Models are those of ONNX, TFLite or Keras: a path, bytes, an onnx.ModelProto or a keras.Model. They are float, and so is
+    what is returned, a new model of the same kind, with biases that fit its weights once these are quantized. Models, files and
+    data given are not changed.
 
     A data set is anything iterable over batches: arrays, tuples or lists with one array per input, mappings by input name; a
     `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, an onnxruntime `CalibrationDataReader`, an iterator that

@@ -108,7 +108,7 @@ class Correction:
 
     @property
     def model(self) -> Any:
-        """The corrected model, of the framework's own type (onnx.ModelProto, keras.Model)."""
+        """The corrected model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
         return self.network.model
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
@@ -144,7 +144,7 @@ def correct(
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto or keras.Model
-        The float model.
+        The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
         the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
@@ -152,8 +152,8 @@ def correct(
         single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
         does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
-        The same model quantized, in QDQ or QOperator format or with MatMulNBits; its biases are corrected. None: the float
-        model is quantized in simulation, and the float model with corrected biases is returned.
+        The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
+        None: the float model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
         "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
         the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
@@ -211,8 +211,9 @@ def correct(
     FileNotFoundError
         A file is missing.
     ImportError
-        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``), or for a Keras model, Keras and TensorFlow
-        (``pip install "biascorr[keras]" tensorflow``).
+        onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``); for a TFLite model, LiteRT
+        (``pip install "biascorr[tflite]"``); for a Keras model, Keras and TensorFlow (``pip install "biascorr[keras]"
+        tensorflow``).
     OSError
         The temporary folder is full.
     RuntimeError
@@ -281,6 +282,9 @@ def correct(
         network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
         found = deployed(given, candidates[0], network, best, expected)
         notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
+    if found.is_worse and method != "auto":
+        before, after = found.scores.values()
+        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
     if found.is_worse and method == "auto":
         notes.append(
             f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"

@@ -12,6 +12,9 @@ from biascorr.graph.network import BiasNetwork, arithmetic_of
 _OTHERWISE = 1.0
 """dB by which a runtime's own arithmetic may change a score unmentioned."""
 
+_BROKEN = 10.0
+"""dB by which no rounding of a runtime makes a model worse: it computes something else than the file says."""
+
 _SAME = 40.0
 """dB at which outputs are the same but for roundings that fell otherwise; random networks of 4 bits have some 50."""
 
@@ -64,8 +67,14 @@ def deployed(
             "returned"
         )
     found, measured = scores[str(best.choice)], best.score
+    first = scores[str(before.choice)]
     notes = []
+    if before.score.sqnr - first.sqnr > _BROKEN:
+        notes.append(
+            f"the given model itself gives {first} as its runtime runs it, exact arithmetic {before.score}: the runtime does "
+            "not compute what the file says, which no bias makes good"
+        )
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
         why = f": {arithmetic_of(network)}" if arithmetic_of(network) else ""
         notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{why}")
-    return Deployed(scores, found.is_worse_than(scores[str(before.choice)]), tuple(notes))
+    return Deployed(scores, found.is_worse_than(first), tuple(notes))

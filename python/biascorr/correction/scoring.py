@@ -3,6 +3,8 @@
 SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB, averaged over the outputs of the model
 KL   = mean over positions of sum_c r_c log(r_c / q_c) - r_c + q_c, where an output is probabilities
 
+A q_c of 0 is taken for half of the least one that is not: half a step, where probabilities are quantized.
+
 The last two terms cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
 
 Values that a network gives out in another shape than its reference, boxes more or less, are lost: their noise is as much as
@@ -36,6 +38,10 @@ _TRIES = 8
 
 _LEAST_PROBABILITY = 1e-9
 """Less is taken for this much, so that one class that vanishes does not outweigh all others."""
+
+
+_COARSEST = 2.0**-4
+"""The step of probabilities of 4 bits; where none that is not 0 is as small, there is no grid to be seen."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class _Output:
         self.noise += float(np.square(np.subtract(q, r, where=np.isfinite(r), out=np.zeros_like(r))).sum())
         self.probabilities &= bool(r.ndim > 0 and (r >= 0).all() and np.allclose(r.sum(axis=-1), 1.0, atol=1e-3))
         if self.probabilities:
-            logs = np.log(np.maximum(r, _LEAST_PROBABILITY)) - np.log(np.maximum(q, _LEAST_PROBABILITY))
+            logs = np.log(np.maximum(r, _LEAST_PROBABILITY)) - np.log(np.maximum(q, _least_probability(q)))
             self.divergence += float((r * logs - r + q).sum())
             self.positions += r.size // r.shape[-1]
 
@@ -112,6 +118,12 @@ class _Output:
         with np.errstate(divide="ignore"):
             ratio = 10.0 * (np.log10(self.signal) - np.log10(self.noise)) if self.noise else _CEILING
         return float(np.clip(ratio, -_CEILING, _CEILING))
+
+
+def _least_probability(q: NDArray[np.float64]) -> float:
+    """What a probability of 0 is taken for: on a grid, half a step is all that is known of it."""
+    step = float(q.min(initial=1.0, where=q > 0))
+    return max(_LEAST_PROBABILITY, step / 2) if step <= _COARSEST else _LEAST_PROBABILITY
 
 
 def _energy(values: NDArray[np.float64]) -> float:

@@ -91,7 +91,7 @@ class Equalization:
 
     @property
     def model(self) -> Any:
-        """The equalized model, of the framework's own type (onnx.ModelProto, keras.Model)."""
+        """The equalized model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
         return self.network.model
 
     @property
@@ -138,7 +138,7 @@ def equalize(
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto or keras.Model
-        The float model.
+        The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Samples, as :func:`biascorr.correct` takes them: they limit what is folded of high biases, and the float outputs for
         them before and after are compared.

@@ -16,6 +16,7 @@ class ReasonCode(enum.Enum):
     NO_MATRIX_PRODUCT = "{equation} is no product with one matrix"
     LAYERS_INSIDE = "it has layers inside, which are not corrected"
     LAYERS_IN_SUBGRAPH = "its subgraphs have layers, which are not corrected"
+    AFTER_CUSTOM = "it is after a custom operator, which the runtime does not have"
     OTHER_SUBGRAPH = "it is in subgraph {subgraph}: only the first one is corrected"
     LAYERS_IN_FUNCTION = "its function has layers, which are not corrected"
     WEIGHTS_COMPUTED = "weights are computed at run time"

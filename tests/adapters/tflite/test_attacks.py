@@ -226,7 +226,7 @@ def test_a_layer_that_depends_on_nothing():
     b = Builder()
     y = b.fully_connected(b.input("x", (1, 4)), b.weights(8, 4), b.bias(8), name="layer")
     b.output(b.add(y, b.fully_connected(b.tensor("lost", (1, 4)), b.weights(8, 4), b.bias(8), name="other")), "y")
-    with pytest.raises(ValueError, match="model: layer other reads what nothing makes"):
+    with pytest.raises(ValueError, match="model: a damaged TFLite file: layer other reads what nothing makes"):
         loaded(b.bytes())
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
+import biascorr
 from biascorr.adapters.tflite import files, running
 from biascorr.adapters.tflite.graph import Graph
 from biascorr.adapters.tflite.network import TfliteNetwork
@@ -16,6 +17,7 @@ from biascorr.sweep.measurements import empty_mean
 from biascorr.windows import TransposedWindow
 from tflite_models import MODELS, UNSUPPORTED, Builder, packed, samples_for, several_signatures, unpacked
 from tflite_networks import (
+    CORRECTABLE,
     FLOATS,
     QUANTIZED,
     SOME,
@@ -226,10 +228,6 @@ def test_the_mean_of_a_product_is_the_product_of_the_mean(name):
 # Their weights and biases
 
 
-FLOAT_MATMUL = "int8x4", "dynamic_int4"
-"""Formats in which litert-quantizer leaves the weights of BATCH_MATMUL as they are."""
-
-
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_weights_are_whole_steps(name):
     network, originals = network_of(name), {layer.name: layer for layer in loaded(float_of(name)).layers}
@@ -252,7 +250,7 @@ def test_weights_are_whole_steps(name):
         top = 7 if "int4" in name or "int8x4" in name else 127
         assert (np.abs(np.round(codes)).max(axis=axes) == top).all()
         assert step.size > 1 or "per_tensor" in name or layer.op == "BATCH_MATMUL" or "decoder" in name
-    assert has_steps != (name.endswith("float16") or (name.startswith("matmul") and name.endswith(FLOAT_MATMUL)))
+    assert has_steps == (name in CORRECTABLE and not name.endswith("float16"))
 
 
 def test_steps_and_codes_of_made_up_weights():
@@ -399,10 +397,35 @@ def test_a_computed_bias():
     assert reasons_of(network) == {"after": ("FULLY_CONNECTED", ReasonCode.BIAS_COMPUTED)}
 
 
-@pytest.mark.parametrize(("kind", "called"), [("custom_operator", "Unheard"), ("flex_operator", "Select TensorFlow")])
-def test_operators_that_litert_does_not_know(kind, called):
-    with pytest.raises(ValueError, match=f"model: LiteRT cannot run it: .*{called}"):
-        loaded(UNSUPPORTED[kind]())
+@pytest.mark.parametrize("kind", ["custom_operator", "flex_operator"])
+@pytest.mark.parametrize("method", ["auto", "empirical"])
+def test_what_is_before_operators_that_litert_does_not_have_is_corrected(kind, method):
+    content = UNSUPPORTED[kind]()
+    network = TfliteNetwork.load(content, "model")
+    assert reasons_of(network) == {
+        "custom_1": ("CUSTOM", ReasonCode.OPERATOR_UNSUPPORTED),
+        "after": ("FULLY_CONNECTED", ReasonCode.AFTER_CUSTOM),
+    }
+    assert [layer.name for layer in network.layers] == ["before"]
+    assert network.outputs == ["before"]
+    samples = {each.name: np.random.default_rng(0).random((24, *each.shape[1:]), np.float32) for each in network.inputs}
+    correction = biascorr.correct(content, samples, method=method, quant_params=biascorr.QuantParams("tf", weight_bits=3))
+    assert [(layer.name, layer.method is not None) for layer in correction.report] == [
+        ("before", True), ("custom_1", False), ("after", False),
+    ]  # fmt: skip
+    before, after = unpacked(content), unpacked(correction.model)
+    changed = [
+        k for k, (one, other) in enumerate(zip(before.buffers, after.buffers)) if not np.array_equal(one.data, other.data)
+    ]
+    graph = before.subgraphs[0]
+    assert changed == [graph.tensors[graph.operators[0].inputs[2]].buffer]
+
+
+def test_a_model_of_which_nothing_runs_is_an_error():
+    b = Builder()
+    b.output(b.op("CUSTOM", [b.input("x", (1, 4))], (1, 4), custom="Unheard"), "y")
+    with pytest.raises(ValueError, match=r"^model: LiteRT cannot run it: .*Unheard"):
+        TfliteNetwork.load(b.bytes(), "model")
 
 
 def test_custom_operators_that_litert_knows():

@@ -7,9 +7,10 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from biascorr.adapters.tflite import running
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.operations import Activation, ActivationType, ChannelPreserving, Kind, Leaky, SpatialEffect
-from tflite_models import MODELS, UNSUPPORTED, Builder, packed, unpacked
+from tflite_models import MODELS, UNSUPPORTED, Builder, packed, samples_for, unpacked
 from tflite_networks import (
     FLOATS,
     QUANTIZED,
@@ -317,6 +318,67 @@ def test_an_input_that_is_an_output():
     np.testing.assert_array_equal(found[network.outputs[1]], samples[network.inputs[0].name])
 
 
+def split(b):
+    """An operator of several outputs, one of which is an output."""
+    x = b.input("image", (1, 4, 4, 8))
+    y = b.conv2d(x, b.weights(8, 1, 1, 8), b.bias(8), name="first")
+    halves = b.op("SPLIT", [b.constant(np.int32(3)), y], (1, 4, 4, 4), (1, 4, 4, 4), name="halves", numSplits=2)
+    y, z = (
+        b.conv2d(half, b.weights(4, 3, 3, 4), b.bias(4), activation="RELU", name=f"conv_{k}") for k, half in enumerate(halves)
+    )
+    b.output(b.mul(y, z, name="product"), "output")
+    b.output(halves[1], "half")
+
+
+def of_constants(b):
+    """Outputs that depend on no input, and an input that nothing depends on."""
+    x = b.input("image", (1, 4))
+    b.input("unread", (1, 3))
+    constant = b.constant(np.float32([1, 2, 3]))
+    b.output(b.fully_connected(x, b.weights(3, 4), b.bias(3), name="dense"), "output")
+    b.output(constant, "constant")
+    b.output(b.unary("EXP", constant), "computed")
+
+
+@pytest.mark.parametrize(
+    ("body", "recipe"), [(of_constants, None), *((split, recipe) for recipe in (None, "int8", "int8_in_out", "int16x8"))]
+)
+def test_other_graphs(body, recipe):
+    b = Builder()
+    body(b)
+    b.signature()
+    samples = samples_for(b.bytes())
+    content = quantized(b.bytes(), recipe, samples) if recipe else b.bytes()
+    network = loaded(content)
+    expected, found = litert(content, samples), run(network, samples)
+    tolerance = 8 * max(steps_of(content).values()) if recipe == "int16x8" else 0
+    for output in expected:
+        np.testing.assert_allclose(found[output], expected[output], rtol=0, atol=tolerance)
+    whole = tensors_of(network, batches(samples)[0])
+    for given, wanted in cuts(network):
+        held = {each: whole[each] for each in given}
+        for tensor, values in network.part(held, wanted, threads=1)(held).items():
+            np.testing.assert_array_equal(values, whole[tensor])
+
+
+@pytest.mark.parametrize("recipe", [None, "int8", "int16x8", "dynamic", "weights_int8"])
+def test_inputs_of_integers_are_as_they_are(recipe):
+    b = Builder()
+    ids = b.input("ids", (1, 5), dtype=np.int32)
+    table = b.constant(b.rng.normal(size=(10, 8)).astype(np.float32))
+    y = b.op("GATHER", [table, ids], (1, 5, 8), name="embedded")
+    b.output(b.fully_connected(y, b.weights(4, 8), b.bias(4), keep_dims=True, name="layer"), "output")
+    b.signature()
+    samples = {"ids": np.random.default_rng(0).integers(0, 10, (8, 5)).astype(np.int32)}
+    content = quantized(b.bytes(), recipe, samples) if recipe else b.bytes()
+    network = loaded(content)
+    assert (network.inputs[0].name, network.inputs[0].dtype) == ("ids", np.dtype(np.int32))
+    part, file = network.part(batches(samples)[0], ["output"], threads=1), network.deployed(threads=1)
+    for feeds in batches(samples):
+        tolerance = 0.02 if recipe == "dynamic" else 1e-3 if recipe == "int16x8" else 0
+        np.testing.assert_allclose(part(feeds)["output"], file(feeds)["output"], rtol=0, atol=tolerance)
+
+
 # Operations, facts and roles
 
 
@@ -538,3 +600,17 @@ def test_states_begin_anew_with_each_batch():
     first = compute(batches(samples)[0])["output"]
     compute(batches(samples)[1])
     np.testing.assert_array_equal(compute(batches(samples)[0])["output"], first)
+
+
+# Files that LiteRT does not take
+
+
+def test_files_that_litert_does_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    b = Builder()
+    x = b.input("x", (1, 6, 6, 3))
+    b.output(b.depthwise(x, b.weights(1, 3, 3, 3, fan_in=9), name="without_bias"), "y")
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(b.bytes())
+    assert loaded(content_of("residual-int8")).layers
+    assert len(running._survived) == 1

@@ -125,15 +125,14 @@ class Bias:
     @functools.cached_property
     def is_own(self) -> bool:
         """Whether its bytes in the file are for it alone."""
-        bias = self.product.bias
-        return self.stored is not None and bias is not None and all(map(self.graph.is_own, {self.stored, bias}))
+        return self.product.bias is not None and self.graph.is_own(self.product.bias)
 
     def write(self, editor: Editor, shift: Shift) -> None:
         """Adds a shift to it, in the graph that is made."""
         self._put(editor, self._with(shift)[0])
 
     def set(self, editor: Editor, values: NDArray[np.float64]) -> None:
-        """Makes it other real numbers, (channels,), in the graph that is made."""
+        """Makes it other real numbers, (channels,), in the graph that is made: of float32, as the weights that it gets."""
         assert self.grid is None  # what is quantized is not edited
         self._put(editor, values.astype(np.float32))
 

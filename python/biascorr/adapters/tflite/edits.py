@@ -13,7 +13,7 @@ from biascorr.adapters.tflite.bias import Bias
 from biascorr.adapters.tflite.graph import Editor, Graph, Operator, operator
 from biascorr.adapters.tflite.lowering import Lowered
 from biascorr.adapters.tflite.products import Product
-from biascorr.adapters.tflite.tensors import tensor_like
+from biascorr.adapters.tflite.tensors import shape_of, tensor_like
 from biascorr.graph.layer import Constant
 from biascorr.graph.network import Edits
 
@@ -50,8 +50,7 @@ def _set_weights(editor: Editor, graph: Graph, product: Product, weights: Consta
         raise ValueError(f"layer {graph.names[product.output]}: weights of shape {weights.shape}, expected {product.shape}")
     tensor = graph.tensors[product.weights]
     values = np.asarray(weights).astype(np.float32, copy=False).reshape(tensor.shape)
-    is_real = graph.is_stored(product.weights) and tensor.type == schema.TensorType.FLOAT32  # and not of float16, dequantized
-    if is_real and graph.is_own(product.weights):
+    if graph.is_stored(product.weights) and graph.is_own(product.weights) and tensor.type == schema.TensorType.FLOAT32:
         editor.store(product.weights, values)
         return
     index = editor.add_constant(values, f"{graph.names[product.weights]}/edited")
@@ -68,13 +67,14 @@ def _limit(
     changed = operators[name] if product is None else product.last
     numbers = tuple(float(each.flat[0]) if each.size and np.all(each == each.flat[0]) else None for each in limits)
     first = _LIMITED.get(numbers) or ("RELU" if numbers[0] == 0.0 else None)  # type: ignore[arg-type]
-    left = _beyond(limits, numbers, first)
+    rank = len(shape_of(lowered.graph.tensors[changed.outputs[0]]))
+    left = _beyond(limits, numbers, first, rank)
     if product is not None:
         editor.set_options(changed, fusedActivationFunction=getattr(schema.ActivationFunctionType, first or "NONE"))
     elif first is not None:
         editor.replace(changed, operator(first, changed.inputs[:1], changed.outputs))
     else:
-        kind, bound = left.pop(0)
+        kind, bound = left.pop(0) if left else ("MAXIMUM", _row(limits[0], rank))
         constant = editor.add_constant(bound, f"{name}/{kind.lower()}")
         editor.replace(changed, operator(kind, [changed.inputs[0], constant], changed.outputs, schema.MaximumMinimumOptionsT()))
     if left:
@@ -82,18 +82,19 @@ def _limit(
 
 
 def _beyond(
-    limits: tuple[NDArray[Any], NDArray[Any]], numbers: tuple[float | None, ...], first: str | None
+    limits: tuple[NDArray[Any], NDArray[Any]], numbers: tuple[float | None, ...], first: str | None, rank: int
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """The limits that an activation does not set."""
     is_set = [first is not None, first is not None and (first != "RELU" or numbers[1] == np.inf)]
     ends = zip(("MAXIMUM", "MINIMUM"), limits, is_set)
-    return [(kind, _row(limit)) for kind, limit, done in ends if not done and np.isfinite(limit).any()]
+    return [(kind, _row(limit, rank)) for kind, limit, done in ends if not done and np.isfinite(limit).any()]
 
 
-def _row(limit: NDArray[Any]) -> NDArray[np.float32]:
-    """A bound as it broadcasts to a tensor with its channels last."""
+def _row(limit: NDArray[Any], rank: int) -> NDArray[np.float32]:
+    """A bound as it broadcasts to a tensor of so many axes, channels last; with fewer, litert-quantizer fails at MAXIMUM."""
     largest = np.finfo(np.float32).max
-    return np.asarray(np.clip(limit, -largest, largest), dtype=np.float32).reshape(-1 if limit.size > 1 else ())
+    shape = (*[1] * (rank - 1), -1) if limit.size > 1 else ()
+    return np.asarray(np.clip(limit, -largest, largest), dtype=np.float32).reshape(shape)
 
 
 def _follow(editor: Editor, graph: Graph, changed: Operator, left: list[tuple[str, NDArray[np.float32]]]) -> None:

@@ -87,11 +87,14 @@ class Graph:
         What is in it now; buffers behind the flatbuffer are like any other.
     patches : mapping from int to ndarray, or None
         Other bytes of some of its buffers; None where it has to be written anew.
+    lacks_custom : bool
+        Whether LiteRT does not have the custom operators of the model.
     """
 
     content: bytes
     model: Any
     patches: Mapping[int, NDArray[np.uint8]] | None = field(default_factory=dict)
+    lacks_custom: bool = False
 
     @property
     def subgraph(self) -> Any:
@@ -117,6 +120,32 @@ class Graph:
     def operators(self) -> list[Operator]:
         """Its operators, in the order in which they run."""
         return operators_of(self.model, self.subgraph)
+
+    @functools.cached_property
+    def has_custom(self) -> bool:
+        """Whether it has operators that are not of LiteRT."""
+        return any(each.kind == "CUSTOM" for each in self.operators)
+
+    @functools.cached_property
+    def runnable(self) -> list[Operator]:
+        """The operators that LiteRT runs: all but custom ones that it does not have, and what depends on these."""
+        blocked: set[int] = set()
+        found = []
+        for each in self.operators:
+            if self.lacks_custom and (each.kind == "CUSTOM" or not blocked.isdisjoint(each.inputs)):
+                blocked.update(each.outputs)
+            else:
+                found.append(each)
+        return found
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Its outputs; where some do not run, those that do, and what operators that do not run would read."""
+        if not self.lacks_custom:
+            return self.outputs
+        computed = {index for each in self.runnable for index in each.outputs} - self.constants
+        read = [index for each in self.operators if each not in self.runnable for index in each.inputs]
+        return [index for index in dict.fromkeys([*self.outputs, *read]) if index in computed]
 
     @functools.cached_property
     def producers(self) -> dict[int, Operator]:
@@ -196,14 +225,25 @@ class Graph:
         return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
-        """Whether one operator reads a tensor, and its bytes, if any are stored, are for it alone, so that these can change."""
-        return (
-            (self.uses[self.tensors[index].buffer] == 1 or not self.is_stored(index))
-            and self.tensors[index].type not in PACKED  # which nothing writes
-            and len(self.readers.get(index, ())) == 1
-            and index not in self.outputs
-            and not self.tensors[index].isVariable
-        )
+        """Whether one operator alone reads a constant that has its bytes for itself, so that these can be others.
+
+        So does what dequantizes it, where it is not stored itself.
+        """
+        tensor = self.tensors[index]
+        if len(self.readers.get(index, ())) != 1 or index in self.outputs or tensor.isVariable or tensor.type in PACKED:
+            return False
+        if self.is_stored(index):
+            return self.uses[tensor.buffer] == 1
+        return self.source(index) is not None and self.is_own(self.producers[index].inputs[0])
+
+    def as_run(self) -> bytes:
+        """The file, or the part of it that runs."""
+        if not self.lacks_custom:
+            return self.written()
+        model, subgraph = copy.copy(self.model), copy.copy(self.subgraph)
+        subgraph.operators, subgraph.outputs = [each.table for each in self.runnable], np.array(self.ends, np.int32)
+        model.subgraphs, model.signatureDefs = [subgraph, *self.model.subgraphs[1:]], None
+        return files.packed(model)
 
     def written(self) -> bytes:
         """The file."""
@@ -336,7 +376,7 @@ class Editor:
     def graph(self) -> Graph:
         """The graph that was made."""
         self._subgraph.operators = self._order
-        return Graph(self._graph.content, self._model, self._patches)
+        return Graph(self._graph.content, self._model, self._patches, self._graph.lacks_custom)
 
 
 def _copied(each: Operator) -> Any:

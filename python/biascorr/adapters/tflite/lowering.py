@@ -98,12 +98,12 @@ class Lowered:
         last = {id(product.last): product for product in products}
         apart = {id(product.operator) for product in products}
         self.inputs = [self._input(index) for index in self.graph.inputs]
-        for each in self.graph.operators:
+        for each in self.graph.runnable:
             if id(each) in last:
                 self._add_product(last[id(each)])
             elif id(each) not in apart:
                 self._add_other(each)
-        self.outputs = [self.real.get(index, index) for index in self.graph.outputs]
+        self.outputs = [self.real.get(index, index) for index in self.graph.ends]
 
     def _called_ends(self) -> dict[int, str]:
         """Names of inputs and outputs: those that are wanted, those of the signature, those of the tensors."""
@@ -114,7 +114,7 @@ class Lowered:
                     named.setdefault(int(each.tensorIndex), each.name.decode(errors="backslashreplace"))
                 break
         taken: set[str] = set()
-        ends = dict.fromkeys([*self.graph.inputs, *self.graph.outputs])
+        ends = dict.fromkeys([*self.graph.inputs, *self.graph.ends])
         return {index: unique(named.get(index, self.graph.names[index]), taken) for index in ends}
 
     def new(self, tensor: Any) -> int:
@@ -155,7 +155,7 @@ class Lowered:
 
     def _add_real(self, index: int) -> None:
         """Dequantizes a tensor of codes."""
-        real = self._real_end(index) if index in self.graph.outputs else self._after(index, "real")
+        real = self._real_end(index) if index in self.graph.ends else self._after(index, "real")
         name, self.real[index] = self.graph.names[index], real
         dequantize = operator("DEQUANTIZE", [index], [real], schema.DequantizeOptionsT(), version=_DEQUANTIZED)
         self._add_own(f"{name}/dequantize", dequantize)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -15,8 +16,9 @@ from biascorr.adapters.tflite.bias import Bias
 from biascorr.adapters.tflite.edits import edited
 from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
 from biascorr.adapters.tflite.lowering import Lowered, Node
+from biascorr.adapters.tflite.products import Product
 from biascorr.adapters.tflite.roles import kind_of, role_of
-from biascorr.adapters.tflite.tensors import axes_of, dtype_of
+from biascorr.adapters.tflite.tensors import axes_of, dtype_of, has_codes
 from biascorr.graph.layer import Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -40,7 +42,6 @@ class TfliteNetwork:
     """
 
     keeps_batch_norms = False
-    arithmetic = "its kernels round elsewhere, and those of dynamic range quantize what they read, too"
 
     def __init__(
         self, graph: Graph, name: str, quantizers: Mapping[str, Quantization] | None = None, input_names: Sequence[str] = ()
@@ -62,16 +63,39 @@ class TfliteNetwork:
         content, parsed = files.load(model, name)
         graph = Graph(content, parsed)
         _check_kinds(graph, name)
+        network = cls._made(graph, name)
+        try:
+            network.check()
+        except ValueError as error:
+            network = cls._made(replace(graph, lacks_custom=True), name)
+            if not (graph.has_custom and network.outputs and any(said in str(error) for said in running.NO_SUCH_OPERATOR)):
+                raise
+            network.check()
+        return network
+
+    @classmethod
+    def _made(cls, graph: Graph, name: str) -> TfliteNetwork:
+        """The network of a graph that LiteRT has not seen yet. Raises ValueError where it makes no sense."""
         try:
             network = cls(graph, name)
             network.facts()
-            lost = [each.name for each in network.layers if network._lowered.made[each.name] not in network._dynamic]
         except files.DAMAGED as error:
             raise ValueError(f"{name}: a damaged TFLite file: {error}") from error
-        if lost:
-            raise ValueError(f"{name}: layer {lost[0]} reads what nothing makes")
-        network.check()
+        for each in network.layers:
+            if network._lowered.made[each.name] not in network._dynamic:
+                raise ValueError(f"{name}: a damaged TFLite file: layer {each.name} reads what nothing makes")
         return network
+
+    @property
+    def arithmetic(self) -> str:
+        """How the kernels of LiteRT compute otherwise than :meth:`part`."""
+        if any(map(self._is_run_wrongly, self._lowered.products.values())):
+            return "LiteRT runs BATCH_MATMUL of integers with a scale per channel wrongly: quantize that operator per tensor"
+        return "its kernels round elsewhere, and those of dynamic range quantize what they read, too"
+
+    def _is_run_wrongly(self, product: Product) -> bool:
+        step, reads_codes = product.step_of(self._graph), has_codes(self._graph.tensors[product.input])
+        return product.operator.kind == "BATCH_MATMUL" and reads_codes and step is not None and step.size > 1
 
     @property
     def model(self) -> bytes:
@@ -133,13 +157,16 @@ class TfliteNetwork:
         """Prepares an interpreter that computes the wanted tensors."""
         return running.part(self._lowered, given, wanted, self._name, threads=threads, allocator=allocator)
 
-    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:
-        """Prepares the file itself to run, with XNNPACK or without; what it takes and gives as codes is real here."""
-        return running.deployed(self._lowered, self.model, self._name, threads=threads, optimized=optimized)
+    def deployed(self, *, threads: int = 0, optimized: bool = True) -> Callable[[Feeds], dict[str, Any]]:  # noqa: ARG002
+        """Prepares the file itself to run, with XNNPACK or without; what it takes and gives as codes is real here.
+
+        By one thread, which is the default of LiteRT: with several, some of its kernels compute something else.
+        """
+        return running.deployed(self._lowered, self._graph.as_run(), self._name, optimized=optimized)
 
     def check(self) -> None:
         """Raises ValueError where LiteRT does not take the model."""
-        running.check(self._lowered, self.model, self._name)
+        running.check(self._lowered, self._graph.as_run(), self._name)
 
     def bias_change(self, layer: Layer, shift: Shift) -> BiasChange:
         """The change that adding a shift to the bias of a layer would make."""

@@ -134,6 +134,8 @@ def products_of(graph: Graph) -> tuple[list[Product], dict[str, tuple[str, Reaso
     found, left = [], {}
     for operator in graph.operators:
         product = None if graph.constants.issuperset(operator.outputs) else _product(graph, operator)
+        if isinstance(product, Product) and product.last not in graph.runnable:
+            product = ReasonCode.AFTER_CUSTOM()
         if isinstance(product, Product):
             found.append(product)
         elif product is not None:

@@ -37,6 +37,9 @@ for size in sys.argv[1:]:
         interpreter.invoke()
 """
 
+NO_SUCH_OPERATOR = ("custom op", "Select TensorFlow op")
+"""How LiteRT says that it does not have an operator."""
+
 _LARGE = 64 << 20
 """Bytes of a model that are not held more often than has to be: LiteRT keeps a copy of the weights for each interpreter."""
 
@@ -59,7 +62,8 @@ def check(lowered: Lowered, content: bytes, name: str) -> None:
                 raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
         _survived.add(digest)
     runner = Runner(content, name)
-    if not any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs):
+    is_any_size = any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs)
+    if not is_any_size or lowered.graph.has_custom:
         runner.allocate()
 
 
@@ -268,20 +272,28 @@ def _add_subgraphs(lowered: Lowered, model: Any) -> None:
         model.subgraphs.append(added)
 
 
-def deployed(
-    lowered: Lowered, content: bytes, name: str, *, threads: int, optimized: bool
-) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+def deployed(lowered: Lowered, content: bytes, name: str, *, optimized: bool) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
     """Prepares a file to run as it is; takes and gives real numbers."""
     graph, tensors = lowered.graph, lowered.graph.tensors
-    runner = Runner(content, name, threads=threads, optimized=optimized)
+    runner = _prepared(content, name, optimized)
     inputs = [(lowered.names[given], tensors[index]) for given, index in zip(lowered.inputs, graph.inputs)]
-    outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.outputs)]
+    outputs = [(lowered.names[real], tensors[index]) for real, index in zip(lowered.outputs, graph.ends)]
 
     def compute(feeds: Feeds) -> dict[str, NDArray[Any]]:
         found = runner([_codes(tensor, feeds[name]) for name, tensor in inputs])
         return {name: _real(tensor, array) for (name, tensor), array in zip(outputs, found)}
 
     return compute
+
+
+def _prepared(content: bytes, name: str, optimized: bool) -> Runner:
+    """With XNNPACK, too, where other kernels do not take the file: they take no groups of one scale."""
+    if not optimized:
+        with contextlib.suppress(ValueError):
+            runner = Runner(content, name, optimized=False)
+            runner.allocate()
+            return runner
+    return Runner(content, name)
 
 
 def _grid(tensor: Any) -> Grid | None:
