@@ -249,3 +249,19 @@ def test_channels_of_tiny_weights_in_int16x8():
         expected, found = litert(network.model, samples), run(network, samples)
         np.testing.assert_allclose(found["output"], expected["output"], atol=0.02)
         assert ReasonCode.BIAS_SATURATES in {each.code for each in network.bias_change(network.layers[0], shift).reasons}
+
+
+def test_biases_of_4_bits_become_real():
+    """Codes of fewer bits than a byte are packed, which nothing here writes."""
+    b = Builder()
+    codes = np.int8([1, -2, 3, 7])
+    bias = b.constant(codes, scale=0.5)
+    tensor = b.graph.tensors[bias]
+    tensor.type = schema.TensorType.INT4
+    b.model.buffers[tensor.buffer].data = ((codes[::2] & 15) | (codes[1::2] & 15) << 4).astype(np.uint8)
+    b.output(b.fully_connected(b.input("x", (1, 4)), b.weights(4, 4), b.dequantize(bias), name="layer"), "y")
+    network = loaded(b.bytes())
+    (layer,) = network.layers
+    np.testing.assert_array_equal(layer.bias, codes * 0.5)
+    (after,) = loaded(network.with_shifts({"layer": np.full(4, 1.0)}).model).layers
+    np.testing.assert_array_equal(after.bias, codes * 0.5 + 1)
