@@ -10,6 +10,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 import biascorr
+from biascorr.adapters.tflite import running
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.reasons import ReasonCode
 from tflite_models import MODELS, Builder, deduplicated, packed, samples_for, unpacked
@@ -265,3 +266,30 @@ def test_biases_of_4_bits_become_real():
     np.testing.assert_array_equal(layer.bias, codes * 0.5)
     (after,) = loaded(network.with_shifts({"layer": np.full(4, 1.0)}).model).layers
     np.testing.assert_array_equal(after.bias, codes * 0.5 + 1)
+
+
+def test_large_files_that_litert_does_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    monkeypatch.setattr(running, "_LARGE", 1 << 10)
+    b = Builder()
+    x = b.input("x", (1, 6, 6, 3))
+    b.output(b.depthwise(x, b.weights(1, 3, 3, 3, fan_in=9), name="without_bias"), "y")
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(b.bytes() + bytes(1 << 10))
+
+
+@pytest.mark.parametrize("recipe", [None, "int8"])
+@pytest.mark.parametrize("fused", ["TANH", "SIGN_BIT"])
+def test_fused_activations_that_litert_leaves_out(fused, recipe):
+    b = Builder()
+    x = b.input("image", (1, 5, 5, 3))
+    b.output(b.conv2d(x, b.weights(4, 3, 3, 3), b.bias(4), activation="RELU", name="layer"), "output")
+    b.signature()
+    samples = samples_for(b.bytes())
+    model = unpacked(quantized(b.bytes(), recipe, samples) if recipe else b.bytes())
+    for each in model.subgraphs[0].operators:
+        if hasattr(each.builtinOptions, "fusedActivationFunction"):
+            each.builtinOptions.fusedActivationFunction = getattr(schema.ActivationFunctionType, fused)
+    content = packed(model)
+    expected, found = litert(content, samples)["output"], run(loaded(content), samples)["output"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
