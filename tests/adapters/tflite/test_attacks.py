@@ -293,3 +293,34 @@ def test_fused_activations_that_litert_leaves_out(fused, recipe):
     content = packed(model)
     expected, found = litert(content, samples)["output"], run(loaded(content), samples)["output"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_that_are_there_many_times():
+    """A file of some KB that takes hours to read."""
+    count, builder = 2000, flatbuffers.Builder()
+    schema.TensorStart(builder)
+    tensor = schema.TensorEnd(builder)
+    schema.SubGraphStartTensorsVector(builder, count)
+    for _ in range(count):
+        builder.PrependUOffsetTRelative(tensor)
+    tensors = builder.EndVector()
+    schema.SubGraphStart(builder)
+    schema.SubGraphAddTensors(builder, tensors)
+    subgraph = schema.SubGraphEnd(builder)
+    schema.ModelStartSubgraphsVector(builder, count)
+    for _ in range(count):
+        builder.PrependUOffsetTRelative(subgraph)
+    subgraphs = builder.EndVector()
+    schema.ModelStart(builder)
+    schema.ModelAddSubgraphs(builder, subgraphs)
+    builder.Finish(schema.ModelEnd(builder), b"TFL3")
+    with pytest.raises(ValueError, match="its tables are in it more than once"):
+        loaded(bytes(builder.Output()))
+
+
+def test_nothing_of_the_working_folder_is_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "_survived", set())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "contextlib.py").write_text("open('was_run', 'w')")
+    loaded(content_of("residual-int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["contextlib.py"]

@@ -25,7 +25,9 @@ from biascorr.graph.network import Allocator, Feeds
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
 
 _TRIAL = """
-import contextlib, sys
+import sys
+sys.path[:] = filter(None, sys.path)  # without the working folder, which may have anything in it
+import contextlib
 from ai_edge_litert.interpreter import Interpreter
 for size in sys.argv[1:]:
     content = sys.stdin.buffer.read(int(size))
