@@ -324,3 +324,12 @@ def test_nothing_of_the_working_folder_is_run(monkeypatch, tmp_path):
     (tmp_path / "contextlib.py").write_text("open('was_run', 'w')")
     loaded(content_of("residual-int8"))
     assert [path.name for path in tmp_path.iterdir()] == ["contextlib.py"]
+
+
+def test_files_that_only_plain_kernels_do_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    model = unpacked(content_of("fixture:decoder_dynamic"))
+    dense = schema.DimensionMetadataT(schema.DimensionType.DENSE, 7)
+    model.subgraphs[0].tensors[12].sparsity = schema.SparsityParametersT([0], None, [dense])
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(packed(model))

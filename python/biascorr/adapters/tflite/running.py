@@ -28,15 +28,16 @@ _TRIAL = """
 import sys
 sys.path[:] = filter(None, sys.path)  # without the working folder, which may have anything in it
 import contextlib
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 for size in sys.argv[1:]:
     content = sys.stdin.buffer.read(int(size))
-    with contextlib.suppress(Exception):
-        interpreter = Interpreter(model_content=content)
-        interpreter.allocate_tensors()
-        for given in interpreter.get_input_details():
-            interpreter.tensor(given["index"])()[...] = 0
-        interpreter.invoke()
+    for kernels in OpResolverType.AUTO, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES:
+        with contextlib.suppress(Exception):
+            interpreter = Interpreter(model_content=content, experimental_op_resolver_type=kernels)
+            interpreter.allocate_tensors()
+            for given in interpreter.get_input_details():
+                interpreter.tensor(given["index"])()[...] = 0
+            interpreter.invoke()
 """
 
 NO_SUCH_OPERATOR = ("custom op", "Select TensorFlow op")
