@@ -333,3 +333,14 @@ def test_files_that_only_plain_kernels_do_not_survive_are_refused(monkeypatch):
     model.subgraphs[0].tensors[12].sparsity = schema.SparsityParametersT([0], None, [dense])
     with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
         loaded(packed(model))
+
+
+@pytest.mark.parametrize("shape", [[], [3], [1, 8, 8]])
+def test_a_transposed_convolution_whose_output_has_no_shape_in_the_file(shape):
+    model = unpacked(MODELS["transpose_conv"]())
+    graph = model.subgraphs[0]
+    graph.tensors[graph.operators[0].outputs[0]].shape = shape
+    samples = samples_of("transpose_conv", 8)
+    correction = biascorr.correct(packed(model), samples, method="mean")
+    assert_same_function(MODELS["transpose_conv"](), packed(model), samples)
+    assert correction.report[0].method == "mean"
