@@ -10,6 +10,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 import biascorr
+from biascorr.adapters.tflite import running
 from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.graph.reasons import ReasonCode
 from tflite_models import MODELS, Builder, deduplicated, packed, samples_for, unpacked
@@ -226,7 +227,7 @@ def test_a_layer_that_depends_on_nothing():
     b = Builder()
     y = b.fully_connected(b.input("x", (1, 4)), b.weights(8, 4), b.bias(8), name="layer")
     b.output(b.add(y, b.fully_connected(b.tensor("lost", (1, 4)), b.weights(8, 4), b.bias(8), name="other")), "y")
-    with pytest.raises(ValueError, match="model: layer other reads what nothing makes"):
+    with pytest.raises(ValueError, match="model: a damaged TFLite file: layer other reads what nothing makes"):
         loaded(b.bytes())
 
 
@@ -249,3 +250,97 @@ def test_channels_of_tiny_weights_in_int16x8():
         expected, found = litert(network.model, samples), run(network, samples)
         np.testing.assert_allclose(found["output"], expected["output"], atol=0.02)
         assert ReasonCode.BIAS_SATURATES in {each.code for each in network.bias_change(network.layers[0], shift).reasons}
+
+
+def test_biases_of_4_bits_become_real():
+    """Codes of fewer bits than a byte are packed, which nothing here writes."""
+    b = Builder()
+    codes = np.int8([1, -2, 3, 7])
+    bias = b.constant(codes, scale=0.5)
+    tensor = b.graph.tensors[bias]
+    tensor.type = schema.TensorType.INT4
+    b.model.buffers[tensor.buffer].data = ((codes[::2] & 15) | (codes[1::2] & 15) << 4).astype(np.uint8)
+    b.output(b.fully_connected(b.input("x", (1, 4)), b.weights(4, 4), b.dequantize(bias), name="layer"), "y")
+    network = loaded(b.bytes())
+    (layer,) = network.layers
+    np.testing.assert_array_equal(layer.bias, codes * 0.5)
+    (after,) = loaded(network.with_shifts({"layer": np.full(4, 1.0)}).model).layers
+    np.testing.assert_array_equal(after.bias, codes * 0.5 + 1)
+
+
+def test_large_files_that_litert_does_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    monkeypatch.setattr(running, "_LARGE", 1 << 10)
+    b = Builder()
+    x = b.input("x", (1, 6, 6, 3))
+    b.output(b.depthwise(x, b.weights(1, 3, 3, 3, fan_in=9), name="without_bias"), "y")
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(b.bytes() + bytes(1 << 10))
+
+
+@pytest.mark.parametrize("recipe", [None, "int8"])
+@pytest.mark.parametrize("fused", ["TANH", "SIGN_BIT"])
+def test_fused_activations_that_litert_leaves_out(fused, recipe):
+    b = Builder()
+    x = b.input("image", (1, 5, 5, 3))
+    b.output(b.conv2d(x, b.weights(4, 3, 3, 3), b.bias(4), activation="RELU", name="layer"), "output")
+    b.signature()
+    samples = samples_for(b.bytes())
+    model = unpacked(quantized(b.bytes(), recipe, samples) if recipe else b.bytes())
+    for each in model.subgraphs[0].operators:
+        if hasattr(each.builtinOptions, "fusedActivationFunction"):
+            each.builtinOptions.fusedActivationFunction = getattr(schema.ActivationFunctionType, fused)
+    content = packed(model)
+    expected, found = litert(content, samples)["output"], run(loaded(content), samples)["output"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_that_are_there_many_times():
+    """A file of some KB that takes hours to read."""
+    count, builder = 2000, flatbuffers.Builder()
+    schema.TensorStart(builder)
+    tensor = schema.TensorEnd(builder)
+    schema.SubGraphStartTensorsVector(builder, count)
+    for _ in range(count):
+        builder.PrependUOffsetTRelative(tensor)
+    tensors = builder.EndVector()
+    schema.SubGraphStart(builder)
+    schema.SubGraphAddTensors(builder, tensors)
+    subgraph = schema.SubGraphEnd(builder)
+    schema.ModelStartSubgraphsVector(builder, count)
+    for _ in range(count):
+        builder.PrependUOffsetTRelative(subgraph)
+    subgraphs = builder.EndVector()
+    schema.ModelStart(builder)
+    schema.ModelAddSubgraphs(builder, subgraphs)
+    builder.Finish(schema.ModelEnd(builder), b"TFL3")
+    with pytest.raises(ValueError, match="its tables are in it more than once"):
+        loaded(bytes(builder.Output()))
+
+
+def test_nothing_of_the_working_folder_is_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "_survived", set())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "contextlib.py").write_text("open('was_run', 'w')")
+    loaded(content_of("residual-int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["contextlib.py"]
+
+
+def test_files_that_only_plain_kernels_do_not_survive_are_refused(monkeypatch):
+    monkeypatch.setattr(running, "_survived", set())
+    model = unpacked(content_of("fixture:decoder_dynamic"))
+    dense = schema.DimensionMetadataT(schema.DimensionType.DENSE, 7)
+    model.subgraphs[0].tensors[12].sparsity = schema.SparsityParametersT([0], None, [dense])
+    with pytest.raises(ValueError, match="model: LiteRT crashes when it runs it"):
+        loaded(packed(model))
+
+
+@pytest.mark.parametrize("shape", [[], [3], [1, 8, 8]])
+def test_a_transposed_convolution_whose_output_has_no_shape_in_the_file(shape):
+    model = unpacked(MODELS["transpose_conv"]())
+    graph = model.subgraphs[0]
+    graph.tensors[graph.operators[0].outputs[0]].shape = shape
+    samples = samples_of("transpose_conv", 8)
+    correction = biascorr.correct(packed(model), samples, method="mean")
+    assert_same_function(MODELS["transpose_conv"](), packed(model), samples)
+    assert correction.report[0].method == "mean"

@@ -50,8 +50,7 @@ def _set_weights(editor: Editor, graph: Graph, product: Product, weights: Consta
         raise ValueError(f"layer {graph.names[product.output]}: weights of shape {weights.shape}, expected {product.shape}")
     tensor = graph.tensors[product.weights]
     values = np.asarray(weights).astype(np.float32, copy=False).reshape(tensor.shape)
-    is_real = graph.is_stored(product.weights) and tensor.type == schema.TensorType.FLOAT32  # and not of float16, dequantized
-    if is_real and graph.is_own(product.weights):
+    if graph.is_stored(product.weights) and graph.is_own(product.weights) and tensor.type == schema.TensorType.FLOAT32:
         editor.store(product.weights, values)
         return
     index = editor.add_constant(values, f"{graph.names[product.weights]}/edited")

@@ -69,6 +69,8 @@ def load(model: Any, name: str) -> tuple[bytes, Any]:
     if content[4:8] != IDENTIFIER:
         raise ValueError(f"{name}: no TFLite model, which has {IDENTIFIER.decode()} at its bytes 4 to 8; is the file whole?")
     try:
+        if _has_repeated_tables(content):
+            raise ValueError("its tables are in it more than once")
         parsed = schema.ModelT.InitFromPackedBuf(_Bounded(content), 0)
         for buffer, raw in zip(parsed.buffers or [], _buffers(parsed, content)):
             buffer.data = raw
@@ -80,6 +82,19 @@ def load(model: Any, name: str) -> tuple[bytes, Any]:
     if found:
         raise ValueError(f"{name}: a damaged TFLite file: {found}")
     return content, parsed
+
+
+def _has_repeated_tables(content: bytes) -> bool:
+    """Whether vectors have more entries, of 4 bytes each, than the file has room for: then reading it has hardly an end."""
+    model, room = schema.Model.GetRootAs(_Bounded(content), 0), len(content) // 4
+    graphs = [model.Subgraphs(k) for k in range(model.SubgraphsLength())]
+    signatures = [model.SignatureDefs(k) for k in range(model.SignatureDefsLength())]
+    entries = sum(each.TensorsLength() + each.OperatorsLength() for each in graphs)
+    entries += sum(each.InputsLength() + each.OutputsLength() for each in signatures)
+    if entries > room:
+        return True
+    sparsities = (each.Tensors(k).Sparsity() for each in graphs for k in range(each.TensorsLength()))
+    return bool(entries + sum(each.DimMetadataLength() for each in sparsities if each is not None) > room)
 
 
 def _buffers(model: Any, content: bytes) -> list[NDArray[np.uint8] | None]:

@@ -233,7 +233,7 @@ class Graph:
         """
         tensor = self.tensors[index]
         if len(self.readers.get(index, ())) != 1 or index in self.outputs or tensor.isVariable or tensor.type in PACKED:
-            return False  # what is packed is not written
+            return False
         if self.is_stored(index):
             return self.uses[tensor.buffer] == 1
         return self.source(index) is not None and self.is_own(self.producers[index].inputs[0])

@@ -29,9 +29,8 @@ FUSED = {
     schema.ActivationFunctionType.RELU: "RELU",
     schema.ActivationFunctionType.RELU_N1_TO_1: "RELU_N1_TO_1",
     schema.ActivationFunctionType.RELU6: "RELU6",
-    schema.ActivationFunctionType.TANH: "TANH",
 }
-"""The operators of fused activations."""
+"""The operators of fused activations; the others, TANH and SIGN_BIT, LiteRT leaves out of products."""
 
 _DEQUANTIZED = 2
 """The version of QUANTIZE and DEQUANTIZE that knows int8."""

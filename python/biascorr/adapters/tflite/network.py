@@ -63,27 +63,27 @@ class TfliteNetwork:
         content, parsed = files.load(model, name)
         graph = Graph(content, parsed)
         _check_kinds(graph, name)
-        network = cls._read(graph, name)
+        network = cls._made(graph, name)
         try:
             network.check()
         except ValueError as error:
-            network = cls._read(replace(graph, lacks_custom=True), name)
+            network = cls._made(replace(graph, lacks_custom=True), name)
             if not (graph.has_custom and network.outputs and any(said in str(error) for said in running.NO_SUCH_OPERATOR)):
                 raise
             network.check()
         return network
 
     @classmethod
-    def _read(cls, graph: Graph, name: str) -> TfliteNetwork:
-        """The network of a graph that comes from a file."""
+    def _made(cls, graph: Graph, name: str) -> TfliteNetwork:
+        """The network of a graph that LiteRT has not seen yet. Raises ValueError where it makes no sense."""
         try:
             network = cls(graph, name)
             network.facts()
-            lost = [each.name for each in network.layers if network._lowered.made[each.name] not in network._dynamic]
         except files.DAMAGED as error:
             raise ValueError(f"{name}: a damaged TFLite file: {error}") from error
-        if lost:
-            raise ValueError(f"{name}: layer {lost[0]} reads what nothing makes")
+        for each in network.layers:
+            if network._lowered.made[each.name] not in network._dynamic:
+                raise ValueError(f"{name}: a damaged TFLite file: layer {each.name} reads what nothing makes")
         return network
 
     @property

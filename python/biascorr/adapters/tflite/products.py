@@ -276,7 +276,8 @@ def _window(options: Any, taps: tuple[int, ...]) -> Window:
 def _transposed_window(graph: Graph, operator: Operator, given: tuple[int | None, ...]) -> TransposedWindow:
     options, taps = operator.options, shape_of(graph.tensors[operator.inputs[1]])[1:3]
     strides = options.strideH, options.strideW
-    made = axes_of(graph.tensors[operator.outputs[0]])[1:3]
+    shape = axes_of(graph.tensors[operator.outputs[0]])
+    made = shape[1:3] if len(shape) == 4 else (None, None)  # of any rank, in the file
     none = (0,) * len(taps)
     if options.padding == schema.Padding.SAME:
         output = None if None in made else tuple(size or 0 for size in made)

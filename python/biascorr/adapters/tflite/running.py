@@ -25,16 +25,19 @@ from biascorr.graph.network import Allocator, Feeds
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
 
 _TRIAL = """
-import contextlib, sys
-from ai_edge_litert.interpreter import Interpreter
+import sys
+sys.path[:] = filter(None, sys.path)  # without the working folder, which may have anything in it
+import contextlib
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 for size in sys.argv[1:]:
     content = sys.stdin.buffer.read(int(size))
-    with contextlib.suppress(Exception):
-        interpreter = Interpreter(model_content=content)
-        interpreter.allocate_tensors()
-        for given in interpreter.get_input_details():
-            interpreter.tensor(given["index"])()[...] = 0
-        interpreter.invoke()
+    for kernels in OpResolverType.AUTO, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES:
+        with contextlib.suppress(Exception):
+            interpreter = Interpreter(model_content=content, experimental_op_resolver_type=kernels)
+            interpreter.allocate_tensors()
+            for given in interpreter.get_input_details():
+                interpreter.tensor(given["index"])()[...] = 0
+            interpreter.invoke()
 """
 
 NO_SUCH_OPERATOR = ("custom op", "Select TensorFlow op")
@@ -43,6 +46,9 @@ NO_SUCH_OPERATOR = ("custom op", "Select TensorFlow op")
 _LARGE = 64 << 20
 """Bytes of a model that are not held more often than has to be: LiteRT keeps a copy of the weights for each interpreter."""
 
+_KILLED = -9
+"""What a process gives out that was ended by another one, as where memory is short."""
+
 _survived: set[bytes] = set()
 """Digests of the files that were tried."""
 
@@ -50,15 +56,15 @@ _survived: set[bytes] = set()
 def check(lowered: Lowered, content: bytes, name: str) -> None:
     """Raises ValueError where LiteRT does not take a file, or does not survive it or its nodes.
 
-    LiteRT checks much of a file, but not all that its kernels rely on; so a file that is not large is run in a process of its
-    own before it is in this one.
+    LiteRT checks much of a file, but not all that its kernels rely on; so a file is run in a process of its own before it is in
+    this one, and so are its nodes, unless it is large.
     """
-    if len(content) < _LARGE and (digest := hashlib.sha256(content).digest()) not in _survived:
-        tried = [content, _whole(lowered)]
+    if (digest := hashlib.sha256(content).digest()) not in _survived:
+        tried = [content] if len(content) >= _LARGE else [content, _whole(lowered)]
         command = [sys.executable, "-c", _TRIAL, *(str(len(each)) for each in tried)]
         with contextlib.suppress(OSError):  # no other process can be started
             trial = subprocess.run(command, input=b"".join(tried), capture_output=True, check=False)
-            if trial.returncode < 0:
+            if trial.returncode < 0 and trial.returncode != _KILLED:
                 raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
         _survived.add(digest)
     runner = Runner(content, name)
