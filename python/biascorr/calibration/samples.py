@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,15 @@ class Samples:
         if self.batches == 0:
             raise ValueError("data: no samples, at least one is needed")
         self.batches_read = self.batches
+
+    def beside(self, storage: Storage) -> Samples:
+        """The same samples, with their inputs in another storage, where other tensors of the same names can be."""
+        other = copy.copy(self)
+        other.storage = storage
+        for batch in range(self.batches):
+            for name in self._names:
+                storage[name, batch] = self.storage[name, batch]
+        return other
 
     def join(self) -> None:
         """Makes one sample of each batch."""

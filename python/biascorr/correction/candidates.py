@@ -5,6 +5,7 @@ A candidate is shifts and a score, never a copy of a model. What candidates shar
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from biascorr.calibration.data import Progress
 from biascorr.calibration.samples import Samples
+from biascorr.calibration.storage import Storage
 from biascorr.correction.analytical import analytical_shift
-from biascorr.correction.methods import Activation, Empirical, Mean, Method, mean_shift
+from biascorr.correction.methods import Activation, Empirical, Mean, Method, Squared, mean_shift
 from biascorr.correction.pooling import PooledShifts
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.graph.activations import activated_pairs
@@ -23,6 +25,7 @@ from biascorr.graph.matching import Match
 from biascorr.graph.network import BiasNetwork, Network, Shift
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
+from biascorr.sweep.paired import PairedSweep
 from biascorr.sweep.plan import Stage, layers_across_stages
 from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 
@@ -138,7 +141,7 @@ class CandidateBuilder:
         self._quantized_layers = {layer.name: layer for layer in quantized.layers}
         pairs = {name: (match.reference, match.quantized) for name, match in matches.items()}
         methods = {choice.method for choice in choices}
-        self._activated = activated_pairs(reference, quantized, pairs) if "activation" in methods else {}
+        self._activated = activated_pairs(reference, quantized, pairs) if methods & {"activation", "squared"} else {}
         self._reference_measured: dict[str, Measured] | None = None
         self._known_analytical: dict[str, Shift] | None = None
 
@@ -171,6 +174,8 @@ class CandidateBuilder:
         reference = self._reference_measurements()
         if choice.method == "empirical":
             return Empirical(reference, choice.strength, choice.shrunk)
+        if choice.method == "squared":
+            return Squared(reference, choice.strength, choice.shrunk)
         if choice.method == "activation":
             activated = {name: tensor for name, (_, tensor) in self._activated.items()}
             return Activation(reference, choice.strength, choice.shrunk, activated=activated)
@@ -197,9 +202,23 @@ class CandidateBuilder:
         self, candidate: Candidate, sweep: Sweep, method: Method, known: Mapping[str, Shift], label: str
     ) -> PooledShifts:
         """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
+        with self._beside(sweep, method) as paired:
+            return self._correct_beside(candidate, sweep, method, known, label, paired)
+
+    def _correct_beside(
+        self,
+        candidate: Candidate,
+        sweep: Sweep,
+        method: Method,
+        known: Mapping[str, Shift],
+        label: str,
+        paired: PairedSweep | None,
+    ) -> PooledShifts:
         pooled = PooledShifts()
         for done, stage in enumerate(sweep.stages, start=1):
-            for layer, shift, positions in self._shifts_of(sweep, stage, method, known):
+            if paired is not None:
+                paired.measure(done - 1)
+            for layer, shift, positions in self._shifts_of(sweep, stage, method, known, paired):
                 pooled.add(layer, shift, positions)
             for layer in stage.layers:
                 found = known.get(layer.first_call, pooled.of(layer))
@@ -213,8 +232,20 @@ class CandidateBuilder:
         sweep.finish()
         return pooled
 
+    @contextlib.contextmanager
+    def _beside(self, sweep: Sweep, method: Method) -> Iterator[PairedSweep | None]:
+        """The float network, swept beside the quantized one, where a method needs that and their stages are alike."""
+        if not method.steps:
+            yield None
+            return
+        pairs = {name: match.reference for name, match in self._matches.items()}
+        activated = {name: tensor for name, (tensor, _) in self._activated.items()}
+        with Storage(self._samples.storage.free) as storage:
+            paired = PairedSweep(self._reference, pairs, activated, self._samples, storage, self._threads)
+            yield paired if paired.is_beside(sweep.stages) else None
+
     def _shifts_of(
-        self, sweep: Sweep, stage: Stage, method: Method, known: Mapping[str, Shift]
+        self, sweep: Sweep, stage: Stage, method: Method, known: Mapping[str, Shift], paired: PairedSweep | None = None
     ) -> Iterator[tuple[Layer, Shift, int]]:
         """Measures a stage; the shift of each call that has values, but for known ones, and the positions it is of."""
         measured = sweep.measure(stage)
@@ -224,6 +255,8 @@ class CandidateBuilder:
             for name, after in sweep.measure_activated(stage, shifts).items():
                 layer = self._matches[name].quantized
                 shifts[name] = method.refined(layer, measured[name], shifts[name], after)
+        if paired is not None:
+            shifts = {layer.name: paired.refined(layer, shifts[layer.name], method.steps) for layer in layers}
         for layer in layers:
             found = measured[layer.name]
             yield layer, method.final(layer, found, shifts[layer.name]), found.output.positions.sum()

@@ -30,11 +30,11 @@ from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_b
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.independence import take_apart
 
-METHODS = ("auto", "mean", "iterative", "empirical", "activation", "analytical", "hybrid")
+METHODS = ("auto", "mean", "iterative", "empirical", "activation", "squared", "analytical", "hybrid")
 
 NEW_BIASES = ("add", "skip")
 
-_SCALED = ("empirical", "activation")
+_SCALED = ("empirical", "activation", "squared")
 """Methods whose shifts can be scaled."""
 
 _AUTO = (
@@ -45,6 +45,7 @@ _AUTO = (
     Choice("activation"),
     Choice("activation", 0.5),
     Choice("activation", shrunk=True),
+    Choice("squared"),
 )
 """The candidates of `auto`. Which one wins differs by network (docs/models.md)."""
 
@@ -171,15 +172,17 @@ def correct(
         - "iterative": the same, each layer after corrected ones.
         - "empirical": the mean output of each layer becomes that of the float one, each after corrected ones.
         - "activation": the same for the tensor after the layer's activation.
+        - "squared": the squared error after the layer's activation becomes least, value by value; the mean output becomes that
+          of the float layer where there is no activation. The float model runs beside the quantized one.
         - "analytical": weight error times the mean input that a BatchNormalization before the layer gives, through ReLU or
           Clip; of the layers that read the model's inputs, their mean in the data, if there is any. Other layers stay as they
           are.
         - "hybrid": analytical where a BatchNormalization gives the mean input, else empirical.
     strength : float
-        The part of each shift that is corrected, above 0 up to 1; only for "empirical" and "activation".
+        The part of each shift that is corrected, above 0 up to 1; only for "empirical", "activation" and "squared".
     shrunk : bool
         Whether the shift s of each channel is multiplied by s^2 / (s^2 + its variance over the samples), so that little is
-        done where samples disagree; only for "empirical" and "activation".
+        done where samples disagree; only for "empirical", "activation" and "squared".
     quant_params : QuantParams, optional
         How quantization is simulated, where no quantized model is given; None: `QuantParams()`, 8-bit weights.
     equalize : bool

@@ -4,6 +4,7 @@
     iterative    the same, the inputs measured after corrected layers
     empirical    strength * (E[y float] - E[y quantized]), y after corrected layers
     activation   strength * s,  E[f(y quantized + s)] = E[f(y float)]  for the activation f after the layer
+    squared      s that makes E[(f(y quantized + s) - f(y float))^2] least, y after corrected layers
     analytical   weight error times the mean input that a batch normalization gives (analytical.py)
     hybrid       analytical where it can be had, else empirical
 
@@ -41,6 +42,9 @@ class Method(abc.ABC):
 
     refinements = 0
     """How often shifts are refined."""
+
+    steps = 0
+    """How often they are refined with the float network beside."""
 
     @abc.abstractmethod
     def shift(self, layer: Layer, measured: Measured) -> Shift:
@@ -127,6 +131,13 @@ class Activation(Empirical):
         wanted, change = goal.mean - start.mean, after.mean - start.mean
         slope = np.divide(change, shift, out=np.ones_like(shift), where=shift != 0)
         return np.where(slope > 0, wanted / np.maximum(slope, _LEAST_SLOPE), self.shift(layer, measured))
+
+
+class Squared(Empirical):
+    """The shift that makes the squared error after the activation least, value by value; the empirical one without one."""
+
+    steps = 3
+    """Steps of Gauss and Newton; more change nothing that matters (measured)."""
 
 
 def _consistency(expected: SampleMeans, found: SampleMeans) -> NDArray[np.float64]:
