@@ -344,3 +344,26 @@ def test_a_transposed_convolution_whose_output_has_no_shape_in_the_file(shape):
     correction = biascorr.correct(packed(model), samples, method="mean")
     assert_same_function(MODELS["transpose_conv"](), packed(model), samples)
     assert correction.report[0].method == "mean"
+
+
+def test_a_file_without_an_end(monkeypatch):
+    b = Builder()
+    x = b.input("x", (1, 4))
+    looped = b.op(
+        "WHILE",
+        [b.fully_connected(x, b.weights(4, 4), b.bias(4), name="before")],
+        (1, 4),
+        condSubgraphIndex=1,
+        bodySubgraphIndex=2,
+    )
+    b.output(looped, "y")
+    b.subgraph("always")
+    inside = b.input("x", (1, 4))
+    total = b.op("SUM", [inside, b.constant(np.int32([0, 1]))], ())
+    b.output(b.op("EQUAL", [total, total], (), dtype=bool), "goes on")
+    b.subgraph("body")
+    inside = b.input("x", (1, 4))
+    b.output(b.op("ABS", [inside], (1, 4)), "y")
+    monkeypatch.setattr(running, "_PATIENCE", 3)
+    with pytest.raises(ValueError, match="^model: LiteRT does not come to an end with it, in 3 seconds$"):
+        TfliteNetwork.load(b.bytes(), "model")

@@ -49,6 +49,9 @@ _LARGE = 64 << 20
 _KILLED = -9
 """What a process gives out that was ended by another one, as where memory is short."""
 
+_PATIENCE = 300
+"""Seconds after which a file has no end: one batch takes a few, of the largest networks."""
+
 _survived: set[bytes] = set()
 """Digests of the files that were tried."""
 
@@ -63,9 +66,15 @@ def check(lowered: Lowered, content: bytes, name: str) -> None:
         tried = [content] if len(content) >= _LARGE else [content, _whole(lowered)]
         command = [sys.executable, "-c", _TRIAL, *(str(len(each)) for each in tried)]
         with contextlib.suppress(OSError):  # no other process can be started
-            trial = subprocess.run(command, input=b"".join(tried), capture_output=True, check=False)
+            try:
+                given = b"".join(tried)
+                trial = subprocess.run(command, input=given, capture_output=True, check=False, timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise ValueError(f"{name}: LiteRT does not come to an end with it, in {_PATIENCE} seconds") from None
             if trial.returncode < 0 and trial.returncode != _KILLED:
-                raise ValueError(f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): the file is damaged")
+                raise ValueError(
+                    f"{name}: LiteRT crashes when it runs it (signal {-trial.returncode}): a damaged file, or too little memory"
+                )
         _survived.add(digest)
     runner = Runner(content, name)
     is_any_size = any(None in axes_of(lowered.graph.tensors[index]) for index in lowered.graph.inputs)
