@@ -141,8 +141,8 @@ def test_means_in_the_flat_part_of_an_activation_are_not_trusted():
     scores = correction.scores
     assert scores["empirical"].sqnr < scores["none"].sqnr - 6
     assert scores["mean"].sqnr < scores["none"].sqnr - 6
-    assert correction.method == "activation"
-    assert scores["activation"].sqnr > scores["none"].sqnr + 6
+    assert correction.method in ("activation", "squared")
+    assert min(scores[method].sqnr for method in ("activation", "squared")) > scores["none"].sqnr + 6
 
 
 def gemm_and_relu():
