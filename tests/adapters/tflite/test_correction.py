@@ -484,3 +484,26 @@ def test_models_of_other_kinds_are_told_apart(tmp_path):
         biascorr.correct(tmp_path / "float", images(), quantized=given)
     with pytest.raises(TypeError, match="^model: int, expected a path, bytes or"):
         biascorr.correct(3, images(), quantized=given)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_product_that_takes_no_bias_gets_one_by_an_edit(side):
+    b = Builder()
+    x = b.input("x", (1, 5, 6))
+    weights = b.weights(6, 4) if side == "right" else b.weights(3, 5)
+    b.output(b.unary("RELU", b.matmul(*((x, weights) if side == "right" else (weights, x)), name="layer")), "y")
+    b.signature()
+    content = b.bytes()
+    network, samples = loaded(content), samples_for(content)
+    (layer,) = network.layers
+    bias = np.linspace(-0.3, 0.3, layer.channels)
+    edited = network.edited(Edits(biases={"layer": bias}))
+    (found,) = edited.layers
+    assert found.name == "layer"
+    np.testing.assert_allclose(np.ravel(found.bias), bias, rtol=1e-6)
+    inner = {name: rows[:1] for name, rows in samples.items()}
+    before, after = (
+        each.part(inner, [made.output], threads=1)(inner)[made.output] for each, made in ((network, layer), (edited, found))
+    )
+    np.testing.assert_allclose(after - before, np.broadcast_to(layer.along_channels(bias), before.shape), atol=1e-6)
+    assert litert(edited.model, samples)["y"].shape == litert(content, samples)["y"].shape

@@ -17,9 +17,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from biascorr.adapters.tflite.graph import Editor, Graph
+from biascorr.adapters.tflite.graph import Editor, Graph, operator
 from biascorr.adapters.tflite.products import Product
-from biascorr.adapters.tflite.tensors import DTYPES, Grid, grid_of, has_codes, real_tensor
+from biascorr.adapters.tflite.tensors import DTYPES, Grid, grid_of, has_codes, real_tensor, tensor_like
 from biascorr.graph.network import BiasChange, Shift
 from biascorr.graph.reasons import Reason, ReasonCode
 
@@ -132,14 +132,16 @@ class Bias:
         self._put(editor, self._with(shift)[0])
 
     def set(self, editor: Editor, values: NDArray[np.float64]) -> None:
-        """Makes it other real numbers, (channels,), in the graph that is made: of float32, as the weights that it gets."""
+        """Makes it other real numbers, (channels,), in the graph that is made: of float32, as the weights that it gets.
+
+        Of an operator that takes none, an operator of its own adds it.
+        """
         assert self.grid is None  # what is quantized is not edited
         self._put(editor, values.astype(np.float32))
 
     def _put(self, editor: Editor, values: NDArray[Any]) -> None:
         bias, stored, position = self.product.bias, self.stored, self.product.bias_position
-        assert position is not None  # `change` has said so before
-        shape = (self.product.channels,) if stored is None else self.graph.value(stored).shape
+        shape = (self.product.channels, *[1] * (-1 - self.product.axis)) if stored is None else self.graph.value(stored).shape
         if stored is not None and self.is_own and values.dtype == self.dtype:
             editor.store(stored, values.reshape(shape))
             return
@@ -149,7 +151,18 @@ class Bias:
         elif self.grid is not None:
             tensor.quantization = _quantization(self.grid)
         tensor.type = next(code for code, dtype in DTYPES.items() if dtype == values.dtype)
-        editor.set_input(self.product.last, position, editor.add_tensor(tensor, values.reshape(shape)))
+        index = editor.add_tensor(tensor, values.reshape(shape))
+        if position is not None:
+            editor.set_input(self.product.last, position, index)
+        else:
+            self._add(editor, index)
+
+    def _add(self, editor: Editor, bias: int) -> None:
+        """Adds a bias after the product, whose output is that of the sum from then on."""
+        output, product = self.product.output, self.product.operator
+        made = editor.add_tensor(tensor_like(self.graph.tensors[output], f"{self.graph.names[output]}/product"))
+        editor.set_output(product, made)
+        editor.insert_after(product, operator("ADD", [made, bias], [output], schema.AddOptionsT()))
 
 
 def _quantization(grid: Grid) -> Any:

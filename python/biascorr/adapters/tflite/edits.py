@@ -31,8 +31,7 @@ def edited(lowered: Lowered, edits: Edits) -> Graph:
         product = _product(products, name)
         if np.size(bias) != product.channels:
             raise ValueError(f"layer {name}: bias of shape {np.shape(bias)}, expected {(product.channels,)}")
-        if product.bias_position is not None:
-            Bias(graph, product).set(editor, np.asarray(bias, dtype=np.float64).reshape(-1))
+        Bias(graph, product).set(editor, np.asarray(bias, dtype=np.float64).reshape(-1))
     operators = {graph.names[each.outputs[0]]: each for each in graph.operators if each.outputs}
     for name, (low, high) in edits.limits.items():
         _limit(editor, lowered, operators, name, (np.asarray(low), np.asarray(high)))

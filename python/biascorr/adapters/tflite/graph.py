@@ -342,6 +342,11 @@ class Editor:
         inputs[position] = index
         table.inputs = np.array(inputs, np.int32)
 
+    def set_output(self, changed: Operator, index: int) -> None:
+        """Lets an operator make another tensor."""
+        self._patches = None
+        self._operators[id(changed)].outputs = np.array([index], np.int32)
+
     def set_options(self, changed: Operator, **options: int) -> None:
         """Gives an operator other options."""
         table, self._patches = self._operators[id(changed)], None
