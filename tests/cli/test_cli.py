@@ -388,7 +388,7 @@ BAD_DATA = {
 BAD_QUANTIZED = {
     "none.onnx": "quantized: no such file",
     "text.onnx": "text.onnx: not an ONNX model",
-    "model.tflite": "quantized: of another framework (.tflite) than the float model (.onnx), expected of the same",
+    "model.tflite": "quantized: not of this float model, but of another framework: .tflite, expected .onnx",
     "other.onnx": "layer first has weights of shape",
 }
 BAD_INPUTS = [

@@ -75,7 +75,7 @@ def check_same_framework(model: Any, quantized: Any) -> None:
     expected, found = (_identified(each, name) for each, name in ((model, "model"), (quantized, "quantized")))
     if expected is not None and found is not None and found is not expected:
         raise ValueError(
-            f"quantized: of another framework ({found.suffix}) than the float model ({expected.suffix}), expected of the same: "
+            f"quantized: not of this float model, but of another framework: {found.suffix}, expected {expected.suffix}; "
             f"convert the float model to {found.suffix} too, without quantizing it"
         )
 

@@ -478,7 +478,9 @@ def test_a_function_of_samples_is_to_be_called():
 def test_models_of_other_kinds_are_told_apart(tmp_path):
     given = path_of("classifier_int8")
     (tmp_path / "float.onnx").write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"^quantized: of another framework \(.tflite\) than the float model \(.onnx\)"):
+    with pytest.raises(
+        ValueError, match="^quantized: not of this float model, but of another framework: .tflite, expected .onnx"
+    ):
         biascorr.correct(tmp_path / "float.onnx", images(), quantized=given)
     with pytest.raises(FileNotFoundError, match="no such file"):
         biascorr.correct(tmp_path / "float", images(), quantized=given)
