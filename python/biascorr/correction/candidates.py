@@ -202,33 +202,22 @@ class CandidateBuilder:
         self, candidate: Candidate, sweep: Sweep, method: Method, known: Mapping[str, Shift], label: str
     ) -> PooledShifts:
         """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
-        with self._beside(sweep, method) as paired:
-            return self._correct_beside(candidate, sweep, method, known, label, paired)
-
-    def _correct_beside(
-        self,
-        candidate: Candidate,
-        sweep: Sweep,
-        method: Method,
-        known: Mapping[str, Shift],
-        label: str,
-        paired: PairedSweep | None,
-    ) -> PooledShifts:
         pooled = PooledShifts()
-        for done, stage in enumerate(sweep.stages, start=1):
-            if paired is not None:
-                paired.measure(done - 1)
-            for layer, shift, positions in self._shifts_of(sweep, stage, method, known, paired):
-                pooled.add(layer, shift, positions)
-            for layer in stage.layers:
-                found = known.get(layer.first_call, pooled.of(layer))
-                if found is None:
-                    candidate.keep(layer, ReasonCode.NO_VALUES())
-                    continue
-                change = self._corrected(candidate, layer, found)
-                if change is not None:
-                    sweep.shift(layer, change)
-            self._progress(label, done, len(sweep.stages))
+        with self._beside(sweep, method) as paired:
+            for done, stage in enumerate(sweep.stages, start=1):
+                if paired is not None:
+                    paired.measure(done - 1)
+                for layer, shift, positions in self._shifts_of(sweep, stage, method, known, paired):
+                    pooled.add(layer, shift, positions)
+                for layer in stage.layers:
+                    found = known.get(layer.first_call, pooled.of(layer))
+                    if found is None:
+                        candidate.keep(layer, ReasonCode.NO_VALUES())
+                        continue
+                    change = self._corrected(candidate, layer, found)
+                    if change is not None:
+                        sweep.shift(layer, change)
+                self._progress(label, done, len(sweep.stages))
         sweep.finish()
         return pooled
 

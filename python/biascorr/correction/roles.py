@@ -13,8 +13,8 @@ from biascorr.graph.network import (
     BiasNetwork,
     EditableNetwork,
     Network,
-    has_tensor_names,
     is_editable,
+    is_renamable,
     keeps_batch_norms,
     require_float,
 )
@@ -59,7 +59,7 @@ def with_inputs_of(reference: Network, quantized: BiasNetwork) -> BiasNetwork:
     """The quantized network, its inputs called as the float ones in their order, where a converter has renamed them all."""
     expected, found = ({each.name: each.dtype for each in network.inputs} for network in (reference, quantized))
     is_renamed = not expected.keys() & found.keys() and list(expected.values()) == list(found.values())
-    return quantized.with_input_names(list(expected)) if is_renamed and has_tensor_names(quantized) else quantized
+    return quantized.with_input_names(list(expected)) if is_renamed and is_renamable(quantized) else quantized
 
 
 def check_roles(reference: Network, quantized: Network | None) -> None:

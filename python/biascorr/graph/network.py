@@ -222,7 +222,7 @@ def input_ranges(network: Network) -> Mapping[str, tuple[float, float]]:
     return cast(Mapping[str, tuple[float, float]], getattr(network, "input_ranges", {}))
 
 
-def has_tensor_names(network: Network) -> TypeGuard[RenamableNetwork]:
+def is_renamable(network: Network) -> TypeGuard[RenamableNetwork]:
     """Whether its inputs may be called otherwise."""
     return hasattr(network, "with_input_names")
 

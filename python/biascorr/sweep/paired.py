@@ -104,10 +104,7 @@ class PairedSweep:
             found = _rows(found, layer.output_axis)
             slope -= found
             slope *= 1 / difference
-            error = found - _rows(goal, layer.output_axis)
-            return np.einsum("nc,nc->c", slope, error).astype(np.float64), np.einsum("nc,nc->c", slope, slope).astype(
-                np.float64
-            )
+            return _dots(slope, found - _rows(goal, layer.output_axis)), _dots(slope, slope)
 
         def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
             return list(in_order(function, items, workers, alone=self._threads == 1))

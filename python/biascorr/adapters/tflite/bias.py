@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from biascorr.adapters.tflite.graph import Editor, Graph, operator
 from biascorr.adapters.tflite.products import Product
-from biascorr.adapters.tflite.tensors import DTYPES, Grid, grid_of, has_codes, real_tensor, tensor_like
+from biascorr.adapters.tflite.tensors import Grid, grid_of, grid_of_codes, real_tensor, tensor_like, type_of
 from biascorr.graph.network import BiasChange, Shift
 from biascorr.graph.reasons import Reason, ReasonCode
 
@@ -73,7 +73,7 @@ class Bias:
     def _steps_of_products(self) -> NDArray[np.float64] | None:
         """The step of a product of codes, (1,) or (channels,); None where input or weights are real."""
         tensors, weights = self.graph.tensors, self.graph.source(self.product.weights)
-        given = grid_of(tensors[self.product.input]) if has_codes(tensors[self.product.input]) else None
+        given = grid_of_codes(tensors[self.product.input])
         by = grid_of(tensors[weights]) if weights is not None else None
         return None if given is None or by is None or self.product.adder is not None else given.scale * by.scale
 
@@ -150,7 +150,7 @@ class Bias:
             values = values.astype(np.float32) if self.grid is None else self.grid.real(values)
         elif self.grid is not None:
             tensor.quantization = _quantization(self.grid)
-        tensor.type = next(code for code, dtype in DTYPES.items() if dtype == values.dtype)
+        tensor.type = type_of(values.dtype)
         index = editor.add_tensor(tensor, values.reshape(shape))
         if position is not None:
             editor.set_input(self.product.last, position, index)

@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.frameworks import IDENTIFIER, Framework, check_suffix
-from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, name_of, scales_of_blocks, shape_of
+from biascorr.adapters.tflite.tensors import bytes_of, dtype_of, grid_of, indices, name_of, scales_of_blocks, shape_of
 from biascorr.whole_file import kind_of, whole_file
 
 LIMIT = 2**31
@@ -57,15 +57,12 @@ def load(model: Any, name: str) -> tuple[bytes, Any]:
             raise FileNotFoundError(f"{name}: no such file")
         if not path.is_file():
             raise OSError(f"{name}: {kind_of(path)}")
-        if path.stat().st_size >= LIMIT:
-            raise ValueError(
-                f"{name}: {path.stat().st_size} bytes, expected less than 2 GB, which is what a flatbuffer can have"
-            )
-        content = path.read_bytes()
+        size = path.stat().st_size
     else:
-        content = bytes(model)
-    if len(content) >= LIMIT:
-        raise ValueError(f"{name}: {len(content)} bytes, expected less than 2 GB, which is what a flatbuffer can have")
+        path, size = None, len(model)
+    if size >= LIMIT:
+        raise ValueError(f"{name}: {size} bytes, expected less than 2 GB, which is what a flatbuffer can have")
+    content = bytes(model) if path is None else path.read_bytes()
     if content[4:8] != IDENTIFIER:
         raise ValueError(f"{name}: no TFLite model, which has {IDENTIFIER.decode()} at its bytes 4 to 8; is the file whole?")
     try:
@@ -193,17 +190,17 @@ def _length(vector: Any) -> int:
 
 def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
     count, codes = len(subgraph.tensors or []), model.operatorCodes or []
-    ends = [*_indices(subgraph.inputs), *_indices(subgraph.outputs)]
+    ends = [*indices(subgraph.inputs), *indices(subgraph.outputs)]
     if any(not 0 <= index < count for index in ends):
         yield f"an input or output of subgraph {_text(subgraph.name)} is none of its {count} tensors"
         return
-    made: dict[int, int] = dict.fromkeys(_indices(subgraph.inputs), -1)
-    all_made = {index for operator in subgraph.operators or [] for index in _indices(operator.outputs)}
+    made: dict[int, int] = dict.fromkeys(indices(subgraph.inputs), -1)
+    all_made = {index for operator in subgraph.operators or [] for index in indices(operator.outputs)}
     for position, operator in enumerate(subgraph.operators or []):
-        inputs, outputs = _indices(operator.inputs), _indices(operator.outputs)
+        inputs, outputs = indices(operator.inputs), indices(operator.outputs)
         if not 0 <= operator.opcodeIndex < len(codes):
             yield f"operator {position} has code {operator.opcodeIndex} of {len(codes)}"
-        inner = _indices(operator.intermediates)
+        inner = indices(operator.intermediates)
         if any(not -1 <= index < count for index in inputs) or any(not 0 <= index < count for index in (*outputs, *inner)):
             yield f"operator {position} reads or makes tensors that are none of {count}"
             continue
@@ -214,14 +211,10 @@ def _errors_in_operators(subgraph: Any, model: Any) -> Iterator[str]:
         if is_twice or any(_is_constant(subgraph.tensors[index], model) for index in outputs):
             yield f"operator {position} makes a tensor that is there already"
         made.update(dict.fromkeys(outputs, position))
-    for index in _indices(subgraph.outputs):
+    for index in indices(subgraph.outputs):
         tensor = subgraph.tensors[index]
         if index not in made and not tensor.isVariable and not _is_constant(tensor, model):
             yield f"output {index} ({name_of(tensor)}) of subgraph {_text(subgraph.name)} is made by nothing"
-
-
-def _indices(vector: Any) -> list[int]:
-    return [] if vector is None else [int(index) for index in vector]
 
 
 def _is_constant(tensor: Any, model: Any) -> bool:

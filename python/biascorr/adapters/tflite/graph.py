@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.tflite import files
-from biascorr.adapters.tflite.tensors import DTYPES, PACKED, grid_of, name_of, values_of
+from biascorr.adapters.tflite.tensors import PACKED, grid_of, indices, name_of, real_tensor, type_of, values_of
 
 _KINDS = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 
@@ -56,7 +56,7 @@ class Operator:
     @property
     def tensors(self) -> list[int]:
         """All tensors that it has, those that recurrent ones keep what is between their products in among them."""
-        return [index for index in (*self.inputs, *self.outputs, *_indices(self.table.intermediates)) if index >= 0]
+        return [index for index in (*self.inputs, *self.outputs, *indices(self.table.intermediates)) if index >= 0]
 
     def input(self, position: int) -> int | None:
         """One of its inputs; None where it is left out."""
@@ -109,12 +109,12 @@ class Graph:
     @functools.cached_property
     def inputs(self) -> list[int]:
         """Its inputs."""
-        return _indices(self.subgraph.inputs)
+        return indices(self.subgraph.inputs)
 
     @functools.cached_property
     def outputs(self) -> list[int]:
         """Its outputs."""
-        return _indices(self.subgraph.outputs)
+        return indices(self.subgraph.outputs)
 
     @functools.cached_property
     def operators(self) -> list[Operator]:
@@ -224,7 +224,7 @@ class Graph:
         """How many tensors of all subgraphs, and entries of metadata, are in each buffer."""
         entries = [tensor.buffer for each in self.model.subgraphs for tensor in each.tensors or []]
         entries += [each.buffer for each in self.model.metadata or []]
-        return collections.Counter([*entries, *_indices(self.model.metadataBuffer)])
+        return collections.Counter([*entries, *indices(self.model.metadataBuffer)])
 
     def is_own(self, index: int) -> bool:
         """Whether one operator alone reads a constant that has its bytes for itself, so that these can be others.
@@ -266,11 +266,7 @@ def operators_of(model: Any, subgraph: Any) -> list[Operator]:
 
 def _operator(table: Any, code: Any) -> Operator:
     kind = _KINDS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
-    return Operator(kind, tuple(_indices(table.inputs)), tuple(_indices(table.outputs)), table, code)
-
-
-def _indices(vector: Any) -> list[int]:
-    return [] if vector is None else [int(index) for index in vector]
+    return Operator(kind, tuple(indices(table.inputs)), tuple(indices(table.outputs)), table, code)
 
 
 def unique(name: str, taken: set[str]) -> str:
@@ -301,14 +297,14 @@ class Editor:
         self._subgraph = copy.copy(graph.subgraph)
         self._model.subgraphs = [self._subgraph, *graph.model.subgraphs[1:]]
         self._subgraph.tensors = list(graph.tensors)
-        self._operators = {id(each): _copied(each) for each in graph.operators}
+        self._operators = {id(each): copy.copy(each.table) for each in graph.operators}
         self._order = [self._operators[id(each)] for each in graph.operators]
 
     def store(self, index: int, values: NDArray[Any]) -> None:
         """Gives a stored tensor other elements of its type, in a buffer of its own from then on."""
         tensor, raw = self._subgraph.tensors[index], np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
         if self._graph.uses[tensor.buffer] == 1:
-            self._model.buffers[tensor.buffer] = _buffer(raw)
+            self._model.buffers[tensor.buffer] = schema.BufferT(raw)
             if self._patches is not None:
                 self._patches[tensor.buffer] = raw
             return
@@ -324,21 +320,20 @@ class Editor:
         return len(self._subgraph.tensors) - 1
 
     def add_constant(self, values: NDArray[Any], name: str) -> int:
-        """Adds a constant of real numbers."""
-        tensor = schema.TensorT()
-        tensor.name, tensor.hasRank, tensor.shape = name.encode(), True, np.array(values.shape, np.int32)
-        tensor.type = next(code for code, dtype in DTYPES.items() if dtype == values.dtype)
+        """Adds a constant."""
+        tensor = real_tensor(values.shape, name)
+        tensor.type = type_of(values.dtype)
         return self.add_tensor(tensor, values)
 
     def _add_buffer(self, raw: NDArray[np.uint8]) -> int:
         self._patches = None
-        self._model.buffers.append(_buffer(raw))
+        self._model.buffers.append(schema.BufferT(raw))
         return len(self._model.buffers) - 1
 
     def set_input(self, changed: Operator, position: int, index: int) -> None:
         """Lets an operator read another tensor."""
         table, self._patches = self._operators[id(changed)], None
-        inputs = [*_indices(table.inputs), *[-1] * (position + 1 - len(_indices(table.inputs)))]
+        inputs = [*indices(table.inputs), *[-1] * (position + 1 - len(indices(table.inputs)))]
         inputs[position] = index
         table.inputs = np.array(inputs, np.int32)
 
@@ -370,7 +365,7 @@ class Editor:
         self._patches = None
         left = {id(self._operators[id(each)]) for each in excepted}
         for table in self._order:
-            if id(table) not in left and index in _indices(table.inputs):
+            if id(table) not in left and index in indices(table.inputs):
                 table.inputs = np.where(table.inputs == index, other, table.inputs).astype(np.int32)
 
     def _fill(self, table: Any, by: Operator) -> None:
@@ -384,13 +379,3 @@ class Editor:
         """The graph that was made."""
         self._subgraph.operators = self._order
         return Graph(self._graph.content, self._model, self._patches, self._graph.lacks_custom)
-
-
-def _copied(each: Operator) -> Any:
-    return copy.copy(each.table)
-
-
-def _buffer(raw: NDArray[np.uint8]) -> Any:
-    buffer = schema.BufferT()
-    buffer.data = raw
-    return buffer

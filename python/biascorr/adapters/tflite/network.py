@@ -18,7 +18,7 @@ from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import Product
 from biascorr.adapters.tflite.roles import kind_of, role_of
-from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of, has_codes
+from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of, grid_of_codes, has_codes
 from biascorr.graph.layer import Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -67,8 +67,10 @@ class TfliteNetwork:
         try:
             network.check()
         except ValueError as error:
+            if not (graph.has_custom and any(said in str(error) for said in running.NO_SUCH_OPERATOR)):
+                raise
             network = cls._made(replace(graph, lacks_custom=True), name)
-            if not (graph.has_custom and network.outputs and any(said in str(error) for said in running.NO_SUCH_OPERATOR)):
+            if not network.outputs:
                 raise
             network.check()
         return network
@@ -101,9 +103,9 @@ class TfliteNetwork:
         graph, found = self._graph, {}
         for given, each in zip(self.inputs, graph.inputs):
             readers = graph.readers.get(each, [])
-            codes = readers[0].outputs[0] if len(readers) == 1 and readers[0].kind == "QUANTIZE" else each
-            grid, dtype = grid_of(graph.tensors[codes]), dtype_of(graph.tensors[codes])
-            if has_codes(graph.tensors[codes]) and grid is not None and dtype is not None:
+            codes = graph.tensors[readers[0].outputs[0] if [each.kind for each in readers] == ["QUANTIZE"] else each]
+            grid, dtype = grid_of_codes(codes), dtype_of(codes)
+            if grid is not None and dtype is not None:
                 limits = np.iinfo(dtype)
                 low, high = grid.real(np.array([limits.min, limits.max])).tolist()
                 found[given.name] = (low, high)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.products import CONTROL
-from biascorr.adapters.tflite.tensors import Grid, axes_of, dtype_of, grid_of, has_codes, scales_of_blocks, shape_of
+from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of_codes, scales_of_blocks, shape_of
 from biascorr.graph.network import Allocator, Feeds
 
 Arrays: TypeAlias = Mapping[int, NDArray[Any]]
@@ -265,9 +265,7 @@ def _tensor(lowered: Lowered, index: int, given: Arrays, place: Mapping[int, int
 
 
 def _added(model: Any, raw: NDArray[np.uint8] | None) -> int:
-    buffer = schema.BufferT()
-    buffer.data = raw
-    model.buffers.append(buffer)
+    model.buffers.append(schema.BufferT(raw))
     return len(model.buffers) - 1
 
 
@@ -311,15 +309,11 @@ def _prepared(content: bytes, name: str, optimized: bool) -> Runner:
     return Runner(content, name)
 
 
-def _grid(tensor: Any) -> Grid | None:
-    return grid_of(tensor) if has_codes(tensor) else None
-
-
 def _codes(tensor: Any, array: NDArray[Any]) -> NDArray[Any]:
-    grid, dtype = _grid(tensor), dtype_of(tensor)
+    grid, dtype = grid_of_codes(tensor), dtype_of(tensor)
     return array if grid is None or dtype is None else grid.codes(array, dtype)
 
 
 def _real(tensor: Any, array: NDArray[Any]) -> NDArray[Any]:
-    grid = _grid(tensor)
+    grid = grid_of_codes(tensor)
     return array if grid is None else grid.real(array)

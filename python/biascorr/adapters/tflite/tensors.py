@@ -136,10 +136,15 @@ def scales_of_blocks(tensor: Any) -> tuple[int, ...]:
     return tuple(index for name in ("scales", "zeroPoints") if (index := getattr(details, name, -1)) >= 0)
 
 
+def grid_of_codes(tensor: Any) -> Grid | None:
+    """The grid of quantized activations; None of any other tensor."""
+    grid = grid_of(tensor) if tensor.type in _CODES else None
+    return grid if grid is not None and len(grid.scale) == 1 else None
+
+
 def has_codes(tensor: Any) -> bool:
     """Whether a tensor holds quantized activations."""
-    grid = grid_of(tensor) if tensor.type in _CODES else None
-    return grid is not None and len(grid.scale) == 1
+    return grid_of_codes(tensor) is not None
 
 
 def tensor_like(tensor: Any, name: str) -> Any:
@@ -148,6 +153,16 @@ def tensor_like(tensor: Any, name: str) -> Any:
     made.name, made.type, made.hasRank = name.encode(), schema.TensorType.FLOAT32, True
     made.shape, made.shapeSignature = tensor.shape, tensor.shapeSignature
     return made
+
+
+def indices(vector: Any) -> list[int]:
+    """A vector of the file as a list; empty where it is left out."""
+    return [] if vector is None else [int(index) for index in vector]
+
+
+def type_of(dtype: np.dtype[Any]) -> int:
+    """The type of the schema for elements of this one."""
+    return next(code for code, each in DTYPES.items() if each == dtype)
 
 
 def real_tensor(shape: tuple[int, ...], name: str) -> Any:
