@@ -301,15 +301,11 @@ class Editor:
         self._order = [self._operators[id(each)] for each in graph.operators]
 
     def store(self, index: int, values: NDArray[Any]) -> None:
-        """Gives a stored tensor other elements of its type, in a buffer of its own from then on."""
-        tensor, raw = self._subgraph.tensors[index], np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
-        if self._graph.uses[tensor.buffer] == 1:
-            self._model.buffers[tensor.buffer] = schema.BufferT(raw)
-            if self._patches is not None:
-                self._patches[tensor.buffer] = raw
-            return
-        tensor = self._subgraph.tensors[index] = copy.copy(tensor)
-        tensor.buffer = self._add_buffer(raw)
+        """Gives a tensor that has its bytes for itself other elements of its type."""
+        buffer, raw = self._subgraph.tensors[index].buffer, np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+        self._model.buffers[buffer] = schema.BufferT(raw)
+        if self._patches is not None:
+            self._patches[buffer] = raw
 
     def add_tensor(self, tensor: Any, values: NDArray[Any] | None = None) -> int:
         """Adds a tensor, with elements if it is a constant."""
