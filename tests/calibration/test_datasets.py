@@ -305,7 +305,8 @@ def test_how_many_batches_a_data_set_has():
     assert number_of_batches(TfDataset([*X], cardinality=-1), [IMAGE], batch_size=2, max_samples=5) == 3
     assert number_of_batches(TfDataset([*X]), [IMAGE], batch_size=2, max_samples=5) == 3
     assert number_of_batches(TfDataset([*X]), [IMAGE], batch_size=2, max_samples=50) == 4
-    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=5) is None
+    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=5) == min(5, len(BATCHES))
+    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=1) == 1
     fixed = ModelInput("x", np.dtype(np.float32), (2, 3, 4, 4))
     assert number_of_batches(TfDataset([*X]), [fixed], batch_size=5, max_samples=5) == 2
     assert number_of_batches(PyDataset(lambda _: X, 4), [IMAGE]) == 4

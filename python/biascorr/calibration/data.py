@@ -42,12 +42,15 @@ Progress = Callable[[str, int, int | None], None]
 def number_of_batches(
     data: Any, inputs: Sequence[ModelInput] = (), *, batch_size: int = 1, max_samples: int | None = None
 ) -> int | None:
-    """How many batches the data gives, None where that is not known before reading it."""
+    """How many batches the data gives, at most where their sizes are not known; None where nothing is before reading it."""
     data_set = data_set_from(data)
     if data_set is not None:
         return _number_in(data_set, inputs, batch_size, max_samples)
-    if max_samples is not None:
-        return None
+    count = _number_of_elements(data)
+    return count if count is None or max_samples is None else min(count, max_samples)
+
+
+def _number_of_elements(data: Any) -> int | None:
     if isinstance(data, (str, PathLike)):
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
@@ -61,7 +64,7 @@ def number_of_batches(
 def _number_in(data: DataSet, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> int | None:
     are_single = False if data.are_batches else has_single_samples(data.spec, inputs)
     if are_single is False:
-        return data.count if most is None else None
+        return data.count if data.count is None or most is None else min(data.count, most)
     fixed = _fixed_size(inputs)
     limit = _whole(most, fixed)
     count = limit if data.is_infinite else data.count
@@ -75,11 +78,11 @@ def check_amounts(batch_size: Any, max_samples: Any) -> None:
         checked_integer("max_samples", max_samples, 1, otherwise="None")
 
 
-def check_end(data: Any, max_samples: int | None) -> None:
+def check_end(data: Any, max_samples: int | None, name: str = "data") -> None:
     """Raises ValueError where the data never ends, and nothing else limits it."""
     data_set = data_set_from(data)
     if max_samples is None and data_set is not None and data_set.is_infinite:
-        raise ValueError(f"data: an infinite data set, expected max_samples with it, or a part of it: {data_set.finite}")
+        raise ValueError(f"{name}: an infinite data set, expected max_samples with it, or a part of it: {data_set.finite}")
 
 
 def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import numpy as np
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
-from biascorr.calibration.samples import ONE_OF, Samples
+from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.quant_params import QuantParams
@@ -140,7 +141,9 @@ def correct(
     only: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     batch_size: int = 1,
-    max_samples: int | None = None,
+    max_samples: int | None = 300,
+    validation: Any = None,
+    seed: int = 0,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -201,6 +204,10 @@ def correct(
         Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
     max_samples : int, optional
         No more samples are read, of any kind of data. None: all of them.
+    validation : array, mapping, iterable, CalibrationDataReader or path, optional
+        Other samples, of the same kinds as `data`, to score on: all of them, in place of a part of `data`.
+    seed : int
+        Chooses the samples that are scored, where there are no others to be.
     memory_budget : int or str, optional
         Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
         None: half of the memory that is free, in the container that this process is in.
@@ -271,11 +278,14 @@ def correct(
     excluded = excluded_layers(given or reference, only, exclude)
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
-        samples = Samples(storage, hold_out=method == "auto")
+        samples = Samples(storage, hold_out=method == "auto", seed=seed)
         report_progress = progress or (lambda *_: None)
         if data is not None:
             inputs = (given or reference).inputs
-            samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
+            read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples)
+            read(data, inputs, report_progress)
+            if validation is not None:
+                read(validation, inputs, report_progress, validation=True)
             take_apart(reference, samples, threads)
             notes += _samples_out_of_range(given or reference, samples)
         expected = FloatOutputs(reference, samples, threads)
@@ -491,7 +501,7 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool
     if is_random:
         notes.append("the float model does not give the same outputs twice: scores, and what is chosen by them, are chance")
     if samples.scored < _FEW:
-        notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
+        notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * 2} samples in all would do")
     if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
