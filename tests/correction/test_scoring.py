@@ -200,6 +200,15 @@ def test_better_is_surely_better_in_every_measure(score, other, better):
     assert score.is_better_than(other) is better
 
 
+def test_a_network_that_is_better_on_quiet_samples_alone_is_not_better():
+    quiet, loud = ([1.0, 1.0], [1.0, 1.1]), ([100.0, 100.0], [100.0, 101.0])
+    better_quiet, worse_loud = (quiet[0], [1.0, 1.01]), (loud[0], [100.0, 102.0])
+    before, after = judged([quiet, quiet, loud] * 3), judged([better_quiet, better_quiet, worse_loud] * 3)
+    assert after.gains_over(before)["sqnr"].is_sure
+    assert not after.is_better_than(before)
+    assert judged([better_quiet, better_quiet, loud] * 3).is_better_than(before)
+
+
 def test_order_is_by_metric_by_divergence_and_by_ratio_without_one():
     scores = [scored(10.0), scored(12.0), scored(11.0)]
     assert Score.best(scores) is scores[1]

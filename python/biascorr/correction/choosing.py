@@ -1,7 +1,7 @@
-"""Which candidate is taken: none that is not surely better, and the simplest of those that are as good as the best.
+"""Which candidate is taken: none that is not surely better, and the most cautious of those that are as good as the best.
 
 A gain is sure where it is above its standard error over the samples, in each measure. The best of many candidates on a few
-samples is partly luck: so the one that is taken is the first, from simple to bold, that the best one is not surely better than.
+samples is partly luck: the one that is taken is the first, from cautious to bold, that the best one is not surely better than.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FINALISTS = 2
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate that is taken; they are in order from simple to bold, the uncorrected network first.
+    """The candidate that is taken; they are in order from cautious to bold, the uncorrected network first.
 
     Raises ValueError where nothing could be scored.
     """

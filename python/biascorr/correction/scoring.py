@@ -7,7 +7,8 @@ KL   = mean over positions of sum_c r_c log(r_c / q_c) - r_c + q_c, where an out
 
 So neither the unit of an output nor the loudness of a sample weighs anything; the score of a network is the mean over the
 samples. What they say of two networks is paired: the gain of one over the other is the mean of the differences, with its
-standard error.
+standard error. As nobody is helped by a network that is better on quiet samples alone, the noise of each sample, as a part of
+the mean energy of its output, has to say the same.
 
 A q_c of 0 is taken for half of the least one that is not: half a step, where probabilities are quantized. The last two terms of
 KL cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
@@ -38,6 +39,9 @@ _CEILING = 100.0
 
 _FLOOR = -300.0
 """dB of a sample that is lost."""
+
+_LOST = 1e30
+"""Noise of a sample that is lost, as a part of the signal."""
 
 _SURE_OF_ONE = 100
 """An output of n integers, all equal, counts as if one in so many times n were wrong."""
@@ -103,11 +107,14 @@ class Score:
         is.
     metrics : tuple of float, or None
         The user's own metric of each sample, or one of the network; None where there is none.
+    noises : tuple of float, or None
+        Noise of each sample as a part of the mean energy of an output, the mean over the outputs.
     """
 
     sqnrs: tuple[float, ...]
     divergences: tuple[float, ...] | None = None
     metrics: tuple[float, ...] | None = None
+    noises: tuple[float, ...] | None = None
 
     @property
     def sqnr(self) -> float:
@@ -138,8 +145,11 @@ class Score:
         return any(gain.mean < 0 for gain in self.gains_over(other).values())
 
     def is_better_than(self, other: Score) -> bool:
-        """Whether every measure is surely better."""
-        return all(gain.is_sure for gain in self.gains_over(other).values())
+        """Whether every measure is surely better, and the noise where no metric decides."""
+        gains = self.gains_over(other)
+        if "metric" not in gains and self.noises is not None and other.noises is not None:
+            gains["noise"] = Gain.of(np.subtract(other.noises, self.noises))
+        return all(gain.is_sure for gain in gains.values())
 
     def __str__(self) -> str:
         parts = [f"{self.sqnr:.2f} dB"]
@@ -200,13 +210,21 @@ class _Output:
     @property
     def sqnrs(self) -> NDArray[np.float64]:
         """Of each sample, in dB."""
-        signals, noises = np.array(self._signals), np.array(self._noises)
-        if self._are_integers:
-            noises = np.maximum(noises, 1 / _SURE_OF_ONE)
+        signals, noises = np.array(self._signals), self._counted_noises
         signals = np.where(signals > 0, signals, signals.mean() or noises)  # of a silent sample, that of the others
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = 10.0 * (np.log10(signals) - np.log10(noises))
         return np.where(noises == 0, _CEILING, np.clip(np.nan_to_num(ratios, nan=_FLOOR), _FLOOR, _CEILING))
+
+    @property
+    def noises(self) -> NDArray[np.float64]:
+        """Of each sample, as a part of the mean signal."""
+        signal = float(np.mean(self._signals)) or 1.0
+        return np.asarray(np.nan_to_num(self._counted_noises / signal, nan=_LOST, posinf=_LOST))
+
+    @property
+    def _counted_noises(self) -> NDArray[np.float64]:
+        return np.maximum(self._noises, 1 / _SURE_OF_ONE) if self._are_integers else np.array(self._noises)
 
     @property
     def divergences(self) -> NDArray[np.float64]:
@@ -301,7 +319,8 @@ class OutputErrors:
         if not counted:
             return NOT_SCORED
         divergences = [each.divergences for each in counted if each.are_probabilities and each.has_elements]
-        return Score(_means([each.sqnrs for each in counted]), _means(divergences) if divergences else None)
+        sqnrs, noises = (_means([getattr(each, name) for each in counted]) for name in ("sqnrs", "noises"))
+        return Score(sqnrs, _means(divergences) if divergences else None, noises=noises)
 
 
 def _means(outputs: Sequence[NDArray[np.float64]]) -> tuple[float, ...]:
