@@ -53,10 +53,12 @@ def test_a_loud_sample_counts_as_much_as_the_others(loud):
     assert judged(samples_of).sqnr == pytest.approx(np.mean(expected))
 
 
-def test_a_silent_sample_is_as_loud_as_the_others_on_average():
-    assert judged([([0.0, 0.0], [0.0, 0.1]), ([3.0, -4.0], [3.0, -4.1])]).sqnrs == pytest.approx(
-        [10 * math.log10(12.5 / 0.01), 10 * math.log10(25 / 0.01)]
-    )
+def test_a_silent_sample_has_no_ratio_but_noise():
+    silent, other = ([0.0, 0.0], [0.0, 0.1]), ([3.0, -4.0], [3.0, -4.1])
+    score = judged([silent, other])
+    assert score.sqnrs == pytest.approx([10 * math.log10(25 / 0.01)])
+    assert score.noises == pytest.approx([0.01 / 12.5] * 2)
+    assert judged([silent, other], [other, other]).sqnrs == pytest.approx([10 * math.log10(25 / 0.01)] * 2)
 
 
 def test_a_constant_output_does_not_count_where_another_differs():

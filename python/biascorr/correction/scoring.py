@@ -14,7 +14,7 @@ A q_c of 0 is taken for half of the least one that is not: half a step, where pr
 KL cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
 
 Rows that only one of the networks gives out, boxes more or less, are noise of their own energy. An output that is the same for
-all samples does not count, where another one differs.
+all samples does not count, where another one differs; nor has a sample an SQNR whose outputs are silent, where others are not.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ _CEILING = 100.0
 
 _FLOOR = -300.0
 """dB of a sample that is lost."""
+
+_SILENT = 1e-9
+"""A sample with this part of the mean energy of an output, or less, gives out nothing."""
 
 _LOST = 1e30
 """Noise of a sample that is lost, as a part of the signal."""
@@ -209,12 +212,14 @@ class _Output:
 
     @property
     def sqnrs(self) -> NDArray[np.float64]:
-        """Of each sample, in dB."""
+        """Of each sample, in dB; nan where it is silent."""
         signals, noises = np.array(self._signals), self._counted_noises
-        signals = np.where(signals > 0, signals, signals.mean() or noises)  # of a silent sample, that of the others
+        if not signals.any():
+            return np.where(noises == 0, _CEILING, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = 10.0 * (np.log10(signals) - np.log10(noises))
-        return np.where(noises == 0, _CEILING, np.clip(np.nan_to_num(ratios, nan=_FLOOR), _FLOOR, _CEILING))
+        ratios = np.where(noises == 0, _CEILING, np.clip(np.nan_to_num(ratios, nan=_FLOOR), _FLOOR, _CEILING))
+        return np.where(signals > _SILENT * signals.mean(), ratios, np.nan)
 
     @property
     def noises(self) -> NDArray[np.float64]:
@@ -308,7 +313,7 @@ class OutputErrors:
     @property
     def outputs(self) -> dict[str, float]:
         """The SQNR in dB of each output alone."""
-        return {name: float(each.sqnrs.mean()) for name, each in self._outputs.items()}
+        return {name: float(np.nanmean(each.sqnrs)) for name, each in self._outputs.items()}
 
     @property
     def score(self) -> Score:
@@ -319,12 +324,14 @@ class OutputErrors:
         if not counted:
             return NOT_SCORED
         divergences = [each.divergences for each in counted if each.are_probabilities and each.has_elements]
-        sqnrs, noises = (_means([getattr(each, name) for each in counted]) for name in ("sqnrs", "noises"))
-        return Score(sqnrs, _means(divergences) if divergences else None, noises=noises)
+        sqnrs, noises = (np.array([getattr(each, name) for each in counted]) for name in ("sqnrs", "noises"))
+        sqnrs = sqnrs[:, ~np.isnan(sqnrs).all(axis=0)]
+        return Score(_means(sqnrs), _means(np.array(divergences)) if divergences else None, noises=_means(noises))
 
 
-def _means(outputs: Sequence[NDArray[np.float64]]) -> tuple[float, ...]:
-    return tuple(np.mean(outputs, axis=0).tolist())
+def _means(outputs: NDArray[np.float64]) -> tuple[float, ...]:
+    """The mean over the outputs of each sample."""
+    return tuple(np.nanmean(outputs, axis=0).tolist())
 
 
 def _kinds_agree(r: NDArray[Any] | None, q: NDArray[Any] | None) -> bool:
