@@ -5,9 +5,8 @@ import pytest
 
 from biascorr import QuantParams, correct
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
-from biascorr.sweep.independence import Samplewise, samplewise
+from biascorr.sweep.independence import BatchingFinder
 from networks import BITS, biases, constants_of, model_from_text, samples, weights
 
 CONSTANTS = {"w": weights(6, 5, axis=1), "v": weights(5, 4, axis=1, seed=1)}
@@ -65,16 +64,19 @@ BODIES = {
         {**CONSTANTS, "rows": np.array([-1, 6]), "limit": np.float32(1.8)},
     ),
 }
+FIRST, ELSEWHERE, DEPENDENT = (0, True), (0, False), (None, True)
+"""The axis of samples, and whether each tensor has them along its first axis."""
+
 EXPECTED = {
-    "first": Samplewise.FIRST_AXIS,
-    "time first": Samplewise.INPUTS,
-    "rows of time": Samplewise.NOT_AT_ALL,
-    "rows of samples": Samplewise.FIRST_AXIS,
-    "recurrent over the first axis": Samplewise.NOT_AT_ALL,
-    "recurrent backwards": Samplewise.NOT_AT_ALL,
-    "mean of the batch": Samplewise.NOT_AT_ALL,
-    "centred": Samplewise.NOT_AT_ALL,
-    "rows that are chosen": Samplewise.INPUTS,
+    "first": FIRST,
+    "time first": ELSEWHERE,
+    "rows of time": DEPENDENT,
+    "rows of samples": FIRST,
+    "recurrent over the first axis": DEPENDENT,
+    "recurrent backwards": DEPENDENT,
+    "mean of the batch": DEPENDENT,
+    "centred": DEPENDENT,
+    "rows that are chosen": ELSEWHERE,
 }
 
 
@@ -83,13 +85,18 @@ def model_of(name):
     return model_from_text(f"g ({given}) => ({made}) {{ {body} }}", **constants)
 
 
+def batching_of(model, x, *inputs):
+    network = OnnxNetwork.load(model, "model")
+    with Storage(1 << 20) as storage:
+        return BatchingFinder(network, inputs or network.inputs, storage, 1)({"x": x})
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_how_a_batch_is_taken_apart(name, size):
-    with Storage(1 << 20) as storage:
-        held = Samples(storage)
-        held.add({"x": samples(size, 8, 6)}, size)
-        assert samplewise(OnnxNetwork.load(model_of(name), "model"), held, 1) is EXPECTED[name]
+    found = batching_of(model_of(name), samples(size, 8, 6))
+    assert (found.axes.get("x"), found.is_along_first_axis) == EXPECTED[name]
+    assert found.can_be_cut
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
-from biascorr.sweep.independence import take_apart
+from biascorr.sweep.independence import BatchingFinder
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "squared", "analytical", "hybrid")
 
@@ -282,11 +282,13 @@ def correct(
         report_progress = progress or (lambda *_: None)
         if data is not None:
             inputs = (given or reference).inputs
-            read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples)
+            batchings = BatchingFinder(reference, inputs, storage, threads)
+            read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
             read(data, inputs, report_progress)
             if validation is not None:
                 read(validation, inputs, report_progress, validation=True)
-            take_apart(reference, samples, threads)
+            samples.choose_scored()
+            notes += [f"{name}: not read to its end, only {max_samples} samples (max_samples)" for name in samples.left_out]
             notes += _samples_out_of_range(given or reference, samples)
         expected = FloatOutputs(reference, samples, threads)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
