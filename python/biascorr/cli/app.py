@@ -31,6 +31,7 @@ from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
 from biascorr.correction.correct import Correction
+from biascorr.correction.metrics import metric_from_name
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
@@ -164,6 +165,13 @@ def correct(
     new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
     batch_size: BatchSize = 1,
     max_samples: MaxSamples = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="What is best, greater is better: metric(outputs, reference) of a sample, or evaluate(run) of a model.",
+        ),
+    ] = None,
     memory_budget: MemoryBudget = None,
     threads: Threads = None,
     force: Force = False,
@@ -193,6 +201,7 @@ def correct(
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             batch_size=batch_size,
             max_samples=max_samples,
+            metric=None if metric is None else metric_from_name(metric),
             memory_budget=memory_budget,
             threads=threads,
             progress=progress,
@@ -345,6 +354,8 @@ def _print_correction(result: Correction, output: Path) -> None:
     equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
     kind = "; a float model: quantize it now" if result.is_simulated else ""
+    if result.is_refitted:
+        print(f"{result.choice.label} was chosen on held-out samples, then fitted to all samples")
     print(f"{printable(output)}: {layers} {how}from {result.samples} samples{equalized}{kind}", flush=True)
     if not corrected and result.left != ReasonCode.NOT_BETTER():
         print(f"nothing could be corrected: {result.left or 'the model has no layers'}", flush=True)

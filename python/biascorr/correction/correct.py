@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -17,10 +17,13 @@ from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
+from biascorr.correction.choosing import choose, finalists, is_safe
+from biascorr.correction.layer_errors import layer_errors
+from biascorr.correction.metrics import Metric
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
-from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
+from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Gain, Score, output_pairs
 from biascorr.correction.selection import excluded_layers
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
@@ -40,15 +43,15 @@ _SCALED = ("empirical", "activation", "squared")
 
 _AUTO = (
     Choice("mean"),
-    Choice("iterative"),
-    Choice("empirical"),
     Choice("empirical", 0.5),
-    Choice("activation"),
     Choice("activation", 0.5),
     Choice("activation", shrunk=True),
+    Choice("iterative"),
+    Choice("empirical"),
+    Choice("activation"),
     Choice("squared"),
 )
-"""The candidates of `auto`. Which one wins differs by network (docs/models.md)."""
+"""The candidates of `auto`, from simple to bold. Which one wins differs by network (docs/models.md)."""
 
 _UNCORRECTED = Choice("none")
 
@@ -88,6 +91,8 @@ class Correction:
         The scores of the uncorrected and of the best candidate as their own runtime runs them with its default options, on this
         CPU.
         Empty where quantization is simulated, or nothing could be scored.
+    is_refitted : bool
+        Whether the corrected model was fitted again, to the held-out samples too, after it had been chosen by them.
     """
 
     network: BiasNetwork
@@ -100,11 +105,20 @@ class Correction:
     equalization: Equalization | None = None
     is_simulated: bool = False
     deployed: Mapping[str, Score] = field(default_factory=dict)
+    is_refitted: bool = False
 
     @property
     def method(self) -> str:
         """The label of the choice, as in `scores`: "mean", "empirical 0.5", "equalized, activation shrunk", "none"."""
         return str(self.choice)
+
+    @property
+    def gains(self) -> Mapping[str, Gain]:
+        """How sure the gain over the uncorrected model is: the mean over the samples that were scored and its standard error.
+
+        By measure: "sqnr" in dB, "divergence" in nats, or "metric"; empty where nothing was scored.
+        """
+        return self.scores[self.method].gains_over(self.scores["none"]) if self.scores else {}
 
     @property
     def left(self) -> Reason | None:
@@ -144,6 +158,7 @@ def correct(
     max_samples: int | None = 300,
     validation: Any = None,
     seed: int = 0,
+    metric: Callable[..., float] | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -208,6 +223,11 @@ def correct(
         Other samples, of the same kinds as `data`, to score on: all of them, in place of a part of `data`.
     seed : int
         Chooses the samples that are scored, where there are no others to be.
+    metric : callable, optional
+        What is best, in place of SQNR and divergence: ``metric(outputs, reference) -> float``, of one sample, from its outputs
+        by name (first axis 1) and those of the float model; or ``evaluate(run) -> float``, of a model that ``run(batch)``
+        runs, with your own inputs, labels and loop: `run` takes a mapping from input names to arrays, or an array where there
+        is one input, and gives the outputs by name. Greater is better.
     memory_budget : int or str, optional
         Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
         None: half of the memory that is free, in the container that this process is in.
@@ -261,6 +281,7 @@ def correct(
     _check_options(method, strength, shrunk, new_biases, data is not None)
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
+    user_metric = None if metric is None else Metric(metric)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
@@ -290,31 +311,34 @@ def correct(
             samples.choose_scored()
             notes += [f"{name}: not read to its end, only {max_samples} samples (max_samples)" for name in samples.left_out]
             notes += _samples_out_of_range(given or reference, samples)
-        expected = FloatOutputs(reference, samples, threads)
+        expected = FloatOutputs(reference, samples, threads, user_metric)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
-            made = _candidates(options, reference, given, pair.matches, False, True)
-            equalization, attempts = None, [_Attempt(given, pair.matches, made)]
+            equalization, attempts = (
+                None,
+                iter([_Attempt(given, pair.matches, _builder(options, reference, given, pair.matches))]),
+            )
         else:
             equalization, attempts = _simulated_attempts(options, reference, params, equalize)
-        candidates = [candidate for each in attempts for candidate in each.candidates]
-        best = _best(candidates) if method == "auto" else candidates[-1]
-        chosen = next(each for each in attempts if best in each.candidates)
-        network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
-        found = deployed(given, candidates[0], network, best, expected)
-        notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
-    if found.is_worse and method != "auto":
-        before, after = found.scores.values()
-        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
-    if found.is_worse and method == "auto":
-        notes.append(
-            f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
-        )
-        network, best = chosen.network, candidates[0]
+        candidates, best, chosen = _chosen(options, attempts)
+        taken, more_notes = _refitted(options, best, candidates[0], chosen)
+        network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
+        found = deployed(given, candidates[0], network, taken, expected)
+        notes += [*_notes(best, candidates[0], samples, expected.random_outputs()), *more_notes, *found.notes]
+        if found.is_worse and method != "auto":
+            before, after = found.scores.values()
+            notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
+        if not found.is_better and taken.shifts and method == "auto":
+            notes.append(
+                f"in the runtime's own arithmetic, {best.choice.label} is not surely better than the uncorrected model, which "
+                "is returned"
+            )
+            network, taken = chosen.network, candidates[0]
+        errors = _layer_errors(options, chosen, taken) if samples.batches else {}
     return Correction(
         network,
-        best.choice,
-        _report(chosen, best, excluded),
+        taken.choice,
+        _report(chosen, taken, excluded, errors),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         notes,
         samples.count,
@@ -322,6 +346,7 @@ def correct(
         equalization,
         given is None,
         found.scores,
+        is_refitted=taken.is_refitted,
     )
 
 
@@ -357,7 +382,7 @@ class _Options:
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """A network and its candidates.
+    """A network, and what makes candidates of it.
 
     Parameters
     ----------
@@ -366,13 +391,19 @@ class _Attempt:
         simulated.
     matches : mapping from str to Match
         The float layer of each of its layers.
-    candidates : sequence of Candidate
-        The uncorrected one first.
+    builder : CandidateBuilder
+        Makes the candidates.
+    is_equalized : bool
+        Whether the float network was equalized before.
+    is_corrected : bool
+        Whether candidates other than the uncorrected one are made.
     """
 
     network: BiasNetwork
     matches: Mapping[str, Match]
-    candidates: Sequence[Candidate]
+    builder: CandidateBuilder
+    is_equalized: bool = False
+    is_corrected: bool = True
 
 
 def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bool) -> Pair:
@@ -401,7 +432,7 @@ def _normalizations(count: int) -> str:
 
 def _simulated_attempts(
     options: _Options, network: Network, params: QuantParams, equalize: bool
-) -> tuple[Equalization | None, list[_Attempt]]:
+) -> tuple[Equalization | None, Iterator[_Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "model", "simulated quantization")
     samples, progress = options.samples, options.progress
@@ -409,26 +440,20 @@ def _simulated_attempts(
     networks = {False: reference}
     if equalization is not None and equalization.is_anything_done:
         networks[True] = equalization.network
-    attempts = []
-    for is_equalized, network in networks.items():
-        measured = simulated(network, params, samples.feeds(), options.threads)
-        matches = match_by_name(network.layers, measured.layers)
-        is_corrected = options.is_auto or is_equalized == (True in networks)
-        candidates = _candidates(options, network, measured, matches, is_equalized, is_corrected)
-        attempts.append(_Attempt(network, matches, candidates))
-    return equalization, attempts
+
+    def attempts() -> Iterator[_Attempt]:
+        for is_equalized, network in networks.items():
+            measured = simulated(network, params, samples.feeds(), options.threads)
+            matches = match_by_name(network.layers, measured.layers)
+            is_corrected = options.is_auto or is_equalized == (True in networks)
+            yield _Attempt(network, matches, _builder(options, network, measured, matches), is_equalized, is_corrected)
+
+    return equalization, attempts()
 
 
-def _candidates(
-    options: _Options,
-    reference: Network,
-    measured: BiasNetwork,
-    matches: Mapping[str, Match],
-    is_equalized: bool,
-    is_corrected: bool,
-) -> list[Candidate]:
-    """The candidates for a quantized network, the uncorrected one first."""
-    builder = CandidateBuilder(
+def _builder(options: _Options, reference: Network, measured: BiasNetwork, matches: Mapping[str, Match]) -> CandidateBuilder:
+    """Makes candidates of a quantized network, whose layers are corrected as far as they can and may be."""
+    return CandidateBuilder(
         reference,
         measured,
         {
@@ -445,12 +470,46 @@ def _candidates(
         threads=options.threads,
         expected=options.expected,
     )
-    made = []
-    if is_corrected and builder.has_layers:
-        extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
-        choices = [replace(choice, is_equalized=is_equalized) for choice in (*options.wanted, *extra)]
-        made = [builder.candidate(choice) for choice in choices]
-    return [builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized)), *made]
+
+
+def _chosen(options: _Options, attempts: Iterable[_Attempt]) -> tuple[list[Candidate], Candidate, _Attempt]:
+    """The candidates of all attempts, the uncorrected one first; the one that is taken, and its attempt, the only one kept."""
+    candidates: list[Candidate] = []
+    taken: tuple[Candidate, _Attempt] | None = None
+    for attempt in attempts:
+        made = _candidates(options, attempt)
+        candidates += made
+        best = choose(candidates) if options.is_auto else candidates[-1]
+        if taken is None or any(best is each for each in made):
+            taken = best, attempt
+    assert taken is not None
+    return candidates, *taken
+
+
+def _candidates(options: _Options, attempt: _Attempt) -> list[Candidate]:
+    """The candidates of an attempt, the uncorrected one first, all but the best of many fitted to a part of the samples."""
+    builder, is_equalized = attempt.builder, attempt.is_equalized
+    before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
+    if not attempt.is_corrected or not builder.has_layers:
+        return [before]
+    extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
+    choices = [replace(choice, is_equalized=is_equalized) for choice in (*extra, *options.wanted)]
+    part = builder.part if options.is_auto and before.score is not NOT_SCORED else None
+    candidates = [before, *(builder.candidate(choice, part) for choice in choices)]
+    for best in finalists(candidates) if part is not None else []:
+        candidates[candidates.index(best)] = builder.candidate(best.choice)
+    return candidates
+
+
+def _refitted(options: _Options, best: Candidate, before: Candidate, chosen: _Attempt) -> tuple[Candidate, list[str]]:
+    """The candidate that was chosen, fitted to held-out samples too where that is safe; a note where it is not."""
+    if not options.is_auto or not best.shifts or not options.samples.held_out_batches:
+        return best, []
+    refitted = replace(chosen.builder.candidate(best.choice, with_held_out=True), is_refitted=True)
+    if is_safe(refitted, best, before):
+        return refitted, []
+    label, without = best.choice.label, best.score
+    return best, [f"not fitted to the held-out samples too: {label} has {without} without, {refitted.score} with them"]
 
 
 def _check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
@@ -474,34 +533,26 @@ def _check_inputs_and_outputs(reference: Network, quantized: Network) -> list[st
     if found != expected:
         listed = [", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) for inputs in (found, expected)]
         raise ValueError(f"quantized: not of this float model: takes {listed[0]}, expected {listed[1]}")
-    common = [name for name in reference.outputs if name in quantized.outputs]
-    if not common and len(reference.outputs) != len(quantized.outputs):
+    pairs = output_pairs(reference, quantized)
+    if not pairs:
         listed = [", ".join(network.outputs) for network in (quantized, reference)]
         raise ValueError(f"quantized: not of this float model: gives out {listed[0]}, expected {listed[1]}")
-    others = [name for name in dict.fromkeys([*reference.outputs, *quantized.outputs]) if name not in common]
-    return [f"not scored, as only one of the models gives it out: {', '.join(others)}"] if common and others else []
+    known = {*pairs, *pairs.values()}
+    others = [name for name in dict.fromkeys([*reference.outputs, *quantized.outputs]) if name not in known]
+    return [f"not scored, as only one of the models gives it out: {', '.join(others)}"] if others else []
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate:
-    """The best candidate that is in no way worse than the first, the uncorrected one."""
-    before = candidates[0].score
-    if before is NOT_SCORED:
-        raise ValueError(
-            "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores"
-        )
-    better = [each for each in candidates if not each.score.is_worse_than(before)]
-    best = Score.best(each.score for each in better)
-    return next(each for each in better if each.score is best)
-
-
-def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool) -> list[str]:
+def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequence[str]) -> list[str]:
     """Remarks about the scores; warns where the model got worse."""
     if before.score is NOT_SCORED:
         return ["nothing was scored, which needs " + ("real outputs" if samples.count else "data")]
     notes = []
     kind = ("held-out sample" if samples.holds_out else "fitted sample") + ("" if samples.scored == 1 else "s")
-    if is_random:
-        notes.append("the float model does not give the same outputs twice: scores, and what is chosen by them, are chance")
+    if random:
+        notes.append(
+            f"the float model does not give the same outputs twice ({', '.join(random)}): scores, and what is chosen by them, "
+            "are chance"
+        )
     if samples.scored < _FEW:
         notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * 2} samples in all would do")
     if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
@@ -526,13 +577,28 @@ def _samples_out_of_range(network: Network, samples: Samples) -> list[str]:
     return notes
 
 
-def _report(attempt: _Attempt, best: Candidate, excluded: Set[str]) -> list[LayerReport]:
+def _layer_errors(options: _Options, attempt: _Attempt, taken: Candidate) -> dict[str, tuple[float | None, float | None]]:
+    """The SQNR of each layer before and after correction, by name."""
+    builder, samples = attempt.builder, options.samples
+    networks = [builder.quantized, *([builder.quantized.with_shifts(taken.shifts)] if taken.shifts else [])]
+    layers = {name: match.reference.name for name, match in attempt.matches.items()}
+    batches = samples.scored_batches or samples.fitted_batches
+    found = layer_errors(builder.reference, networks, layers, samples, batches, options.threads)
+    return {name: (sqnr, found[-1][name]) for name, sqnr in found[0].items()}
+
+
+def _report(
+    attempt: _Attempt, best: Candidate, excluded: Set[str], errors: Mapping[str, tuple[float | None, float | None]]
+) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
     for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
             left = _excluded(layer) if layer.name in excluded else _uncorrectable(layer, attempt.matches.get(layer.name))
             reports[layer.name] = left
+    for name, (before, after) in errors.items():
+        if name in reports:
+            reports[name] = replace(reports[name], sqnr_before=before, sqnr_after=after)
     return [reports[name] for name in attempt.network.order if name in reports]
 
 
