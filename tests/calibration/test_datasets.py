@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from biascorr.calibration.data import batches_from_data, check_end, number_of_batches, number_of_samples
+from biascorr.calibration.batching import assumed
+from biascorr.calibration.data import batches_from_data, check_end, number_of_batches
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import ModelInput
@@ -157,10 +158,10 @@ def test_errors_name_the_samples_of_a_batch():
 
 
 def test_how_many_samples_a_batch_has():
-    assert number_of_samples({"x": X, "row": ROWS}, [IMAGE, ROW]) == 7
-    assert number_of_samples({"x": X, "row": ROWS[:3]}, [IMAGE, ROW]) == 1
-    assert number_of_samples({"x": X}, [ModelInput("x", X.dtype, None)]) == 1
-    assert number_of_samples({"x": X[:1]}, [ModelInput("x", X.dtype, (1, 3, 4, 4))]) == 1
+    assert assumed([IMAGE, ROW]).size({"x": X, "row": ROWS}) == 7
+    assert assumed([IMAGE, ROW]).size({"x": X, "row": ROWS[:3]}) == 1
+    assert assumed([ModelInput("x", X.dtype, None)]).size({"x": X}) == 7
+    assert assumed([ModelInput("x", X.dtype, (1, 3, 4, 4))]).size({"x": X[:1]}) == 1
 
 
 # tf.data and keras.utils.PyDataset, as far as they are told from others. Real ones: tests/adapters/keras.

@@ -18,9 +18,9 @@ def batches(x, size):
     return [x[start : start + size] for start in range(0, len(x), size)]
 
 
-def read(storage, data, *, validation=None, **options):
+def read(storage, data, *, validation=None, inputs=INPUTS, most=None, **options):
     held = Samples(storage, **options)
-    held.read(data, INPUTS, lambda *_: None)
+    held.read(data, inputs, lambda *_: None, max_samples=most)
     if validation is not None:
         held.read(validation, INPUTS, lambda *_: None, validation=True)
     held.choose_scored()
@@ -97,3 +97,47 @@ def test_errors_in_validation_data_name_it():
             read(storage, rows(4), validation=np.ones((4, 3), np.float32))
         with pytest.raises(ValueError, match=r"^validation: no samples"):
             read(storage, rows(4), validation=[])
+
+
+@pytest.mark.parametrize("hold_out", [False, True])
+def test_batches_of_fixed_size_are_scored_whole(hold_out):
+    x, inputs = rows(40), [ModelInput("x", np.dtype(np.float32), (4, 2))]
+    with Storage(1 << 30) as storage:
+        held = read(storage, x, inputs=inputs, hold_out=hold_out)
+        scored, others = scored_parts([4] * 10, 0)
+        assert (held.scored_batches, held.scored, held.count) == (sorted(scored), 12, 40)
+        assert held.fitted_batches == (others if hold_out else [*range(10)])
+
+
+DATA = {
+    "array": rows,
+    "list": lambda count: batches(rows(count), 1),
+    "generator": lambda count: iter(batches(rows(count), 1)),
+    "batches": lambda count: batches(rows(count), 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "count", "left"),
+    [
+        ("array", 12, []),
+        ("array", 13, ["data"]),
+        ("list", 12, []),
+        ("list", 13, ["data"]),
+        ("generator", 11, []),
+        ("generator", 13, ["data"]),
+        ("batches", 12, []),
+        ("batches", 16, ["data"]),
+    ],
+)
+def test_what_is_left_unread_is_known(form, count, left):
+    with Storage(1 << 30) as storage:
+        held = read(storage, DATA[form](count), most=12)
+    assert (held.count, held.left_out) == (min(count, 12), left)
+
+
+def test_a_batch_that_is_cut_leaves_samples_unread():
+    with Storage(1 << 30) as storage:
+        held = read(storage, batches(rows(12), 4), most=11)
+    assert (held.sizes[:3], held.left_out) != ([4, 4, 4], [])
+    assert (held.count, held.left_out) == (11, ["data"])

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr import _kernels
-from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches, number_of_samples
+from biascorr.calibration.batching import Batching, Batchings, assumed
+from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
@@ -87,13 +88,22 @@ class Samples:
         Whether the samples that are scored are not fitted, where there are enough.
     seed : int
         Chooses the samples that are scored, where there are no others to be scored.
+    batching : Batching, optional
+        How batches are taken apart; None: each is one sample, until others are read.
+
+    Attributes
+    ----------
+    left_out : list of str
+        The names of data of which there was more than was to be read, as far as is known.
     """
 
-    def __init__(self, storage: Storage, *, hold_out: bool = False, seed: int = 0) -> None:
+    def __init__(self, storage: Storage, *, hold_out: bool = False, seed: int = 0, batching: Batching | None = None) -> None:
         self.storage = storage
         self.batches_read = 0
+        self.left_out: list[str] = []
         self._hold_out = hold_out
         self._seed = seed
+        self._batching = batching or Batching({})
         self._indices: list[NDArray[np.int64]] = []  # of the samples of each batch, in the order in which they were read
         self._names: list[str] = []
         self._validation: set[int] = set()
@@ -146,7 +156,7 @@ class Samples:
         return sorted(self._scored.difference(self._validation, self.fitted_batches))
 
     def add(self, feeds: Feeds, size: int, *, validation: bool = False) -> None:
-        """Keeps a batch of so many samples along the first axis."""
+        """Keeps a batch of so many samples."""
         self._names = list(feeds)
         for name, array in feeds.items():
             self.storage[name, self.batches] = array
@@ -164,26 +174,31 @@ class Samples:
         batch_size: int = 1,
         max_samples: int | None = None,
         validation: bool = False,
+        batchings: Batchings | None = None,
     ) -> None:
         """Keeps all batches of some data, up to so many samples: to be fitted and scored, or validation data, only scored.
 
         The latter comes after the former. Raises ValueError where there are none, or no end of them.
         """
-        name = "validation" if validation else "data"
+        name, before = "validation" if validation else "data", self.batches
         check_end(data, max_samples, name)
         total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
         lasting = type(data) in (np.ndarray, dict, list, tuple)
-        batches, before = (
-            batches_from_data(data, inputs, name=name, batch_size=batch_size, max_samples=max_samples),
-            self.batches,
+        known = assumed(inputs)
+        batchings = batchings or (lambda _: known)
+        batches = batches_from_data(
+            data, inputs, name=name, batch_size=batch_size, max_samples=max_samples, batchings=batchings
         )
         for done, feeds in enumerate(batches, start=1):
             kept = feeds if lasting else {key: array.copy() for key, array in feeds.items()}  # a loader may fill them again
-            self.add(kept, number_of_samples(feeds, inputs), validation=validation)
+            self._batching = batchings(feeds)
+            self.add(kept, batches.size, validation=validation)
             progress(f"reading {'validation ' * validation}samples", done, total)
         if self.batches == before:
             raise ValueError(f"{name}: no samples, at least one is needed")
         self.batches_read = len(self.data_batches)
+        if batches.left_any:
+            self.left_out.append(name)
 
     def beside(self, storage: Storage) -> Samples:
         """The same samples, with their inputs in another storage, where other tensors of the same names can be."""
@@ -194,39 +209,44 @@ class Samples:
                 storage[name, batch] = self.storage[name, batch]
         return other
 
-    def join(self) -> None:
-        """Makes one sample of each batch."""
-        self._indices = [np.array([batch]) for batch in range(self.batches)]
-
-    def cut(self) -> None:
-        """Makes a batch of each sample."""
-        for batch, size in enumerate(self.sizes):
-            for rest in range(size - 1, 0, -1):
-                self._take(batch, np.s_[rest:], np.s_[:rest])
-
     def choose_scored(self) -> None:
-        """Chooses the samples that are scored, by their number alone; cuts batches that have others too."""
+        """Chooses the samples that are scored, by their number alone; makes batches that are scored whole or not at all.
+
+        Batches that cannot be cut are chosen whole. Those whose samples are not along the first axis everywhere become
+        batches of one.
+        """
+        if self._batching.can_be_cut and not self._batching.is_along_first_axis:
+            self._cut()
         if self._validation:
             self._scored = self._validation
             return
-        scored, others = scored_parts([1] * self.count, self._seed)
+        parts = [1] * self.count if self._batching.can_be_cut else self.sizes
+        scored, others = scored_parts(parts, self._seed)
         for batch, indices in enumerate(self._indices.copy()):
-            rows = np.isin(indices, scored)
+            rows = np.isin(indices if self._batching.can_be_cut else batch, scored)
             if rows.all():
                 self._scored.add(batch)
             elif rows.any():
                 self._scored.add(self.batches)
                 self._take(batch, rows, ~rows)
         if self._hold_out and others:
-            places = {index: place for place, index in enumerate(others)}
+            places = {part: place for place, part in enumerate(others)}
             unscored = set(range(self.batches)) - self._scored
-            self._fitted = sorted(unscored, key=lambda batch: places[int(self._indices[batch][0])])
+            first = [int(indices[0]) if self._batching.can_be_cut else k for k, indices in enumerate(self._indices)]
+            self._fitted = sorted(unscored, key=lambda batch: places[first[batch]])
+
+    def _cut(self) -> None:
+        """Makes a batch of each sample."""
+        for batch, size in enumerate(self.sizes):
+            for rest in range(size - 1, 0, -1):
+                self._take(batch, np.s_[rest:], np.s_[:rest])
 
     def _take(self, batch: int, rows: Any, rest: Any) -> None:
-        """Makes some samples, by their rows in the inputs, a batch of their own, the last one."""
-        for name in self._names:
-            array = self.storage[name, batch]
-            self.storage[name, self.batches], self.storage[name, batch] = array[rows], array[rest]
+        """Makes some samples, by their numbers in the batch, a batch of their own, the last one."""
+        feeds = {name: self.storage[name, batch] for name in self._names}
+        for number, part in ((self.batches, rows), (batch, rest)):
+            for name, array in self._batching.rows(feeds, part).items():
+                self.storage[name, number] = array
         if batch in self._validation:
             self._validation.add(self.batches)
         indices = self._indices[batch]
@@ -241,7 +261,9 @@ class Samples:
     def apart(self, array: NDArray[Any], batch: int) -> list[NDArray[Any]]:
         """The values of each sample of a batch in a tensor; all of them as one where samples cannot be separated in it."""
         size = len(self._indices[batch])
-        return np.split(array, size) if size > 1 and array.ndim and len(array) % size == 0 else [array]
+        if size == 1 or not self._batching.is_along_first_axis or not array.ndim or len(array) % size:
+            return [array]
+        return np.split(array, size)
 
     def means(self, array: NDArray[Any], axis: int, batch: int) -> SampleMeans:
         """Means per sample and channel; of the whole batch as one where its samples cannot be separated."""

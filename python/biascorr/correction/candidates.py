@@ -384,7 +384,7 @@ class CandidateBuilder:
         """Shapes of these tensors of the float network; those in the first batch where they are not known without data."""
         known = self.reference.facts().shapes
         unknown = [name for name in dict.fromkeys(names) if None in known.get(name, (None, None))[1:]]
-        if not unknown or not self._samples.batches:
+        if not unknown or not self._samples.data_batches:
             return known
         feeds = next(self._samples.feeds())
         computed = self.reference.part(feeds, unknown, threads=self._threads)(feeds)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
+from biascorr.arguments import checked_integer
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -32,7 +33,7 @@ from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
-from biascorr.sweep.independence import take_apart
+from biascorr.sweep.independence import BatchingFinder
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "squared", "analytical", "hybrid")
 
@@ -171,18 +172,19 @@ def correct(
         The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
-        the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
-        `DataLoader`, gives batches: arrays, tuples with one array per input, or mappings; a `tf.data.Dataset` may also give
-        single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
-        does without.
+        the first axis, or along that which an ONNX model calls the batch. An iterable, be it a `CalibrationDataReader`, a
+        `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`, gives batches: arrays, tuples with one array per
+        input, or mappings; a `tf.data.Dataset` may also give single samples. A path is an .npy or .npz file or a folder of
+        them, one batch per file. Only the method "analytical" does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
         None: the float model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
-        "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
-        the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
-        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as its own
-        runtime runs it. With fewer than four samples, all are corrected with and all are scored.
+        "auto": a quarter of the samples is held out, 8 at least where there are 16, chosen at random. The methods below but
+        "hybrid", some also with other strengths, correct with the other samples, and the model whose outputs for the held-out
+        samples are nearest to the float model's is returned. The uncorrected model is among them, so the result is never worse
+        there, neither in exact arithmetic nor as its own runtime runs it. With fewer than four samples, all are corrected with
+        and all are scored.
 
         By name, from all samples:
 
@@ -218,11 +220,11 @@ def correct(
     batch_size : int
         Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
     max_samples : int, optional
-        No more samples are read, of any kind of data. None: all of them.
+        No more samples are read, of any kind of data; a note says where there were more. None: all of them.
     validation : array, mapping, iterable, CalibrationDataReader or path, optional
-        Other samples, of the same kinds as `data`, to score on: all of them, in place of a part of `data`.
+        Other samples to score on, of the same kinds as `data`, of which none are held out then.
     seed : int
-        Chooses the samples that are scored, where there are no others to be.
+        Chooses the samples that are held out, or else scored.
     metric : callable, optional
         What is best, in place of SQNR and divergence: ``metric(outputs, reference) -> float``, of one sample, from its outputs
         by name (first axis 1) and those of the float model; or ``evaluate(run) -> float``, of a model that ``run(batch)``
@@ -280,6 +282,7 @@ def correct(
     """
     _check_options(method, strength, shrunk, new_biases, data is not None)
     check_amounts(batch_size, max_samples)
+    checked_integer("seed", seed, 0)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     user_metric = None if metric is None else Metric(metric)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
@@ -301,14 +304,16 @@ def correct(
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
         report_progress = progress or (lambda *_: None)
+        inputs = (given or reference).inputs
+        batchings = BatchingFinder(reference, inputs, storage, threads)
+        read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         if data is not None:
-            inputs = (given or reference).inputs
-            read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples)
             read(data, inputs, report_progress)
-            if validation is not None:
-                read(validation, inputs, report_progress, validation=True)
-            take_apart(reference, samples, threads)
-            notes += _samples_out_of_range(given or reference, samples)
+        if validation is not None:
+            read(validation, inputs, report_progress, validation=True)
+        samples.choose_scored()
+        notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
+        notes += _samples_out_of_range(given or reference, samples)
         expected = FloatOutputs(reference, samples, threads, user_metric)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
