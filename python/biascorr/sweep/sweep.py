@@ -71,7 +71,9 @@ class Sweep:
         found = Measurements()
         for part in self._of_each(lambda shard: shard.measure(stage, self._wanted, self._shifts)):
             found.merge(part)
-        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if self._wanted.outputs}
+        return {
+            layer.name: found.of(layer, self._wanted) for layer in stage.layers if self._wanted.outputs or self._wanted.inputs
+        }
 
     def measure_activated(self, stage: Stage, shifts: Mapping[str, Shift]) -> dict[str, SampleMeans]:
         """The means after the activations of layers, by name, were these shifts added to the layers' outputs."""
