@@ -714,6 +714,26 @@ def test_a_sweep_runs_each_operation_once_per_batch(name, depth, is_quantized, e
             np.testing.assert_allclose(array, expected, rtol=1e-4, atol=0.1 if is_quantized else 1e-4)
 
 
+@pytest.mark.parametrize("depth", [1, 8])
+@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_positions_are_those_of_the_outputs_where_only_inputs_are_measured(name, depth):
+    case = CASES[name]
+    network = OnnxNetwork.load(case.model, "model")
+    found = []
+    for outputs in (True, False):
+        with Storage(1 << 30) as storage:
+            held = Samples(storage)
+            for feeds in case.feeds:
+                held.add(feeds, 1)
+            shard = Shard(network, held, range(held.batches), 2)
+            sweep = Sweep(network, network.layers, [shard], Wanted(outputs=outputs, inputs=True), depth=depth)
+            measured = {name: each for stage in sweep.stages for name, each in sweep.measure(stage).items()}
+        assert measured.keys() == {layer.name for layer in network.layers}
+        assert all(each.output.means.any() == outputs for each in measured.values())
+        found.append({name: (each.output.positions.sum(), each.input.tolist()) for name, each in measured.items()})
+    assert found[0] == found[1]
+
+
 def test_empirical_takes_two_passes_and_one_to_score(executed):
     """Half of the samples are scored: float, uncorrected, corrected, and float again to see whether that is chance.
 

@@ -342,8 +342,8 @@ class CandidateBuilder:
 
     def _mean_shifts(self) -> dict[str, Shift]:
         """The weight error of each layer times its mean input in the uncorrected network."""
-        sweep = self._sweep(self.quantized, self._layers, Wanted(inputs=True), depth=DEPTH)
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
+        sweep = self._sweep(self.quantized, self._layers, method.wanted, depth=DEPTH)
         pooled = PooledShifts()
         for done, stage in enumerate(sweep.stages, start=1):
             for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):

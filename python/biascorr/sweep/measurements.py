@@ -27,7 +27,7 @@ class Measured:
     Parameters
     ----------
     output : SampleMeans
-        Of its output.
+        Of its output; without channels, and of all samples as one, where its means were not asked for: it has positions then.
     activated : SampleMeans or None
         Of the tensor after its activation; None where that was not asked for.
     input : ndarray or None
@@ -120,10 +120,11 @@ class Measurements:
     def of(self, layer: Layer, wanted: Wanted) -> Measured:
         """The measurements of a layer."""
         activated, mean = wanted.activated.get(layer.name), self.inputs.get(_averaged(layer))
+        count = 0 if mean is None else mean.count
         return Measured(
-            SampleMeans.joined(self.means[layer.output]),
+            SampleMeans.joined(self.means[layer.output]) if wanted.outputs else _without_channels(count),
             None if activated is None else SampleMeans.joined(self.means[activated]),
-            None if mean is None else mean.mean(layer.input_quantization),
+            mean.mean(layer.input_quantization) if mean is not None and count else None,
         )
 
 
@@ -132,6 +133,10 @@ def _thinned(array: NDArray[Any]) -> NDArray[Any]:
     if array.size <= _VALUES:
         return array.ravel()
     return array.reshape(-1)[np.random.default_rng(0).integers(0, array.size, _VALUES)]
+
+
+def _without_channels(positions: int) -> SampleMeans:
+    return SampleMeans(np.zeros((1, 0)), np.array([positions]))
 
 
 def empty_mean(layer: Layer) -> InputMean:

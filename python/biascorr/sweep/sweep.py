@@ -72,7 +72,8 @@ class Sweep:
     def measure(self, stage: Stage) -> dict[str, Measured]:
         """Runs a stage, after those before it; the measurements of its layers by name."""
         found = self._measured(stage)
-        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if self._wanted.outputs}
+        are_measured = self._wanted.outputs or self._wanted.inputs
+        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if are_measured}
 
     def values(self, stage: Stage) -> LayerValues:
         """Runs a stage, after those before it; some values of the outputs of its layers by name, batch by batch."""

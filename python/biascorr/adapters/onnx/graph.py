@@ -113,13 +113,15 @@ class Graph:
         """Tensors that follow from initializers and constants alone."""
         constant = {*self.initializers, *self._sparse}
         for node in self._ordered:
-            is_pure = not any(subgraphs(node)) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
+            is_pure = not subgraphs(node) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
             if is_pure and all(not name or name in constant for name in node.input):
                 constant.update(filter(None, node.output))
         return constant
 
     def called_operators(self, node: onnx.NodeProto) -> set[str]:
         """The operators in the model's own functions that a node or its subgraphs call, and in those that these call."""
+        if not self.functions:
+            return set()
         return set().union(*(self._operators_of(called_by(each)) for each in (node, *subgraph_nodes(node))))
 
     def _operators_of(self, function: tuple[str, str, str]) -> set[str]:
