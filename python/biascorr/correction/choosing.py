@@ -12,7 +12,7 @@ from biascorr.correction.candidates import Candidate
 from biascorr.correction.scoring import NOT_SCORED, Score
 
 _FINALISTS = 2
-"""Best candidates that are fitted to all samples that are not held out, besides the one that would be taken."""
+"""Candidates that are fitted to all samples that are not held out."""
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
@@ -33,15 +33,13 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates, fitted to a part of the samples, that are worth more of them; in the same order."""
-    before, *others = candidates
-    better = [each for each in others if not each.score.is_worse_than(before.score)]
-    left, chosen = better.copy(), {id(choose(candidates))}
-    for _ in range(min(_FINALISTS, len(left))):
-        best = Score.best(each.score for each in left)
-        chosen.update(id(each) for each in left if each.score is best)
-        left = [each for each in left if each.score is not best]
-    return [each for each in others if id(each) in chosen]
+    """The candidates, fitted to a part of the samples, that are worth more of them."""
+    left = [each for each in candidates[1:] if not each.score.is_worse_than(candidates[0].score)]
+    chosen = [each for each in left if each is choose(candidates)]
+    while len(chosen) < _FINALISTS and len(chosen) < len(left):
+        best = Score.best(each.score for each in left if each not in chosen)
+        chosen.append(next(each for each in left if each.score is best))
+    return chosen
 
 
 def is_safe(refitted: Candidate, chosen: Candidate, before: Candidate) -> bool:
