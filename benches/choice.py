@@ -6,10 +6,11 @@ SAMPLES calibrate quantizer and correction, HELD_OUT are scored: .npy files with
 one input. The network is quantized by onnxruntime (`quantize_static`: int8 QDQ), with a scale per tensor or per channel, or in
 simulation, with 4-bit weights per channel; or QUANTIZED is taken as it is.
 
-Pooled SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all samples, per sample it is the mean of theirs; both are means
-over the outputs. The gain over the uncorrected network is per sample; in brackets is where 95 % of the means of so many
-samples are, drawn with replacement. The last column says by how much `auto` is worse than the uncorrected network, by the
-measure that says more, and how far it is from the best method.
+Pooled SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all samples. Per sample it is the mean of theirs, of which none
+counts as more than equal (60 dB) or as quieter than a hundredth of the mean. Both are means over the outputs. The gain over the
+uncorrected network is per sample; in brackets is where 95 % of the means of so many samples are, drawn with replacement. The
+last column says by how much `auto` is worse than the uncorrected network, by the measure that says more, and how far it is from
+the best method.
 """
 
 import argparse
@@ -42,8 +43,11 @@ SCHEMES = "tensor", "channel", "4bit"
 SCALED = "empirical", "activation", "squared"
 """Methods that have a strength."""
 
-CEILING = 100.0
-"""dB of a sample without any error."""
+CEILING = 60.0
+"""dB above which outputs of a sample are equal, for any use of them."""
+
+QUIET = 0.01
+"""The least part of the mean energy that errors are compared with: the map of a page without text has next to none."""
 
 WORSE = 0.1
 """dB that `auto` may lose unmarked."""
@@ -101,10 +105,19 @@ class Judge:
         return signal, noise
 
 
+def pooled(signal: Array, noise: Array) -> float:
+    """SQNR in dB of all samples together, the mean over outputs."""
+    return float(decibels(signal.sum(axis=0), noise.sum(axis=0)).mean())
+
+
+def of_samples(signal: Array, noise: Array) -> Array:
+    """SQNR in dB of each sample, the mean over outputs."""
+    return np.clip(decibels(np.maximum(signal, QUIET * signal.mean(axis=0)), noise), -CEILING, CEILING).mean(axis=1)
+
+
 def decibels(signal: Array, noise: Array) -> Array:
-    """The ratio, limited where there is no signal or no noise."""
     tiny = np.finfo(np.float64).tiny
-    return np.clip(10 * (np.log10(np.maximum(signal, tiny)) - np.log10(np.maximum(noise, tiny))), -CEILING, CEILING)
+    return 10 * (np.log10(np.maximum(signal, tiny)) - np.log10(np.maximum(noise, tiny)))
 
 
 @dataclass(frozen=True)
@@ -118,9 +131,8 @@ class Row:
 
     @classmethod
     def of(cls, label: str, judge: Judge, model: onnx.ModelProto, seconds: float = 0.0) -> "Row":
-        signal, noise = judge.energies(model)
-        pooled = decibels(signal.sum(axis=0), noise.sum(axis=0)).mean()
-        return cls(label, float(pooled), decibels(signal, noise).mean(axis=1), seconds)
+        energies = judge.energies(model)
+        return cls(label, pooled(*energies), of_samples(*energies), seconds)
 
     def cells(self, before: "Row") -> list[str]:
         low, high = interval(self.sqnrs - before.sqnrs)
