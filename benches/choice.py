@@ -9,8 +9,8 @@ simulation, with 4-bit weights per channel; or QUANTIZED is taken as it is.
 Pooled SQNR is 10 log10(sum r^2 / sum (q - r)^2) in dB over all samples. Per sample it is the mean of theirs, of which none
 counts as more than equal (60 dB) or as quieter than a hundredth of the mean. Both are means over the outputs. The gain over the
 uncorrected network is per sample; in brackets is where 95 % of the means of so many samples are, drawn with replacement. The
-last column says by how much `auto` is worse than the uncorrected network, by the measure that says more, and how far it is from
-the best method.
+last column says by how much `auto` is worse than the uncorrected network, by the measure that says more, and what it gains over
+the best other row, per sample.
 """
 
 import argparse
@@ -150,8 +150,8 @@ def remark(auto: Row, before: Row, fixed: list[Row]) -> str:
     """Whether `auto` is worse than uncorrected, and how far from the best method."""
     loss = max(before.pooled - auto.pooled, before.sqnrs.mean() - auto.sqnrs.mean())
     best = max([before, *fixed], key=lambda row: row.sqnrs.mean())
-    missed = best.sqnrs.mean() - auto.sqnrs.mean()
-    return (f"WORSE by {loss:.2f}; " if loss > WORSE else "") + f"{missed:.2f} below {best.label}"
+    gain = auto.sqnrs.mean() - best.sqnrs.mean()
+    return (f"WORSE by {loss:.2f}; " if loss > WORSE else "") + f"{gain:+.2f} over {best.label}"
 
 
 def rows(
