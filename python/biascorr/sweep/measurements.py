@@ -129,9 +129,9 @@ class Measurements:
 
 
 def _thinned(array: NDArray[Any]) -> NDArray[Any]:
-    """Some values of a tensor, the same ones of another of its size."""
+    """Some values of a tensor, whose memory is written again, the same ones of another of its size."""
     if array.size <= _VALUES:
-        return array.ravel()
+        return array.flatten()
     return array.reshape(-1)[np.random.default_rng(0).integers(0, array.size, _VALUES)]
 
 
