@@ -157,7 +157,8 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
     assert onnx.load(folder / "out.onnx") == correction.model
     for layer in correction.report:
         row = next(line for line in done.stdout.splitlines() if layer.name in line)
-        for value in (layer.op, layer.method, layer.channels, f"{layer.shift_before:.3g}", f"{layer.shift_after:.3g}"):
+        numbers = (f"{layer.shift_before:.3g}", f"{layer.sqnr_before:.1f}", f"{layer.sqnr_after:.1f}")
+        for value in (layer.op, layer.method, layer.channels, *numbers):
             assert str(value) in row
     assert f"out.onnx: 3 of 3 layers corrected by {correction.method} from 4 samples" in done.stdout
     assert "Traceback" not in done.stderr
@@ -171,7 +172,8 @@ def test_scores_and_notes_are_printed(name, folder):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
     scores = {"uncorrected" if name == "none" else name: score for name, score in correction.scores.items()}
     taken = {correction.method: "taken"}
-    assert rows == [[name, f"{score.sqnr:.2f}", taken.get(name, "")] for name, score in scores.items()]
+    gains = {name: str(score.gains_over(scores["uncorrected"])["sqnr"]) for name, score in scores.items()} | {"uncorrected": ""}
+    assert rows == [[name, f"{score.sqnr:.2f}", gains[name], taken.get(name, "")] for name, score in scores.items()]
     assert rows[0][0] == "uncorrected"
     assert [line for line in table.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in correction.notes]
     assert "too few" in table

@@ -477,7 +477,8 @@ def _input(value: onnx.ValueInfoProto) -> ModelInput:
     tensor = value.type.tensor_type
     sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
+    symbols = tuple(axis.dim_param for axis in tensor.shape.dim)
+    return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None, symbols)
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, onnx.NodeProto]]:
