@@ -564,6 +564,7 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
     before = names_in(folder)
     ours, theirs = pty.openpty()
     arguments = [command, "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
+    arguments += ["--max-samples", "300000"]
     temporary = tmp_path_factory.mktemp("temporary")
     process = subprocess.Popen(
         [COMMAND, *arguments],
@@ -818,6 +819,24 @@ def test_no_more_samples_are_read_than_asked_for(command, folder):
     assert done.returncode == 0, done.stderr
     assert command == "equalize" or "from 7 samples" in done.stdout
     assert run(*arguments, "--max-samples", "0", cwd=folder).returncode == 2
+
+
+def test_validation_data_and_seed(folder):
+    np.save(folder / "x.npy", samples(20, 3, 6, 6))
+    np.save(folder / "other.npy", samples(5, 3, 6, 6, seed=3))
+    arguments = "correct", "models/float.onnx", "--data", "x.npy", "-o", "out.onnx", "--force", "--max-samples", "18"
+    done, seeded, other = (
+        run(*arguments, *more, cwd=folder) for more in ((), ("--seed", "1"), ("--validation", "other.npy", "--seed", "1"))
+    )
+    for each in (done, seeded, other):
+        assert each.returncode == 0, each.stderr
+        assert "from 18 samples" in each.stdout
+        assert "note: data: not all samples were read, 18 at most (max_samples)" in each.stdout
+    assert "scored on 5 held-out samples" in other.stdout
+    assert done.stdout != seeded.stdout
+    assert run(*arguments, "--seed", "-1", cwd=folder).returncode == 2
+    done = run(*arguments, "--validation", "none.npy", cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "error: validation: no such file: none.npy\n")
 
 
 def test_channels_that_were_silenced_are_counted(folder):

@@ -30,7 +30,7 @@ from biascorr.calibration.datasets import (
     stacked,
     without_nesting,
 )
-from biascorr.graph.network import ModelInput
+from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
 _SUFFIXES = (".npy", ".npz")
@@ -188,7 +188,7 @@ class Limited:
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
         left = math.inf if self._most is None else self._most
         for done, (label, batch, known) in enumerate(self._batches, start=1):
-            feeds = {each.name: _checked(batch[each.name], each, label) for each in self._inputs}
+            feeds = {each.name: _fitting(batch[each.name], each, label) for each in self._inputs}
             batching = self._batchings(feeds)
             size = known or batching.size(feeds)
             if size == 0:
@@ -196,7 +196,9 @@ class Limited:
                 raise ValueError(f"{label}: input {first}: shape {feeds[first].shape} has no samples")
             is_cut = size > left and batching.can_be_cut
             self.size = int(left) if is_cut else size
-            yield dict(batching.rows(feeds, np.s_[: self.size])) if is_cut else feeds
+            feeds = dict(batching.rows(feeds, np.s_[: self.size])) if is_cut else feeds
+            _check_finite(feeds, label)
+            yield feeds
             left -= size
             if left < (1 if batching.can_be_cut else size):
                 self.left_any = is_cut or self._has_more(done)
@@ -507,18 +509,20 @@ class _Rows:
         return array if isinstance(key, slice) else array[0]
 
 
-def _checked(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
+def _fitting(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
     label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
         raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
     if expected.shape is not None and not _fits(array.shape, expected.shape):
         axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
         raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
-    array = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        kind = "nan" if np.isnan(array).any() else "inf"
-        raise ValueError(f"{label}: contains {kind}")
-    return array
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+
+
+def _check_finite(feeds: Feeds, name: str) -> None:
+    for key, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name}: input {key}: contains {'nan' if np.isnan(array).any() else 'inf'}")
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
