@@ -58,7 +58,9 @@ def test_a_silent_sample_has_no_ratio_but_noise():
     score = judged([silent, other])
     assert score.sqnrs == pytest.approx([10 * math.log10(25 / 0.01)])
     assert score.noises == pytest.approx([0.01 / 12.5] * 2)
-    assert judged([silent, other], [other, other]).sqnrs == pytest.approx([10 * math.log10(25 / 0.01)] * 2)
+    louder = ([6.0, -8.0], [6.0, -8.1])
+    ratios = [10 * math.log10(each / 0.01) for each in (25, 25, 100)]
+    assert judged([silent, other], [other, louder]).sqnrs == pytest.approx([ratios[0], (ratios[1] + ratios[2]) / 2])
 
 
 def test_a_constant_output_does_not_count_where_another_differs():

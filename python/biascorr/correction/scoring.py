@@ -14,7 +14,7 @@ A q_c of 0 is taken for half of the least one that is not: half a step, where pr
 KL cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
 
 Rows that only one of the networks gives out, boxes more or less, are noise of their own energy. An output that is the same for
-all samples does not count, where another one differs; nor has a sample an SQNR whose outputs are silent, where others are not.
+all samples does not count, where another one differs; nor has a sample an SQNR whose outputs are zeros, where others are not.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ _CEILING = 100.0
 
 _FLOOR = -300.0
 """dB of a sample that is lost."""
-
-_SILENT = 1e-9
-"""A sample with this part of the mean energy of an output, or less, gives out nothing."""
 
 _LOST = 1e30
 """Noise of a sample that is lost, as a part of the signal."""
@@ -219,7 +216,7 @@ class _Output:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = 10.0 * (np.log10(signals) - np.log10(noises))
         ratios = np.where(noises == 0, _CEILING, np.clip(np.nan_to_num(ratios, nan=_FLOOR), _FLOOR, _CEILING))
-        return np.where(signals > _SILENT * signals.mean(), ratios, np.nan)
+        return np.where(signals > 0, ratios, np.nan)
 
     @property
     def noises(self) -> NDArray[np.float64]:
