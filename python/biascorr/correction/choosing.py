@@ -1,6 +1,6 @@
 """Which candidate is taken: none that is not surely better, and the most cautious of those that are as good as the best.
 
-A gain is sure where it is above its standard error over the samples, in each measure. The best of many candidates on a few
+A gain is sure where it is above its standard error over the samples. The best of many candidates on a few
 samples is partly luck: the one that is taken is the first, from cautious to bold, that the best one is not surely better than.
 """
 

@@ -145,11 +145,12 @@ class Score:
         return any(gain.mean < 0 for gain in self.gains_over(other).values())
 
     def is_better_than(self, other: Score) -> bool:
-        """Whether every measure is surely better, and the noise where no metric decides."""
+        """Whether it is surely better by metric; else by SQNR and noise, and better by divergence."""
         gains = self.gains_over(other)
+        agrees = gains.pop("divergence", Gain(1.0, 0.0)).mean > 0
         if "metric" not in gains and self.noises is not None and other.noises is not None:
             gains["noise"] = Gain.of(np.subtract(other.noises, self.noises))
-        return all(gain.is_sure for gain in gains.values())
+        return agrees and all(gain.is_sure for gain in gains.values())
 
     def __str__(self) -> str:
         parts = [f"{self.sqnr:.2f} dB"]
