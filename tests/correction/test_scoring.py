@@ -56,8 +56,11 @@ def test_a_loud_sample_counts_as_much_as_the_others(loud):
 def test_a_silent_sample_has_no_ratio_but_noise():
     silent, other = ([0.0, 0.0], [0.0, 0.1]), ([3.0, -4.0], [3.0, -4.1])
     score = judged([silent, other])
-    assert score.sqnrs == pytest.approx([10 * math.log10(25 / 0.01)])
+    assert score.sqnrs == pytest.approx([math.nan, 10 * math.log10(25 / 0.01)], nan_ok=True)
+    assert score.sqnr == pytest.approx(10 * math.log10(25 / 0.01))
     assert score.noises == pytest.approx([0.01 / 12.5] * 2)
+    better = judged([silent, (other[0], [3.0, -4.01])])
+    assert better.gains_over(score)["sqnr"].mean == pytest.approx(20.0)
     louder = ([6.0, -8.0], [6.0, -8.1])
     ratios = [10 * math.log10(each / 0.01) for each in (25, 25, 100)]
     assert judged([silent, other], [other, louder]).sqnrs == pytest.approx([ratios[0], (ratios[1] + ratios[2]) / 2])
@@ -228,6 +231,7 @@ def test_scores_as_text():
     assert str(scored(12.345)) == "12.35 dB"
     assert str(scored(12.345, 0.012345)) == "12.35 dB, KL 0.0123"
     assert str(scored(12.345, 0.012345, 0.875)) == "12.35 dB, KL 0.0123, metric 0.875"
+    assert str(scored(math.nan, None, 0.875)) == "metric 0.875"
 
 
 @pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
@@ -317,3 +321,45 @@ def test_values_where_there_should_be_none_are_noise_whatever_their_type():
     assert judged([(np.zeros((0, 3)), np.zeros((0, 3)))], [([3.0, -4.0], [3.0, -3.0])]).sqnr == pytest.approx(
         10 * math.log10(25)
     )
+
+
+def test_an_output_that_the_float_network_never_fills_does_not_count():
+    """One false box would make a network better: all other samples of that output are without any error."""
+    nothing, box, other = np.zeros((0, 4)), np.ones((1, 4)), ([10.0], [9.0])
+    found_none, found_one = ([(nothing, nothing)] * 3 + [(nothing, found)] for found in (nothing, box))
+    varying = [([10.0 + k], [9.0 + k]) for k in range(4)]
+    assert judged(varying, found_one).sqnrs == judged(varying, found_none).sqnrs == judged(varying).sqnrs
+    assert judged([other], [(nothing, box)]).sqnr == pytest.approx(20.0)
+
+
+def test_an_output_without_any_element_is_no_probabilities_by_chance():
+    """The sum over an axis of no elements, for no positions, is 1 for all of them."""
+    nothing = np.zeros((0, 0))
+    assert judged([([[0.5, 0.5]], [[0.5, 0.5]])] * 2, [(nothing, nothing)] * 2).divergence == 0.0
+
+
+def test_samples_are_paired_where_one_network_loses_rows_of_a_batch():
+    """With rows lost, a batch is compared as one, and then its silent sample is not known as such."""
+    loud, silent = np.array([[3.0, -4.0]]), np.zeros((1, 2))
+    whole, apart = OutputErrors(), OutputErrors()
+    whole.add("y", [np.concatenate([loud, silent])], [loud * 1.1], times=2)
+    for sample in (loud, silent):
+        apart.add("y", [sample], [sample * 1.01])
+    assert whole.score.sqnrs == pytest.approx([20.0, 20.0])
+    assert apart.score.sqnrs == pytest.approx([40.0, math.nan], nan_ok=True)
+    assert apart.score.gains_over(whole.score)["sqnr"].mean == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "body"),
+    [
+        ("int64[N] y", "y = ArgMax<axis=1, keepdims=0>(t)"),
+        ("bool[N,4] y", "y = Greater(t, one)"),
+        ("float[N,2] z, int64[N,2] y", "z, y = TopK(t, two)"),
+    ],
+)
+def test_outputs_of_few_integers_are_not_taken_for_random(outputs, body):
+    text = f"g (float[N,6] x) => ({outputs}) {{ [a] t = MatMul(x, w) {body} }}"
+    more = {"one": np.float32(1)} if "one" in body else {"two": np.array([2])} if "two" in body else {}
+    model = model_from_text(text, w=weights(6, 4, axis=1), **more)
+    assert correct(model, samples(40, 6), quant_params=QuantParams("tf", weight_bits=BITS)).notes == []

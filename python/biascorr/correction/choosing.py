@@ -23,7 +23,8 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
     before, *others = candidates
     if before.score is NOT_SCORED:
         raise ValueError(
-            "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores"
+            "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores, "
+            "or give a metric"
         )
     better = [each for each in others if each.score.is_better_than(before.score)]
     if not better:

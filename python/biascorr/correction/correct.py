@@ -221,9 +221,9 @@ def correct(
         Chooses the samples that are held out, or else scored.
     metric : callable, optional
         What is best, in place of SQNR and divergence: ``metric(outputs, reference) -> float``, of one sample, from its outputs
-        by name (first axis 1) and those of the float model; or ``evaluate(run) -> float``, of a model that ``run(batch)``
-        runs, with your own inputs, labels and loop: `run` takes a mapping from input names to arrays, or an array where there
-        is one input, and gives the outputs by name. Greater is better.
+        by name (first axis 1) and those of the float model, all that both have; or ``evaluate(run) -> float``, of a model that
+        ``run(batch)`` runs, with your own inputs, labels and loop: `run` takes a mapping from input names to arrays, or an
+        array where there is one input, and gives the outputs by name. Greater is better.
     memory_budget : int or str, optional
         Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
         None: half of the memory that is free, in the container that this process is in.

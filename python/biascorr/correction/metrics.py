@@ -23,7 +23,7 @@ Run: TypeAlias = Callable[[Any], dict[str, NDArray[Any]]]
 
 
 class Metric:
-    """A metric, and which of the two kinds it is: by how many arguments it takes.
+    """A metric, and which of the two kinds it is: by how many arguments it needs.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Metric:
         if not callable(function):
             raise TypeError(f"metric: {function!r}, expected a function metric(outputs, reference) or evaluate(run)")
         self._function = function
-        self.evaluates_runs = _takes(function, 1) and not _takes(function, 2)
+        self.evaluates_runs = _takes(function, 1) and not _takes(function, 0)
         if not self.evaluates_runs and not _takes(function, 2):
             raise TypeError(f"metric: {function!r} takes neither (outputs, reference) nor (run)")
 
@@ -58,13 +58,12 @@ def metric_from_name(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"metric: {name!r}, expected module:function")
-    sys.path.append("")
+    if "" not in sys.path:
+        sys.path.append("")  # it stays: the module may import others when it is called
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module runs when it is imported, and may raise anything
         raise ValueError(f"metric: {name!r} cannot be found: {error}") from error
-    finally:
-        sys.path.remove("")
     if not callable(found):
         raise ValueError(f"metric: {name!r} is a {type(found).__name__}, expected a function")
     return found  # type: ignore[no-any-return]
@@ -72,8 +71,12 @@ def metric_from_name(name: str) -> Callable[..., Any]:
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
     try:
-        inspect.signature(function).bind(*[None] * count)
-    except (TypeError, ValueError):  # or it has no signature that can be read: then it is called, and may say so
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it has none that can be read: it is called with two, and may say so
+        return count == 2
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
         return False
     return True
 
@@ -83,6 +86,6 @@ def _number(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"metric: it gave {value!r}, expected a number") from None
-    if math.isnan(number):
-        raise ValueError("metric: it gave nan, expected a number: greater is better")
+    if not math.isfinite(number):
+        raise ValueError(f"metric: it gave {number}, expected a finite number: greater is better")
     return number

@@ -80,7 +80,9 @@ class Gain:
 
     @classmethod
     def of(cls, differences: NDArray[np.float64], doubt: float = 0.0) -> Gain:
-        """From the difference of each sample, one more of which differs from the mean by so much."""
+        """From the difference of each sample, nan where it is not known, one more of which differs from the mean by so much."""
+        known = differences[~np.isnan(differences)]
+        differences = known if known.size else differences
         mean = float(differences.mean())
         squares = float(np.square(differences - mean).sum()) + doubt**2
         return cls(mean, math.sqrt(squares) / len(differences))
@@ -101,7 +103,7 @@ class Score:
     Parameters
     ----------
     sqnrs : tuple of float
-        Signal to quantization noise ratio of each sample in dB, the mean over the outputs.
+        Signal to quantization noise ratio of each sample in dB, the mean over the outputs; nan where all are silent.
     divergences : tuple of float, or None
         Kullback-Leibler divergence of each sample in nats, the mean over the outputs that are probabilities; None where none
         is.
@@ -119,7 +121,8 @@ class Score:
     @property
     def sqnr(self) -> float:
         """The mean SQNR in dB."""
-        return float(np.mean(self.sqnrs))
+        known = [sqnr for sqnr in self.sqnrs if not math.isnan(sqnr)]
+        return float(np.mean(known)) if known else math.nan
 
     @property
     def divergence(self) -> float | None:
@@ -153,7 +156,7 @@ class Score:
         return agrees and all(gain.is_sure for gain in gains.values())
 
     def __str__(self) -> str:
-        parts = [f"{self.sqnr:.2f} dB"]
+        parts = [] if math.isnan(self.sqnr) and self.metrics else [f"{self.sqnr:.2f} dB"]
         parts += [] if self.divergence is None else [f"KL {self.divergence:.3g}"]
         return ", ".join(parts + ([] if self.metric is None else [f"metric {self.metric:.4g}"]))
 
@@ -193,14 +196,14 @@ class _Output:
             self._first = reference
         else:
             self.is_constant &= len(reference) == len(self._first) and all(map(_same, reference, self._first))
-        self.has_elements |= any(r.size or q.size for r, q in pairs)
+        self.has_elements |= any(r.size for r, _ in pairs)
         self._are_integers |= any(r.dtype.kind != "f" for r, _ in pairs)
         signals, noises = zip(*(_energies(r, q) for r, q in pairs))
         self._signals += [sum(signals)] * times
         self._noises += [sum(noises)] * times
         self.are_probabilities &= all(map(_are_probabilities, pairs))
         if self.are_probabilities:
-            positions = sum(r.size // r.shape[-1] for r, _ in pairs)
+            positions = sum(math.prod(r.shape[:-1]) for r, _ in pairs)
             self._divergences += [sum(_divergence(r, q) for r, q in pairs) / max(1, positions)] * times
 
     @property
@@ -211,7 +214,15 @@ class _Output:
     @property
     def sqnrs(self) -> NDArray[np.float64]:
         """Of each sample, in dB; nan where it is silent."""
-        signals, noises = np.array(self._signals), self._counted_noises
+        return self._ratios(self._counted_noises)
+
+    @property
+    def agreement(self) -> float:
+        """The mean of these in dB, without doubt of integers that are all equal."""
+        return float(np.nanmean(self._ratios(np.array(self._noises))))
+
+    def _ratios(self, noises: NDArray[np.float64]) -> NDArray[np.float64]:
+        signals = np.array(self._signals)
         if not signals.any():
             return np.where(noises == 0, _CEILING, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -310,8 +321,8 @@ class OutputErrors:
 
     @property
     def outputs(self) -> dict[str, float]:
-        """The SQNR in dB of each output alone."""
-        return {name: float(np.nanmean(each.sqnrs)) for name, each in self._outputs.items()}
+        """How near each output alone comes, in dB."""
+        return {name: each.agreement for name, each in self._outputs.items()}
 
     @property
     def score(self) -> Score:
@@ -323,13 +334,14 @@ class OutputErrors:
             return NOT_SCORED
         divergences = [each.divergences for each in counted if each.are_probabilities and each.has_elements]
         sqnrs, noises = (np.array([getattr(each, name) for each in counted]) for name in ("sqnrs", "noises"))
-        sqnrs = sqnrs[:, ~np.isnan(sqnrs).all(axis=0)]
         return Score(_means(sqnrs), _means(np.array(divergences)) if divergences else None, noises=_means(noises))
 
 
 def _means(outputs: NDArray[np.float64]) -> tuple[float, ...]:
-    """The mean over the outputs of each sample."""
-    return tuple(np.nanmean(outputs, axis=0).tolist())
+    """The mean over the outputs of each sample; nan where it is of none."""
+    counts = (~np.isnan(outputs)).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return tuple((np.nansum(outputs, axis=0) / counts).tolist())
 
 
 def _kinds_agree(r: NDArray[Any] | None, q: NDArray[Any] | None) -> bool:
@@ -406,29 +418,37 @@ class FloatOutputs:
     def _score(
         self, network: Network, outputs: Iterable[tuple[int, Feeds]], prepare: Callable[[Feeds], Callable[[Feeds], Any]]
     ) -> Score:
-        pairs, found = self._pairs(network), list[float]()
-        errors = self._errors(pairs, outputs, found)
-        if self._metric is not None and self._metric.evaluates_runs:
+        if self._metric is None:
+            return self._errors(self._pairs(network), outputs).score
+        pairs, found = output_pairs(self._network, network), list[float]()
+        if self._metric.evaluates_runs:
             found.append(self._metric.of_run(self._runner(pairs, prepare)))
-        return replace(errors.score, metrics=tuple(found)) if found else errors.score
+        else:
+            outputs = self._with_metrics(self._metric, pairs, outputs, found)
+        return replace(self._errors(self._pairs(network), outputs).score, metrics=tuple(found))
 
-    def _errors(
-        self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]], metrics: list[float] | None = None
-    ) -> OutputErrors:
-        """The errors of outputs, batch by batch; the metric of each sample is added to a list."""
+    def _errors(self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]]) -> OutputErrors:
+        """The errors of outputs, batch by batch."""
         errors = OutputErrors()
+        for batch, computed in outputs:
+            for name, found in pairs.items():
+                parts = self._apart(name, computed[found], batch)
+                for expected, values in parts:
+                    errors.add(name, expected, values, times=self._samples.sizes[batch] // len(parts))
+        return errors
+
+    def _with_metrics(
+        self, metric: Metric, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]], metrics: list[float]
+    ) -> Iterator[tuple[int, Feeds]]:
+        """Gives outputs on, batch by batch, and adds the metric of each sample to a list; it may write into what it gets."""
         for batch, computed in outputs:
             size = self._samples.sizes[batch]
             apart = {name: self._apart(name, computed[found], batch) for name, found in pairs.items()}
-            for name, parts in apart.items():
-                for expected, values in parts:
-                    errors.add(name, expected, values, times=size // len(parts))
-            if metrics is not None and self._metric is not None and not self._metric.evaluates_runs:
-                are_apart = all(len(parts) == size for parts in apart.values())
-                for k in range(size if are_apart else 1):
-                    ours, theirs = ({name: _whole(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
-                    metrics.extend([self._metric.of_sample(ours, theirs)] * (1 if are_apart else size))
-        return errors
+            are_apart = all(len(parts) == size for parts in apart.values())
+            for k in range(size if are_apart else 1):
+                ours, theirs = ({name: _copied(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
+                metrics.extend([metric.of_sample(ours, theirs)] * (1 if are_apart else size))
+            yield batch, computed
 
     def _apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
         """For each sample of a batch, the arrays of an output and the computed ones; all as one where they are not apart."""
@@ -469,9 +489,9 @@ def output_pairs(reference: Network, network: Network) -> dict[str, str]:
     return pairs | (dict(zip(ours, theirs)) if len(ours) == len(theirs) else {})
 
 
-def _whole(arrays: list[NDArray[Any]]) -> Any:
+def _copied(arrays: list[NDArray[Any]]) -> Any:
     """The array of an output; a list, where it is a sequence."""
-    return arrays[0] if len(arrays) == 1 else arrays
+    return arrays[0].copy() if len(arrays) == 1 else [each.copy() for each in arrays]
 
 
 def arrays_of(output: Any) -> list[NDArray[Any]]:
