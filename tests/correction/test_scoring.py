@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from biascorr import QuantParams, correct
-from biascorr.correction.scoring import OutputErrors, Score
+from biascorr.correction.scoring import Gain, OutputErrors, Score
 from networks import BITS, model_from_text, samples, weights
 
 
@@ -185,6 +185,19 @@ def test_gain_is_the_mean_of_paired_differences_with_its_standard_error():
     assert gains["divergence"].mean == pytest.approx(-0.05)
     assert gains["divergence"].error == pytest.approx(math.sqrt(0.05) / 4)
     assert str(gains["sqnr"]) == "+2.50 ± 0.61"
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (12.345, 10.0, "+12.35 ± 10.00"),
+        (0.00012345, 0.000024, "+0.000123 ± 0.000024"),
+        (-0.0034, 0.0, "-0.0034 ± 0.0000"),
+        (0.0, 0.0, "+0.00 ± 0.00"),
+    ],
+)
+def test_gain_as_text_has_two_digits_of_its_error(mean, error, text):
+    assert str(Gain(mean, error)) == text
 
 
 @pytest.mark.parametrize(

@@ -65,4 +65,5 @@ def _sqnr(expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]]) -> fl
     pairs = [(r.astype(np.float64), q.astype(np.float64)) for r, q in zip(expected, found) if r.shape == q.shape]
     signal = sum(float(np.square(r).sum()) for r, _ in pairs)
     noise = sum(float(np.square(q - r).sum()) for r, q in pairs)
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 and math.isfinite(signal / noise) else None
+    ratio = signal / noise if noise > 0 else 0.0
+    return 10 * math.log10(ratio) if 0 < ratio < math.inf else None

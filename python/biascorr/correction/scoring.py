@@ -93,7 +93,9 @@ class Gain:
         return self.mean > self.error
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
+        scale = self.error or abs(self.mean) or 1.0
+        digits = max(2, 1 - math.floor(math.log10(scale))) if math.isfinite(scale) else 2
+        return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f}"
 
 
 @dataclass(frozen=True)
