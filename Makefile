@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite instructions memcheck lint format clean
+.PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite quality-choice
+.PHONY: instructions memcheck lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +74,10 @@ quality-tflite: export TF_CPP_MIN_LOG_LEVEL = 3
 quality-tflite: $(VENV)/built $(VENV)/keras
 	$(BIN)/python -m pip install --quiet --group quality-tflite
 	$(BIN)/python benches/tflite_models.py $(NETWORK) $(QUANTIZED) $(SAMPLES) $(HELD_OUT) $(OPTIONS)
+
+# What `auto` chooses for your network, beside every method by name; QUANTIZED=int8.onnx: as you quantized it.
+quality-choice: $(VENV)/built
+	$(BIN)/python benches/choice.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(if $(QUANTIZED),--quantized $(QUANTIZED)) $(OPTIONS)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

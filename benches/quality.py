@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -35,6 +36,9 @@ Array = NDArray[Any]
 MANY_CLASSES = 10
 """With no more classes, top-1 is nearly always the same."""
 
+PER_CHANNEL = 13
+"""The first opset with a scale per channel."""
+
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,8 +54,11 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Makes initializers of constants: quantizers look for weights nowhere else."""
+def prepared(path: Path) -> onnx.ModelProto:
+    """A network for quantizers: in an opset that has scales per channel, and with initializers in place of constants."""
+    model = onnx.load(path)
+    if model.opset_import[0].version < PER_CHANNEL:
+        model = onnx.version_converter.convert_version(model, PER_CHANNEL)
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
@@ -99,12 +106,18 @@ def by_onnxruntime(model: onnx.ModelProto, batches: list[dict[str, Array]], per_
 
 def outputs(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> Iterator[Array]:
     """All outputs of each batch, flat."""
+    for arrays in separate_outputs(model, batches):
+        yield np.concatenate(arrays)
+
+
+def separate_outputs(model: onnx.ModelProto, batches: list[dict[str, Array]]) -> Iterator[list[Array]]:
+    """The outputs of each batch, each flat."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for feeds in batches:
-        yield np.concatenate([array.ravel() for array in session.run(None, feeds)]).astype(np.float64)
+        yield [array.ravel().astype(np.float64) for array in session.run(None, feeds)]
 
 
 def scores(expected: list[Array], found: Iterator[Array], classifies: bool) -> list[str]:
@@ -171,7 +184,7 @@ Row = tuple[str, onnx.ModelProto, float]
 
 def variants(options: argparse.Namespace, batches: list[dict[str, Array]]) -> Iterator[Row]:
     """The network; where equalization is asked for, also with its batch normalizations folded, and equalized."""
-    network = with_initializers(onnx.load(options.network))
+    network = prepared(options.network)
     yield "", network, 0.0
     if options.equalize:
         (folded, pairs), seconds = timed(biascorr.fold_all_batch_norms, network)

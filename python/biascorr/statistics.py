@@ -227,6 +227,11 @@ class TapMean:
         self._seen = np.zeros((*window.taps, 1))
         self._outputs = 0
 
+    @property
+    def count(self) -> int:
+        """Output positions averaged over, of all samples together."""
+        return self._outputs
+
     def update(self, sample: Any) -> None:
         """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size.
 

@@ -549,7 +549,7 @@ def test_files_that_never_end(name, is_in_folder, tmp_path):
 
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     path = npy(tmp_path)
-    reading = batches_from_data(path, INPUTS)
+    reading = iter(batches_from_data(path, INPUTS))
     np.testing.assert_array_equal(next(reading)["x"], X[:1])
     with path.open("r+b") as file:
         file.truncate(1000)

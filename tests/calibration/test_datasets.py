@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from biascorr.calibration.data import batches_from_data, check_end, number_of_batches, number_of_samples
+from biascorr.calibration.batching import assumed
+from biascorr.calibration.data import batches_from_data, check_end, number_of_batches
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import ModelInput
@@ -157,10 +158,10 @@ def test_errors_name_the_samples_of_a_batch():
 
 
 def test_how_many_samples_a_batch_has():
-    assert number_of_samples({"x": X, "row": ROWS}, [IMAGE, ROW]) == 7
-    assert number_of_samples({"x": X, "row": ROWS[:3]}, [IMAGE, ROW]) == 1
-    assert number_of_samples({"x": X}, [ModelInput("x", X.dtype, None)]) == 1
-    assert number_of_samples({"x": X[:1]}, [ModelInput("x", X.dtype, (1, 3, 4, 4))]) == 1
+    assert assumed([IMAGE, ROW]).size({"x": X, "row": ROWS}) == 7
+    assert assumed([IMAGE, ROW]).size({"x": X, "row": ROWS[:3]}) == 1
+    assert assumed([ModelInput("x", X.dtype, None)]).size({"x": X}) == 7
+    assert assumed([ModelInput("x", X.dtype, (1, 3, 4, 4))]).size({"x": X[:1]}) == 1
 
 
 # tf.data and keras.utils.PyDataset, as far as they are told from others. Real ones: tests/adapters/keras.
@@ -305,7 +306,8 @@ def test_how_many_batches_a_data_set_has():
     assert number_of_batches(TfDataset([*X], cardinality=-1), [IMAGE], batch_size=2, max_samples=5) == 3
     assert number_of_batches(TfDataset([*X]), [IMAGE], batch_size=2, max_samples=5) == 3
     assert number_of_batches(TfDataset([*X]), [IMAGE], batch_size=2, max_samples=50) == 4
-    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=5) is None
+    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=5) == min(5, len(BATCHES))
+    assert number_of_batches(TfDataset(BATCHES), [IMAGE], max_samples=1) == 1
     fixed = ModelInput("x", np.dtype(np.float32), (2, 3, 4, 4))
     assert number_of_batches(TfDataset([*X]), [fixed], batch_size=5, max_samples=5) == 2
     assert number_of_batches(PyDataset(lambda _: X, 4), [IMAGE]) == 4

@@ -157,7 +157,8 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
     assert onnx.load(folder / "out.onnx") == correction.model
     for layer in correction.report:
         row = next(line for line in done.stdout.splitlines() if layer.name in line)
-        for value in (layer.op, layer.method, layer.channels, f"{layer.shift_before:.3g}", f"{layer.shift_after:.3g}"):
+        numbers = (f"{layer.shift_before:.3g}", f"{layer.sqnr_before:.1f}", f"{layer.sqnr_after:.1f}")
+        for value in (layer.op, layer.method, layer.channels, *numbers):
             assert str(value) in row
     assert f"out.onnx: 3 of 3 layers corrected by {correction.method} from 4 samples" in done.stdout
     assert "Traceback" not in done.stderr
@@ -171,7 +172,8 @@ def test_scores_and_notes_are_printed(name, folder):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
     scores = {"uncorrected" if name == "none" else name: score for name, score in correction.scores.items()}
     taken = {correction.method: "taken"}
-    assert rows == [[name, f"{score.sqnr:.2f}", taken.get(name, "")] for name, score in scores.items()]
+    gains = {name: str(score.gains_over(scores["uncorrected"])["sqnr"]) for name, score in scores.items()} | {"uncorrected": ""}
+    assert rows == [[name, f"{score.sqnr:.2f}", gains[name], taken.get(name, "")] for name, score in scores.items()]
     assert rows[0][0] == "uncorrected"
     assert [line for line in table.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in correction.notes]
     assert "too few" in table
@@ -562,6 +564,7 @@ def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
     before = names_in(folder)
     ours, theirs = pty.openpty()
     arguments = [command, "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
+    arguments += ["--max-samples", "300000"]
     temporary = tmp_path_factory.mktemp("temporary")
     process = subprocess.Popen(
         [COMMAND, *arguments],
@@ -816,6 +819,24 @@ def test_no_more_samples_are_read_than_asked_for(command, folder):
     assert done.returncode == 0, done.stderr
     assert command == "equalize" or "from 7 samples" in done.stdout
     assert run(*arguments, "--max-samples", "0", cwd=folder).returncode == 2
+
+
+def test_validation_data_and_seed(folder):
+    np.save(folder / "x.npy", samples(20, 3, 6, 6))
+    np.save(folder / "other.npy", samples(5, 3, 6, 6, seed=3))
+    arguments = "correct", "models/float.onnx", "--data", "x.npy", "-o", "out.onnx", "--force", "--max-samples", "18"
+    done, seeded, other = (
+        run(*arguments, *more, cwd=folder) for more in ((), ("--seed", "1"), ("--validation", "other.npy", "--seed", "1"))
+    )
+    for each in (done, seeded, other):
+        assert each.returncode == 0, each.stderr
+        assert "from 18 samples" in each.stdout
+        assert "note: data: not all samples were read, 18 at most (max_samples)" in each.stdout
+    assert "scored on 5 held-out samples" in other.stdout
+    assert done.stdout != seeded.stdout
+    assert run(*arguments, "--seed", "-1", cwd=folder).returncode == 2
+    done = run(*arguments, "--validation", "none.npy", cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "error: validation: no such file: none.npy\n")
 
 
 def test_channels_that_were_silenced_are_counted(folder):

@@ -167,6 +167,7 @@ def test_finding_out_makes_no_copy(monkeypatch):
         ({"batch_size": 1.5}, "batch_size: 1.5, expected an integer of at least 1"),
         ({"max_samples": 0}, "max_samples: 0, expected an integer of at least 1, or None"),
         ({"max_samples": True}, "max_samples: True, expected an integer of at least 1, or None"),
+        ({"seed": -1}, "seed: -1, expected an integer of at least 0"),
     ],
 )
 def test_options_are_checked(options, message):

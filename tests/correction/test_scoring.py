@@ -12,12 +12,17 @@ from networks import BITS, model_from_text, samples, weights
 
 
 def judged(*outputs):
-    """The score of outputs, each a list of (float, computed) batches."""
-    judge = OutputErrors()
+    """The score of outputs, each a list of (float, computed) samples."""
+    errors = OutputErrors()
     for k, batches in enumerate(outputs):
         for reference, computed in batches:
-            judge.add(f"y{k}", [np.array(reference)], [np.array(computed)])
-    return judge.score
+            errors.add(f"y{k}", [np.array(reference)], [np.array(computed)])
+    return errors.score
+
+
+def scored(sqnrs, divergences=None, metrics=None):
+    """A score of these samples."""
+    return Score(*(None if each is None else tuple(np.atleast_1d(each)) for each in (sqnrs, divergences, metrics)))
 
 
 def of_one(reference, computed):
@@ -31,12 +36,46 @@ def test_ratio_of_signal_to_noise():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_sums_are_those_of_all_batches_in_float64(dtype):
+def test_ratio_is_the_mean_over_the_samples_from_sums_in_float64(dtype):
     rng = np.random.default_rng(0)
     references, outputs = (rng.standard_normal((3, 4, 5)).astype(dtype) for _ in range(2))
     r, q = references.astype(np.float64), outputs.astype(np.float64)
-    expected = 10 * np.log10((r**2).sum() / ((q - r) ** 2).sum())
-    assert judged(list(zip(references, outputs))).sqnr == pytest.approx(expected, abs=1e-9)
+    expected = 10 * np.log10((r**2).sum(axis=(1, 2)) / ((q - r) ** 2).sum(axis=(1, 2)))
+    score = judged(list(zip(references, outputs)))
+    np.testing.assert_allclose(score.sqnrs, expected, atol=1e-9)
+    assert score.sqnr == pytest.approx(expected.mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("loud", [1e-6, 1.0, 1e6])
+def test_a_loud_sample_counts_as_much_as_the_others(loud):
+    samples_of = [([3.0 * loud, -4.0 * loud], [3.0 * loud, -3.0 * loud]), *[([10.0, 1.0], [9.0, 1.0])] * 3]
+    expected = [10 * math.log10(25), *[10 * math.log10(101)] * 3]
+    assert judged(samples_of).sqnr == pytest.approx(np.mean(expected))
+
+
+def test_a_silent_sample_has_no_ratio_but_noise():
+    silent, other = ([0.0, 0.0], [0.0, 0.1]), ([3.0, -4.0], [3.0, -4.1])
+    score = judged([silent, other])
+    assert score.sqnrs == pytest.approx([10 * math.log10(25 / 0.01)])
+    assert score.noises == pytest.approx([0.01 / 12.5] * 2)
+    louder = ([6.0, -8.0], [6.0, -8.1])
+    ratios = [10 * math.log10(each / 0.01) for each in (25, 25, 100)]
+    assert judged([silent, other], [other, louder]).sqnrs == pytest.approx([ratios[0], (ratios[1] + ratios[2]) / 2])
+
+
+def test_a_constant_output_does_not_count_where_another_differs():
+    constant = [([7.0, 8.0], [7.0, 8.0])] * 4
+    varying = [([10.0 + k], [9.0 + k]) for k in range(4)]
+    assert judged(varying, constant).sqnr == judged(varying).sqnr
+    assert judged(constant).sqnr == 100.0
+    assert judged(varying[:1], constant[:1]).sqnr == pytest.approx((20.0 + 100.0) / 2)  # nothing is known of one sample
+
+
+def test_samples_that_cannot_be_told_apart_are_counted():
+    errors = OutputErrors()
+    errors.add("y", [np.array([10.0])], [np.array([9.0])], times=3)
+    errors.add("y", [np.array([3.0, -4.0])], [np.array([3.0, -3.0])])
+    assert errors.score.sqnrs == pytest.approx([20.0, 20.0, 20.0, 10 * math.log10(25)])
 
 
 def test_outputs_weigh_the_same():
@@ -48,18 +87,22 @@ def test_outputs_weigh_the_same():
 @pytest.mark.parametrize(
     ("reference", "computed", "expected"),
     [
-        ([1.0, 2.0], [1.0, 2.0], 300.0),
-        ([0.0, 0.0], [0.0, 0.0], 300.0),
-        ([0.0, 0.0], [0.0, 1.0], -300.0),
-        ([1.0, 2.0], [1.0, np.nan], -math.inf),
+        ([1.0, 2.0], [1.0, 2.0], 100.0),
+        ([1.0, 2.0], [1.0, 2.0 + 1e-9], 100.0),
+        ([0.0, 0.0], [0.0, 0.0], 100.0),
+        ([0.0, 0.0], [0.0, 1.0], 0.0),
+        ([1.0, 2.0], [1.0, np.nan], -300.0),
         ([1.0, 2.0], [1.0, np.inf], -300.0),
         ([5.0, np.nan], [4.0, np.nan], 10 * math.log10(25)),
         ([5.0, np.nan], [4.0, 7.0], 10 * math.log10(25)),
         ([5.0, np.inf], [4.0, np.inf], 10 * math.log10(25)),
         ([5.0, -np.inf], [4.0, 0.0], 10 * math.log10(25)),
-        ([5.0, 0.0], [4.0], 0.0),
+        ([5.0, 0.0], [4.0], 10 * math.log10(25)),
+        ([3.0, 4.0], [3.0], 10 * math.log10(25 / 16)),
+        ([3.0], [3.0, 4.0], 10 * math.log10(9 / 16)),
+        ([[3.0], [4.0]], [3.0, 4.0], 0.0),
         ([1, 2, 3, 4], [1, 2, 3, 5], 10 * math.log10(4)),
-        ([1, 2, 3, 4], [1, 2, 3, 4], 300.0),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 10 * math.log10(400)),
         ([1, 2, 3], [1, 2], 0.0),
         ([True, False], [False, False], 10 * math.log10(2)),
         (["a", "b"], ["a", "c"], 10 * math.log10(2)),
@@ -87,9 +130,9 @@ def test_divergence_of_probabilities(reference, computed, expected):
     assert of_one(reference, computed).divergence == pytest.approx(expected, abs=1e-12)
 
 
-def test_divergence_is_the_mean_over_the_positions_of_all_batches():
+def test_divergence_is_the_mean_over_samples_of_the_mean_over_positions():
     same, other = ([[0.5, 0.5]], [[0.5, 0.5]]), ([[1.0, 0.0]] * 2, [[0.5, 0.5]] * 2)
-    assert judged([same, other]).divergence == pytest.approx(2 / 3 * math.log(2))
+    assert judged([same, other]).divergence == pytest.approx(1 / 2 * math.log(2))
 
 
 def test_divergence_is_the_mean_over_the_outputs_that_are_probabilities():
@@ -116,29 +159,75 @@ def test_what_is_no_probabilities_has_no_divergence(batches):
 @pytest.mark.parametrize(
     ("score", "other", "worse"),
     [
-        (Score(10.0), Score(10.0), False),
-        (Score(9.9), Score(10.0), True),
-        (Score(10.1), Score(10.0), False),
-        (Score(10.0, 0.2), Score(10.0, 0.1), True),
-        (Score(20.0, 0.2), Score(10.0, 0.1), True),
-        (Score(9.0, 0.05), Score(10.0, 0.1), True),
-        (Score(11.0, 0.05), Score(10.0, 0.1), False),
-        (Score(-math.inf), Score(-300.0), True),
+        (scored(10.0), scored(10.0), False),
+        (scored(9.9), scored(10.0), True),
+        (scored(10.1), scored(10.0), False),
+        (scored(10.0, 0.2), scored(10.0, 0.1), True),
+        (scored(20.0, 0.2), scored(10.0, 0.1), True),
+        (scored(9.0, 0.05), scored(10.0, 0.1), True),
+        (scored(11.0, 0.05), scored(10.0, 0.1), False),
+        (scored(11.0, 0.05, 0.8), scored(10.0, 0.1, 0.9), True),
+        (scored(9.0, 0.05, 0.9), scored(10.0, 0.1, 0.9), False),
     ],
 )
 def test_worse_in_any_measure_is_worse(score, other, worse):
     assert score.is_worse_than(other) is worse
 
 
-def test_order_is_by_divergence_and_by_ratio_without_one():
-    assert Score.best([Score(10.0), Score(12.0), Score(11.0)]) == Score(12.0)
-    scores = [Score(10.0, 0.3), Score(12.0, 0.2), Score(11.0, 0.1)]
-    assert Score.best(scores) == Score(11.0, 0.1)
+def test_gain_is_the_mean_of_paired_differences_with_its_standard_error():
+    one, other = scored([12.0, 21.0, 33.0, 44.0], [0.1, 0.2, 0.3, 0.4]), scored([10.0, 20.0, 30.0, 40.0], [0.2] * 4)
+    gains = one.gains_over(other)
+    assert gains["sqnr"].mean == 2.5
+    assert gains["sqnr"].error == pytest.approx(math.sqrt(5 + 1) / 4)  # one more may differ by 1 dB
+    assert gains["divergence"].mean == pytest.approx(-0.05)
+    assert gains["divergence"].error == pytest.approx(math.sqrt(0.05) / 4)
+    assert str(gains["sqnr"]) == "+2.50 ± 0.61"
+
+
+@pytest.mark.parametrize(
+    ("score", "other", "better"),
+    [
+        (scored([11.0] * 9), scored([10.0] * 9), True),
+        (scored([11.0, 9.0, 11.0, 9.5]), scored([10.0] * 4), False),
+        (scored(10.9), scored(10.0), False),  # one sample says little
+        (scored(11.1), scored(10.0), True),
+        (scored([11.0] * 9, [0.1] * 9), scored([10.0] * 9, [0.2] * 9), True),
+        (scored([11.0] * 9, [0.3] * 9), scored([10.0] * 9, [0.2] * 9), False),
+        (scored([9.0] * 9, [0.1] * 9), scored([10.0] * 9, [0.2] * 9), False),
+        (scored([11.0] * 9, [0.1] * 8 + [1.9]), scored([10.0] * 9, [0.2] * 9), False),
+        (scored([11.0] * 9, [0.1] * 8 + [0.8]), scored([10.0] * 9, [0.2] * 9), True),  # not sure, but it agrees
+        (scored([9.0] * 9, None, [0.9] * 9), scored([10.0] * 9, None, [0.8] * 9), True),
+        (scored([11.0] * 9, None, [0.8] * 9), scored([10.0] * 9, None, [0.8] * 9), False),
+        (scored([11.0] * 9, None, 0.8), scored([10.0] * 9, None, 0.7), True),
+        (scored([10.0] * 9), scored([10.0] * 9), False),
+    ],
+)
+def test_better_is_surely_better_where_the_divergence_agrees(score, other, better):
+    assert score.is_better_than(other) is better
+
+
+def test_a_network_that_is_better_on_quiet_samples_alone_is_not_better():
+    quiet, loud = ([1.0, 1.0], [1.0, 1.1]), ([100.0, 100.0], [100.0, 101.0])
+    better_quiet, worse_loud = (quiet[0], [1.0, 1.01]), (loud[0], [100.0, 102.0])
+    before, after = judged([quiet, quiet, loud] * 3), judged([better_quiet, better_quiet, worse_loud] * 3)
+    assert after.gains_over(before)["sqnr"].is_sure
+    assert not after.is_better_than(before)
+    assert judged([better_quiet, better_quiet, loud] * 3).is_better_than(before)
+
+
+def test_order_is_by_metric_by_divergence_and_by_ratio_without_one():
+    scores = [scored(10.0), scored(12.0), scored(11.0)]
+    assert Score.best(scores) is scores[1]
+    scores = [scored(10.0, 0.3), scored(12.0, 0.2), scored(11.0, 0.1)]
+    assert Score.best(scores) is scores[2]
+    scores = [scored(10.0, 0.3, 3.0), scored(12.0, 0.2, 2.0), scored(11.0, 0.1, 1.0)]
+    assert Score.best(scores) is scores[0]
 
 
 def test_scores_as_text():
-    assert str(Score(12.345)) == "12.35 dB"
-    assert str(Score(12.345, 0.012345)) == "12.35 dB, KL 0.0123"
+    assert str(scored(12.345)) == "12.35 dB"
+    assert str(scored(12.345, 0.012345)) == "12.35 dB, KL 0.0123"
+    assert str(scored(12.345, 0.012345, 0.875)) == "12.35 dB, KL 0.0123, metric 0.875"
 
 
 @pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
@@ -148,17 +237,16 @@ def test_lost_values_are_as_bad_in_each_unit(unit):
     half_are_lost = [(boxes, boxes[:5] if k % 2 else boxes * 1.01) for k in range(10)]
     found_nothing, found_something = ([(boxes[:0], boxes)], [(boxes, boxes[:0])])
     assert judged(a_little_off).sqnr == pytest.approx(20.0)
-    assert judged(half_are_lost).sqnr == pytest.approx(10 * math.log10(1 / (0.5 + 0.5e-4)))
-    assert judged(found_nothing).sqnr == -300.0
+    assert judged(half_are_lost).sqnrs == pytest.approx([40.0, 10 * math.log10(2)] * 5)
+    assert judged(found_nothing).sqnr == 0.0
     assert judged(found_something).sqnr == 0.0
 
 
 def test_sequences_are_compared_part_by_part():
     errors = OutputErrors()
     errors.add("y", [np.array([3.0]), np.array([4.0])], [np.array([3.0])])
-    assert errors.score.sqnr == pytest.approx(10 * math.log10(25 / 16))
     errors.add("y", [np.array([3.0])], [np.array([3.0]), np.array([4.0])])
-    assert errors.score.sqnr == pytest.approx(10 * math.log10(34 / 32))
+    assert errors.score.sqnrs == pytest.approx([10 * math.log10(25 / 16), 10 * math.log10(9 / 16)])
 
 
 def test_types_that_numpy_has_not_are_real():
@@ -200,9 +288,8 @@ def test_an_output_that_no_layer_has_a_part_in_is_not_scored(other):
         for outputs in ("float[N,4] y", "float[N,4] y, float[N,6] s")
     )
     params = QuantParams("tf", weight_bits=BITS)
-    assert (
-        correct(both, samples(40, 6), quant_params=params).scores == correct(alone, samples(40, 6), quant_params=params).scores
-    )
+    found, expected = (correct(each, samples(40, 6), quant_params=params).scores for each in (both, alone))
+    assert {name: str(score) for name, score in found.items()} == {name: str(score) for name, score in expected.items()}
 
 
 @pytest.mark.parametrize("body", ["d = Dropout(t, half, yes)", "n = RandomNormalLike(t) d = Add(t, n)"])
@@ -213,19 +300,20 @@ def test_a_float_network_that_is_random_is_noted(body):
     correction = correct(
         model_from_text(text, **constants, **more), samples(40, 6), quant_params=QuantParams("tf", weight_bits=BITS)
     )
-    assert [note for note in correction.notes if "does not give the same outputs twice" in note]
+    assert [note for note in correction.notes if "does not give the same outputs twice (y)" in note]
 
 
 def test_a_divergence_that_is_not_known_is_none_of_0():
     """It is not known where a network gives out other numbers of rows: then SQNR decides."""
-    assert not Score(29.0, 0.0007).is_worse_than(Score(0.0))
-    assert not Score(29.0).is_worse_than(Score(0.0, 0.1))
-    assert Score(1.0, 0.2).is_worse_than(Score(1.0, 0.1))
-    assert Score.best([Score(2.0), Score(29.0, 0.0007), Score(0.0)]) == Score(29.0, 0.0007)
+    assert not scored(29.0, 0.0007).is_worse_than(scored(0.0))
+    assert not scored(29.0).is_worse_than(scored(0.0, 0.1))
+    assert scored(1.0, 0.2).is_worse_than(scored(1.0, 0.1))
+    scores = [scored(2.0), scored(29.0, 0.0007), scored(0.0)]
+    assert Score.best(scores) is scores[1]
 
 
 def test_values_where_there_should_be_none_are_noise_whatever_their_type():
-    assert of_one(np.zeros(0, np.int64), np.zeros(4, np.int64)).sqnr == -300.0
+    assert of_one(np.zeros(0, np.int64), np.zeros(4, np.int64)).sqnr == 0.0
     assert judged([(np.zeros((0, 3)), np.zeros((0, 3)))], [([3.0, -4.0], [3.0, -3.0])]).sqnr == pytest.approx(
         10 * math.log10(25)
     )

@@ -42,10 +42,10 @@ def test_several_reasons_of_one_layer_are_one_row():
 
 
 def test_names_are_not_read_as_markup():
-    report = [LayerReport("[red]conv[/red]", "Conv", "mean", 4, 0.25, 0.0)]
+    report = [LayerReport("[red]conv[/red]", "Conv", "mean", 4, 0.25, 0.0, (), 12.34, None)]
     columns = cells_of(table_from_report(report))
     assert columns[0] == ["[red]conv[/red]"]
-    assert columns[2:6] == [["mean"], ["4"], ["0.25"], ["0"]]
+    assert columns[2:6] == [["mean"], ["4"], ["0.25"], ["12.3"]]
 
 
 def test_a_reason_is_data():

@@ -27,7 +27,6 @@ from biascorr.adapters.onnx import network as onnx_network
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
-from biascorr.graph.network import ModelInput
 from biascorr.sweep import shard as shards
 from biascorr.sweep.measurements import Wanted
 from biascorr.sweep.shard import Shard
@@ -715,29 +714,34 @@ def test_a_sweep_runs_each_operation_once_per_batch(name, depth, is_quantized, e
             np.testing.assert_allclose(array, expected, rtol=1e-4, atol=0.1 if is_quantized else 1e-4)
 
 
+@pytest.mark.parametrize("depth", [1, 8])
+@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_positions_are_those_of_the_outputs_where_only_inputs_are_measured(name, depth):
+    case = CASES[name]
+    network = OnnxNetwork.load(case.model, "model")
+    found = []
+    for outputs in (True, False):
+        with Storage(1 << 30) as storage:
+            held = Samples(storage)
+            for feeds in case.feeds:
+                held.add(feeds, 1)
+            shard = Shard(network, held, range(held.batches), 2)
+            sweep = Sweep(network, network.layers, [shard], Wanted(outputs=outputs, inputs=True), depth=depth)
+            measured = {name: each for stage in sweep.stages for name, each in sweep.measure(stage).items()}
+        assert measured.keys() == {layer.name for layer in network.layers}
+        assert all(each.output.means.any() == outputs for each in measured.values())
+        found.append({name: (each.output.positions.sum(), each.input.tolist()) for name, each in measured.items()})
+    assert found[0] == found[1]
+
+
 def test_empirical_takes_two_passes_and_one_to_score(executed):
-    """A quarter of the samples is scored: float, uncorrected, corrected, and float again to see whether that is chance."""
+    """Half of the samples are scored: float, uncorrected, corrected, and float again to see whether that is chance.
+
+    Four of them show the errors of layers in these three.
+    """
     case = dataclasses.replace(CASES["depth 32"], batches=images(*[1] * 12))
     correct(with_names(case.model), case.feeds, method="empirical", quant_params=PARAMS)
-    assert {executed[name] for name in layer_names(case.model)} == {2 * 12 + 3 * 3 + 2}
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 24])
-def test_batches_are_cut_so_that_all_of_one_is_scored_or_none(size):
-    x = samples(24, 5)
-    for hold_out in (False, True):
-        with Storage(0 if size == 3 else 1 << 30) as storage:
-            held = Samples(storage, hold_out=hold_out)
-            held.read([x[k : k + size] for k in range(0, 24, size)], [ModelInput("x", x.dtype, (None, 5))], lambda *_: None)
-            held.choose_scored()
-            scored, fitted = (
-                np.concatenate([feeds["x"] for feeds in held.feeds(batches)])
-                for batches in (held.scored_batches, held.fitted_batches)
-            )
-        assert (held.count, held.batches_read, held.scored) == (24, 24 // size, 6)
-        np.testing.assert_array_equal(scored, x[3::4])
-        expected = np.delete(x, np.s_[3::4], axis=0) if hold_out else x
-        np.testing.assert_array_equal(np.sort(fitted, axis=0), np.sort(expected, axis=0))
+    assert {executed[name] for name in layer_names(case.model)} == {2 * 12 + 3 * 6 + 5 + 3 * 4}
 
 
 PEAK = """

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.arguments import checked_integer
+from biascorr.calibration.batching import Batchings, assumed, assumed_axes, fixed_size
 from biascorr.calibration.datasets import (
     ITERABLE,
     DataSet,
@@ -29,7 +30,7 @@ from biascorr.calibration.datasets import (
     stacked,
     without_nesting,
 )
-from biascorr.graph.network import ModelInput
+from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
 _SUFFIXES = (".npy", ".npz")
@@ -42,27 +43,34 @@ Progress = Callable[[str, int, int | None], None]
 def number_of_batches(
     data: Any, inputs: Sequence[ModelInput] = (), *, batch_size: int = 1, max_samples: int | None = None
 ) -> int | None:
-    """How many batches the data gives, None where that is not known before reading it."""
+    """How many batches the data gives, at most where their sizes are not known; None where nothing is before reading it."""
     data_set = data_set_from(data)
     if data_set is not None:
         return _number_in(data_set, inputs, batch_size, max_samples)
-    if max_samples is not None:
-        return None
+    count = _number_of_elements(data)
+    return count if count is None or max_samples is None else min(count, max_samples)
+
+
+def _number_of_elements(data: Any) -> int | None:
     if isinstance(data, (str, PathLike)):
         path = Path(data)
         return len(_files(path)) if path.is_dir() else None
-    has_samples = isinstance(data, (np.ndarray, Mapping)) or is_tensor(data)
     try:
-        return len(data) if isinstance(data, Sized) and not has_samples and not hasattr(data, "get_next") else None
+        return len(data) if isinstance(data, Sized) and not _has_samples(data) and not hasattr(data, "get_next") else None
     except TypeError:  # datasets whose class has a length although they have none themselves
         return None
+
+
+def _has_samples(data: Any) -> bool:
+    """Whether samples are along an axis of the data itself."""
+    return isinstance(data, (np.ndarray, Mapping)) or is_tensor(data)
 
 
 def _number_in(data: DataSet, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> int | None:
     are_single = False if data.are_batches else has_single_samples(data.spec, inputs)
     if are_single is False:
-        return data.count if most is None else None
-    fixed = _fixed_size(inputs)
+        return data.count if data.count is None or most is None else min(data.count, most)
+    fixed = fixed_size(inputs, assumed_axes(inputs))
     limit = _whole(most, fixed)
     count = limit if data.is_infinite else data.count
     return None if are_single is None or count is None else math.ceil(min(count, limit or count) / (fixed or batch_size))
@@ -75,22 +83,22 @@ def check_amounts(batch_size: Any, max_samples: Any) -> None:
         checked_integer("max_samples", max_samples, 1, otherwise="None")
 
 
-def check_end(data: Any, max_samples: int | None) -> None:
+def check_end(data: Any, max_samples: int | None, name: str = "data") -> None:
     """Raises ValueError where the data never ends, and nothing else limits it."""
     data_set = data_set_from(data)
     if max_samples is None and data_set is not None and data_set.is_infinite:
-        raise ValueError(f"data: an infinite data set, expected max_samples with it, or a part of it: {data_set.finite}")
-
-
-def number_of_samples(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput]) -> int:
-    """How many a batch has along the first axis; 1 where the model does not say that samples are along it."""
-    lengths = {len(feeds[each.name]) if each.shape and each.shape[0] is None else 1 for each in inputs}
-    return lengths.pop() if len(lengths) == 1 else 1
+        raise ValueError(f"{name}: an infinite data set, expected max_samples with it, or a part of it: {data_set.finite}")
 
 
 def batches_from_data(
-    data: Any, inputs: Sequence[ModelInput], *, name: str = "data", batch_size: int = 1, max_samples: int | None = None
-) -> Iterator[dict[str, NDArray[Any]]]:
+    data: Any,
+    inputs: Sequence[ModelInput],
+    *,
+    name: str = "data",
+    batch_size: int = 1,
+    max_samples: int | None = None,
+    batchings: Batchings | None = None,
+) -> Limited:
     """Batches by input name, as the model takes them; in float32 what numpy has no type for, which holds all such values.
 
     Parameters
@@ -104,8 +112,10 @@ def batches_from_data(
     batch_size : int
         Samples of an array, of a file, or of a data set of single samples that make a batch, where the model does not fix that.
     max_samples : int, optional
-        No more are read: the last batch is cut, where the model leaves the first axis of its inputs open; where not, batches
-        are read that hold so many at most, and one at least.
+        No more are read: the last batch is cut where it can be; where not, batches are read that hold so many at most, and one
+        at least.
+    batchings : callable, optional
+        Tells how many samples a batch has and whether it can be cut; None: what is known without running the model.
 
     Raises
     ------
@@ -116,24 +126,97 @@ def batches_from_data(
     ValueError
         A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
     """
-    batches = _named_batches(data, inputs, name, batch_size, max_samples)
-    for label, batch, _ in batches if max_samples is None else _limited(batches, inputs, max_samples):
-        feeds = {each.name: _checked(batch[each.name], each, label) for each in inputs}
-        if number_of_samples(feeds, inputs) == 0:
-            raise ValueError(f"{label}: input {inputs[0].name}: shape {feeds[inputs[0].name].shape} has no samples")
-        yield feeds
+    known = assumed(inputs)
+    return Limited(
+        _named_batches(data, inputs, name, batch_size, max_samples),
+        inputs,
+        max_samples,
+        batchings or (lambda _: known),
+        number_of_batches(data, inputs, batch_size=batch_size),
+        isinstance(data, (list, tuple, str, PathLike)) or _has_samples(data),
+    )
 
 
-Batches = Iterator[tuple[str, dict[str, NDArray[Any]], int]]
-"""The name that errors give a batch, the batch, and how many samples it has."""
+Batches = Iterator[tuple[str, dict[str, NDArray[Any]], int | None]]
+"""The name that errors give a batch, the batch, and how many samples it has, where the data says so."""
+
+
+class Limited:
+    """Checked batches of so many samples at most.
+
+    Parameters
+    ----------
+    batches : iterator
+        All of them.
+    inputs : sequence of ModelInput
+        The inputs of the model.
+    most : int or None
+        See :func:`batches_from_data`.
+    batchings : callable
+        See :func:`batches_from_data`.
+    count : int or None
+        How many batches there are, as far as is known.
+    is_lasting : bool
+        Whether it costs nothing to see if there is another one.
+
+    Attributes
+    ----------
+    size : int
+        Samples of the last batch.
+    left_any : bool
+        Whether there was more, as far as is known, when the limit was reached.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        inputs: Sequence[ModelInput],
+        most: int | None,
+        batchings: Batchings,
+        count: int | None,
+        is_lasting: bool,
+    ) -> None:
+        self._batches = batches
+        self._inputs = inputs
+        self._most = most
+        self._batchings = batchings
+        self._count = count
+        self._is_lasting = is_lasting
+        self.size = 0
+        self.left_any = False
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        left = math.inf if self._most is None else self._most
+        for done, (label, batch, known) in enumerate(self._batches, start=1):
+            feeds = {each.name: _fitting(batch[each.name], each, label) for each in self._inputs}
+            batching = self._batchings(feeds)
+            size = known or batching.size(feeds)
+            if size == 0:
+                first = self._inputs[0].name
+                raise ValueError(f"{label}: input {first}: shape {feeds[first].shape} has no samples")
+            is_cut = size > left and batching.can_be_cut
+            self.size = int(left) if is_cut else size
+            feeds = dict(batching.rows(feeds, np.s_[: self.size])) if is_cut else feeds
+            _check_finite(feeds, label)
+            yield feeds
+            left -= size
+            if left < (1 if batching.can_be_cut else size):
+                self.left_any = is_cut or self._has_more(done)
+                return
+
+    def _has_more(self, done: int) -> bool:
+        """Whether there may be another batch; it is not read where that may take long."""
+        if self._is_lasting:
+            return next(self._batches, None) is not None
+        return self._count is None or done < self._count
 
 
 def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
     data_set = data_set_from(data)
     if isinstance(data, (str, PathLike)):
-        yield from _from_path(Path(data), inputs, batch_size, most)
-    elif isinstance(data, (np.ndarray, Mapping)) or is_tensor(data):
-        yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size, most)
+        yield from _from_path(Path(data), inputs, name, batch_size)
+    elif _has_samples(data):
+        yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
     elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and _ends_with_labels(data):
         kept = "data[0]" if len(inputs) == 1 else "[data[:-1]]"
         raise ValueError(f"{name}: inputs and what looks like labels; drop labels, e.g. {kept}")
@@ -146,24 +229,6 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
     else:
         call = ": call it, and give what it returns" if callable(data) else ""
         raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path{call}")
-
-
-def _limited(batches: Batches, inputs: Sequence[ModelInput], most: int) -> Batches:
-    """So many samples at most; the batch after the last one is not read."""
-    can_be_cut = all(each.shape and each.shape[0] is None for each in inputs)
-    for label, batch, size in batches:
-        if size > most and can_be_cut:
-            yield label, {key: array[:most] for key, array in batch.items()}, most
-        else:
-            yield label, batch, size
-        most -= size
-        if most < (1 if can_be_cut else size):
-            return
-
-
-def _fixed_size(inputs: Sequence[ModelInput]) -> int:
-    """Samples of a batch, 0 where the model leaves that open."""
-    return max((each.shape[0] or 0 for each in inputs if each.shape), default=0)
 
 
 def _whole(most: int | None, size: int) -> int | None:
@@ -179,14 +244,7 @@ def _ends_with_labels(arrays: tuple[Any, ...]) -> bool:
 def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str, remedies: Remedies = ITERABLE) -> Batches:
     for k, batch in enumerate(batches):
         label = f"{name}[{k}]"
-        found = _by_name(batch, inputs, label, remedies)
-        yield label, found, _length(found, inputs)
-
-
-def _length(batch: Mapping[str, Any], inputs: Sequence[ModelInput]) -> int:
-    """Samples in a batch: its length along the first axis, 1 where the inputs do not agree in that."""
-    lengths = {len(batch[each.name]) if batch[each.name].ndim and each.shape != () else 1 for each in inputs}
-    return lengths.pop() if len(lengths) == 1 else 1
+        yield label, _by_name(batch, inputs, label, remedies), None
 
 
 def _from_data_set(data: DataSet, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
@@ -203,9 +261,10 @@ def _grouped(
     elements: Iterable[Any], inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None, remedies: Remedies
 ) -> Batches:
     """Single samples in batches of the size that the model takes, or else of this one."""
-    fixed = _fixed_size(inputs)
+    axes = {name: axis or 0 for name, axis in assumed_axes(inputs).items()}
+    fixed = fixed_size(inputs, axes)
     size = fixed or batch_size
-    alone = [replace(each, shape=each.shape and each.shape[1:]) for each in inputs]
+    alone = [replace(each, shape=each.shape and _without(each.shape, axes[each.name])) for each in inputs]
     elements = itertools.islice(elements, _whole(most, fixed))
     named = (_by_name(element, alone, f"{name}[{k}]", remedies) for k, element in enumerate(elements))
     copies = ({key: array.copy() for key, array in sample.items()} for sample in named)  # a loader may fill them again
@@ -216,8 +275,12 @@ def _grouped(
         if fixed and len(samples) < size:
             raise ValueError(f"{name}: {start + len(samples)} samples, the model takes a multiple of {size}")
         label = _label(name, start, start + len(samples))
-        batch = {each.name: stacked([one[each.name] for one in samples], f"{label}: input {each.name}") for each in inputs}
-        yield label, batch, len(samples)
+        parts = {key: [sample[key] for sample in samples] for key in axes}
+        yield label, {key: stacked(parts[key], f"{label}: input {key}", axis) for key, axis in axes.items()}, None
+
+
+def _without(shape: tuple[int | None, ...], axis: int) -> tuple[int | None, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def _label(name: str, start: int, stop: int) -> str:
@@ -299,55 +362,73 @@ def _array(values: Any, name: str) -> Any:
         raise ValueError(f"{name}: no array: {error}") from None
 
 
-def _samples(
-    arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None = None
-) -> Batches:
-    """Arrays that hold samples along their first axis, in batches of the size that the model takes, or else of this one."""
-    counts = {key: len(array) if array.ndim else 0 for key, array in arrays.items()}
+def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+    """Arrays that hold samples, in batches of the size that the model takes, or else of this one; whole what these share.
+
+    Samples are along the axis that the model has for them, or along the first one where arrays have an axis more.
+    """
+    assumed = assumed_axes(inputs)
+    axes = {each.name: _axis_of_samples(arrays[each.name], each, assumed[each.name]) for each in inputs}
+    counts = {key: _length(arrays[key], axis) for key, axis in axes.items() if axis is not None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{name}: inputs have different numbers of samples: {counts}")
-    shapes = [each.shape for each in inputs if each.shape and _has_batch_axis(arrays[each.name], each)]
-    fixed = max((shape[0] or 0 for shape in shapes), default=0)
-    size = fixed or (batch_size if len(shapes) == len(inputs) else 1)
-    count = next(iter(counts.values()), 0)
-    count = min(count, _whole(most, fixed) or count)
-    if fixed and count % size:
-        raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
+    batched = [each for each in inputs if each.name in counts and _has_rank(arrays[each.name], each)]
+    fixed = fixed_size(batched, axes)
+    size = fixed or (batch_size if len(batched) == len(counts) else 1)
+    count = next(iter(counts.values()), 1)
     for start in range(0, count, size):
         stop = min(start + size, count)
-        parts = {each.name: _part(arrays[each.name], each, start, stop) for each in inputs}
-        yield f"{name}[{start}]" if size == 1 else f"{name}[{start}:{stop}]", parts, stop - start
+        if fixed and stop < start + size:
+            raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
+        label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{stop}]"
+        parts = {each.name: _part(arrays[each.name], each, axes[each.name], start, stop) for each in inputs}
+        yield label, parts, None if len(batched) == len(counts) else 1
 
 
-def _has_batch_axis(array: Any, model_input: ModelInput) -> bool:
+def _axis_of_samples(array: Any, model_input: ModelInput, axis: int | None) -> int | None:
+    """The axis along which an array is cut; None: not at all."""
+    if not _has_rank(array, model_input):
+        return 0
+    is_shared = axis is None and model_input.shape is not None and _fits(array.shape, model_input.shape)
+    return None if is_shared else axis or 0
+
+
+def _length(array: Any, axis: int) -> int:
+    return array.shape[axis] if axis < array.ndim else 0
+
+
+def _has_rank(array: Any, model_input: ModelInput) -> bool:
     return model_input.shape is None or array.ndim <= len(model_input.shape)
 
 
-def _part(array: Any, model_input: ModelInput, start: int, stop: int) -> NDArray[Any]:
-    return np.asarray(array[start:stop]) if _has_batch_axis(array, model_input) else np.asarray(array[start])
+def _part(array: Any, model_input: ModelInput, axis: int | None, start: int, stop: int) -> NDArray[Any]:
+    if axis is None:
+        return np.asarray(array[:] if array.ndim else array)
+    if axis:
+        return np.ascontiguousarray(np.asarray(array[:])[(np.s_[:],) * axis + (np.s_[start:stop],)])
+    return np.asarray(array[start:stop] if _has_rank(array, model_input) else array[start])
 
 
-def _from_path(path: Path, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> Batches:
+def _from_path(path: Path, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
     if not path.is_dir():
-        yield from _from_file(path, inputs, batch_size, most)
+        yield from _from_file(path, inputs, name, batch_size)
         return
-    for file in _files(path):
-        for name, arrays in _without_names(file, _read(file), inputs):
-            found = _by_name(arrays, inputs, name)
-            batch = {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}
-            yield name, batch, _length(batch, inputs)
+    for file in _files(path, name):
+        for label, arrays in _without_names(file, _read(file, name), inputs):
+            found = _by_name(arrays, inputs, label)
+            yield label, {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}, None
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, name: str = "data") -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not files:
-        raise ValueError(f"data: {folder}: there is no .npy or .npz file in this folder")
+        raise ValueError(f"{name}: {folder}: there is no .npy or .npz file in this folder")
     return files
 
 
-def _from_file(path: Path, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> Batches:
-    for name, arrays in _without_names(path, _read(path), inputs):
-        yield from _samples(_by_name(arrays, inputs, name), inputs, name, batch_size, most)
+def _from_file(path: Path, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
+    for label, arrays in _without_names(path, _read(path, name), inputs):
+        yield from _samples(_by_name(arrays, inputs, label), inputs, label, batch_size)
 
 
 def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> list[tuple[str, Any]]:
@@ -358,14 +439,14 @@ def _without_names(path: Path, arrays: Any, inputs: Sequence[ModelInput]) -> lis
     return [(str(path), arrays)]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, name: str) -> Any:
     """The rows of an .npy file, a dict of the arrays of an .npz file."""
     if not path.exists():
-        raise FileNotFoundError(f"data: no such file: {path}")
+        raise FileNotFoundError(f"{name}: no such file: {path}")
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"data: {path}: expected an .npy or .npz file, or a folder of them")
+        raise ValueError(f"{name}: {path}: expected an .npy or .npz file, or a folder of them")
     if not path.is_file():
-        raise OSError(f"data: {path}: {kind_of(path)}")
+        raise OSError(f"{name}: {path}: {kind_of(path)}")
     try:
         if path.suffix == ".npy":
             return _Rows.of(path)
@@ -376,7 +457,7 @@ def _read(path: Path) -> Any:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds at files that are damaged
-        raise ValueError(f"data: {path} cannot be read: {error}") from None
+        raise ValueError(f"{name}: {path} cannot be read: {error}") from None
 
 
 class _Rows:
@@ -428,18 +509,20 @@ class _Rows:
         return array if isinstance(key, slice) else array[0]
 
 
-def _checked(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
+def _fitting(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
     label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
         raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
     if expected.shape is not None and not _fits(array.shape, expected.shape):
         axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
         raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
-    array = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        kind = "nan" if np.isnan(array).any() else "inf"
-        raise ValueError(f"{label}: contains {kind}")
-    return array
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+
+
+def _check_finite(feeds: Feeds, name: str) -> None:
+    for key, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name}: input {key}: contains {'nan' if np.isnan(array).any() else 'inf'}")
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

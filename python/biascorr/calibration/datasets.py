@@ -161,9 +161,9 @@ def without_nesting(batch: Any, inputs: Sequence[ModelInput]) -> Any:
     return leaves if is_nested and len(leaves) == len(inputs) else batch
 
 
-def stacked(samples: Sequence[Any], name: str) -> NDArray[Any]:
-    """Single samples as a batch."""
+def stacked(samples: Sequence[Any], name: str, axis: int = 0) -> NDArray[Any]:
+    """Single samples as a batch, along an axis of it."""
     shapes = list(dict.fromkeys(sample.shape for sample in samples))
     if len(shapes) > 1:
         raise ValueError(f"{name}: samples of shapes {shapes[0]} and {shapes[1]} make no batch; batch_size=1 takes each alone")
-    return np.stack(samples)
+    return np.stack(samples, axis)

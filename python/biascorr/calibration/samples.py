@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr import _kernels
-from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches, number_of_samples
+from biascorr.calibration.batching import Batching, Batchings, assumed
+from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
 
-ONE_OF = 4
+_ONE_OF = 4
 """One of so many samples is held out."""
+
+_ENOUGH = 8
+"""Samples that are held out at least, where there are twice as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,21 @@ class SampleMeans:
         return cls(np.concatenate(means), np.concatenate(positions))
 
 
+def scored_parts(sizes: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Which parts of so many samples each are scored, at random, and which are not; all are, where there are too few.
+
+    A quarter of the samples; :data:`_ENOUGH` at least, but no more than half of them where that is more.
+    """
+    count = sum(sizes)
+    wanted = max(count // _ONE_OF, min(_ENOUGH, count // 2))
+    order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    if count < _ONE_OF or len(sizes) < 2:
+        return order, []
+    before = np.cumsum([0, *(sizes[part] for part in order[:-1])])
+    scored = min(int(np.count_nonzero(before < wanted)), len(sizes) - 1)
+    return order[:scored], order[scored:]
+
+
 class Samples:
     """Batches of inputs in a storage, each of samples that are all scored, or none of them.
 
@@ -66,16 +85,30 @@ class Samples:
     storage : Storage
         Where they are.
     hold_out : bool
-        Whether one of :data:`ONE_OF` samples is held out, if there are as many.
+        Whether the samples that are scored are not fitted, where there are enough.
+    seed : int
+        Chooses the samples that are scored, where there are no others to be scored.
+    batching : Batching, optional
+        How batches are taken apart; None: each is one sample, until others are read.
+
+    Attributes
+    ----------
+    left_out : list of str
+        The names of data of which there was more than was to be read, as far as is known.
     """
 
-    def __init__(self, storage: Storage, *, hold_out: bool = False) -> None:
+    def __init__(self, storage: Storage, *, hold_out: bool = False, seed: int = 0, batching: Batching | None = None) -> None:
         self.storage = storage
         self.batches_read = 0
+        self.left_out: list[str] = []
         self._hold_out = hold_out
+        self._seed = seed
+        self._batching = batching or Batching({})
         self._indices: list[NDArray[np.int64]] = []  # of the samples of each batch, in the order in which they were read
         self._names: list[str] = []
+        self._validation: set[int] = set()
         self._scored: set[int] = set()
+        self._fitted: list[int] | None = None  # all that may be
 
     @property
     def batches(self) -> int:
@@ -83,9 +116,14 @@ class Samples:
         return len(self._indices)
 
     @property
+    def data_batches(self) -> list[int]:
+        """The batches that may be fitted: all but those of validation data."""
+        return [batch for batch in range(self.batches) if batch not in self._validation]
+
+    @property
     def count(self) -> int:
-        """Samples of all batches together."""
-        return sum(self.sizes)
+        """Samples that may be fitted."""
+        return sum(len(self._indices[batch]) for batch in self.data_batches)
 
     @property
     def sizes(self) -> list[int]:
@@ -100,7 +138,7 @@ class Samples:
     @property
     def holds_out(self) -> bool:
         """Whether other samples are scored than are fitted."""
-        return self._hold_out and self.count >= ONE_OF
+        return bool(self._scored) and self._scored.isdisjoint(self.fitted_batches)
 
     @property
     def scored_batches(self) -> list[int]:
@@ -109,15 +147,23 @@ class Samples:
 
     @property
     def fitted_batches(self) -> list[int]:
-        """The batches that are fitted: those that are not held out."""
-        return [batch for batch in range(self.batches) if not (self.holds_out and batch in self._scored)]
+        """The batches that are fitted; in random order where some are held out, so that the first ones are like all."""
+        return self.data_batches if self._fitted is None else self._fitted.copy()
 
-    def add(self, feeds: Feeds, size: int) -> None:
-        """Keeps a batch of so many samples along the first axis."""
+    @property
+    def held_out_batches(self) -> list[int]:
+        """The batches that could be fitted, and are not, to be scored: none of validation data."""
+        return sorted(self._scored.difference(self._validation, self.fitted_batches))
+
+    def add(self, feeds: Feeds, size: int, *, validation: bool = False) -> None:
+        """Keeps a batch of so many samples."""
         self._names = list(feeds)
         for name, array in feeds.items():
             self.storage[name, self.batches] = array
-        self._indices.append(np.arange(self.count, self.count + size))
+        if validation:
+            self._validation.add(self.batches)
+        first = sum(self.sizes)
+        self._indices.append(np.arange(first, first + size))
 
     def read(
         self,
@@ -127,22 +173,32 @@ class Samples:
         *,
         batch_size: int = 1,
         max_samples: int | None = None,
+        validation: bool = False,
+        batchings: Batchings | None = None,
     ) -> None:
-        """Keeps all batches of some data, of which a part is to be scored, up to so many samples.
+        """Keeps all batches of some data, up to so many samples: to be fitted and scored, or validation data, only scored.
 
-        Raises ValueError where there are none, or no end of them.
+        The latter comes after the former. Raises ValueError where there are none, or no end of them.
         """
-        check_end(data, max_samples)
+        name, before = "validation" if validation else "data", self.batches
+        check_end(data, max_samples, name)
         total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
         lasting = type(data) in (np.ndarray, dict, list, tuple)
-        batches = batches_from_data(data, inputs, batch_size=batch_size, max_samples=max_samples)
+        known = assumed(inputs)
+        batchings = batchings or (lambda _: known)
+        batches = batches_from_data(
+            data, inputs, name=name, batch_size=batch_size, max_samples=max_samples, batchings=batchings
+        )
         for done, feeds in enumerate(batches, start=1):
-            kept = feeds if lasting else {name: array.copy() for name, array in feeds.items()}  # a loader may fill them again
-            self.add(kept, number_of_samples(feeds, inputs))
-            progress("reading samples", done, total)
-        if self.batches == 0:
-            raise ValueError("data: no samples, at least one is needed")
-        self.batches_read = self.batches
+            kept = feeds if lasting else {key: array.copy() for key, array in feeds.items()}  # a loader may fill them again
+            self._batching = batchings(feeds)
+            self.add(kept, batches.size, validation=validation)
+            progress(f"reading {'validation ' * validation}samples", done, total)
+        if self.batches == before:
+            raise ValueError(f"{name}: no samples, at least one is needed")
+        self.batches_read = len(self.data_batches)
+        if batches.left_any:
+            self.left_out.append(name)
 
     def beside(self, storage: Storage) -> Samples:
         """The same samples, with their inputs in another storage, where other tensors of the same names can be."""
@@ -153,46 +209,65 @@ class Samples:
                 storage[name, batch] = self.storage[name, batch]
         return other
 
-    def join(self) -> None:
-        """Makes one sample of each batch."""
-        self._indices = [np.array([batch]) for batch in range(self.batches)]
+    def choose_scored(self) -> None:
+        """Chooses the samples that are scored, by their number alone; makes batches that are scored whole or not at all.
 
-    def cut(self) -> None:
+        Batches that cannot be cut are chosen whole. Those whose samples are not along the first axis everywhere become
+        batches of one.
+        """
+        if self._batching.can_be_cut and not self._batching.is_along_first_axis:
+            self._cut()
+        if self._validation:
+            self._scored = self._validation
+            return
+        parts = [1] * self.count if self._batching.can_be_cut else self.sizes
+        scored, others = scored_parts(parts, self._seed)
+        for batch, indices in enumerate(self._indices.copy()):
+            rows = np.isin(indices if self._batching.can_be_cut else batch, scored)
+            if rows.all():
+                self._scored.add(batch)
+            elif rows.any():
+                self._scored.add(self.batches)
+                self._take(batch, rows, ~rows)
+        if self._hold_out and others:
+            places = {part: place for place, part in enumerate(others)}
+            unscored = set(range(self.batches)) - self._scored
+            first = [int(indices[0]) if self._batching.can_be_cut else k for k, indices in enumerate(self._indices)]
+            self._fitted = sorted(unscored, key=lambda batch: places[first[batch]])
+
+    def _cut(self) -> None:
         """Makes a batch of each sample."""
         for batch, size in enumerate(self.sizes):
             for rest in range(size - 1, 0, -1):
                 self._take(batch, np.s_[rest:], np.s_[:rest])
 
-    def choose_scored(self) -> None:
-        """Scores the last one of each :data:`ONE_OF` samples, all where there are fewer; cuts batches that have others too."""
-        count = self.count
-        for batch, indices in enumerate(self._indices.copy()):
-            scored = (indices % ONE_OF == ONE_OF - 1) | (count < ONE_OF)
-            if scored.all():
-                self._scored.add(batch)
-            elif scored.any():
-                self._scored.add(self.batches)
-                self._take(batch, scored, ~scored)
-
     def _take(self, batch: int, rows: Any, rest: Any) -> None:
-        """Makes some samples, by their rows in the inputs, a batch of their own, the last one."""
-        for name in self._names:
-            array = self.storage[name, batch]
-            self.storage[name, self.batches], self.storage[name, batch] = array[rows], array[rest]
+        """Makes some samples, by their numbers in the batch, a batch of their own, the last one."""
+        feeds = {name: self.storage[name, batch] for name in self._names}
+        for number, part in ((self.batches, rows), (batch, rest)):
+            for name, array in self._batching.rows(feeds, part).items():
+                self.storage[name, number] = array
+        if batch in self._validation:
+            self._validation.add(self.batches)
         indices = self._indices[batch]
         self._indices.append(indices[rows])
         self._indices[batch] = indices[rest]
 
     def feeds(self, batches: Iterable[int] | None = None) -> Iterator[Feeds]:
-        """The inputs of each batch."""
-        for batch in range(self.batches) if batches is None else batches:
+        """The inputs of some batches; of all that may be fitted, if None."""
+        for batch in self.data_batches if batches is None else batches:
             yield {name: self.storage[name, batch] for name in self._names}
+
+    def apart(self, array: NDArray[Any], batch: int) -> list[NDArray[Any]]:
+        """The values of each sample of a batch in a tensor; all of them as one where samples cannot be separated in it."""
+        size = len(self._indices[batch])
+        if size == 1 or not self._batching.is_along_first_axis or not array.ndim or len(array) % size:
+            return [array]
+        return np.split(array, size)
 
     def means(self, array: NDArray[Any], axis: int, batch: int) -> SampleMeans:
         """Means per sample and channel; of the whole batch as one where its samples cannot be separated."""
-        size = len(self._indices[batch])
-        apart = array.ndim + axis > 0 and len(array) % size == 0
-        parts = np.split(array, size) if apart and size > 1 else [array]
+        parts = self.apart(array, batch) if array.ndim + axis > 0 else [array]
         means = np.zeros((len(parts), array.shape[axis]))
         positions = np.zeros(len(parts), dtype=np.int64)
         for k, part in enumerate(parts):

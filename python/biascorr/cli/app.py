@@ -31,6 +31,7 @@ from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
 from biascorr.correction.correct import Correction
+from biascorr.correction.metrics import metric_from_name
 from biascorr.correction.quant_params import QuantParams
 from biascorr.equalization import equalize as equalization
 from biascorr.equalization.equalize import Equalization
@@ -100,7 +101,7 @@ Output = Annotated[
 BatchSize = Annotated[
     int, typer.Option(metavar="N", min=1, help="Samples of an array that make a batch, where the model does not fix that.")
 ]
-MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read no more samples. By default, all of them.")]
+MaxSamples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read no more samples.")]
 MemoryBudget = Annotated[
     int | None,
     typer.Option(
@@ -163,7 +164,21 @@ def correct(
     ] = None,
     new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
     batch_size: BatchSize = 1,
-    max_samples: MaxSamples = None,
+    max_samples: MaxSamples = 300,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_NPZ", help="Other samples to score on: then none of the calibration samples are held out."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Chooses the samples that are held out.")] = 0,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="What is best, greater is better: metric(outputs, reference) of a sample, or evaluate(run) of a model.",
+        ),
+    ] = None,
     memory_budget: MemoryBudget = None,
     threads: Threads = None,
     force: Force = False,
@@ -193,13 +208,16 @@ def correct(
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
             batch_size=batch_size,
             max_samples=max_samples,
+            validation=validation,
+            seed=seed,
+            metric=None if metric is None else metric_from_name(metric),
             memory_budget=memory_budget,
             threads=threads,
             progress=progress,
         )
 
     models = {"model": model, "quantized": quantized}
-    _run(work, output, force, _print_correction, models, data)
+    _run(work, output, force, _print_correction, models, data, validation)
 
 
 @app.command()
@@ -250,7 +268,7 @@ def _run(
     force: bool,
     print_result: Callable[[Result, Path], None],
     models: Mapping[str, Path | None],
-    data: Path | None,
+    *data: Path | None,
 ) -> None:
     """Writes what the work gives and prints it; ends with one line if anything is in the way."""
     signals = Signals()
@@ -260,7 +278,7 @@ def _run(
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     try:
-        _check_output(output, force, models, data)
+        _check_output(output, force, models, *data)
         console = Console(stderr=True)
         with _temporary_folder():  # saving may need one too
             with Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
@@ -315,7 +333,7 @@ def _replace_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], data: Path | None) -> None:
+def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], *data: Path | None) -> None:
     """The output is another file than all that is read, and has the name and the room for a model like the last one."""
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists; --force overwrites it")
@@ -325,8 +343,8 @@ def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], 
         check_same_framework(given[0][0], given[1][0])
     check_output_of(given[-1][0], output, given[-1][1])
     sizes = list(itertools.starmap(sizes_by_file, given))
-    samples = [] if data is None else data.iterdir() if data.is_dir() else [data]
-    for file in [*itertools.chain(*sizes), *samples]:
+    samples = [each.iterdir() if each.is_dir() else [each] for each in data if each is not None]
+    for file in itertools.chain(*sizes, *samples):
         if output.exists() and file.exists() and file.samefile(output):
             raise ValueError(f"{output}: it is an input, {file}; give the output another name")
     check_output(output, force=force, size=sum(sizes[-1].values()))
@@ -345,6 +363,8 @@ def _print_correction(result: Correction, output: Path) -> None:
     equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
     kind = "; a float model: quantize it now" if result.is_simulated else ""
+    if result.is_refitted:
+        print(f"{result.choice.label} was chosen on held-out samples, then fitted to all samples")
     print(f"{printable(output)}: {layers} {how}from {result.samples} samples{equalized}{kind}", flush=True)
     if not corrected and result.left != ReasonCode.NOT_BETTER():
         print(f"nothing could be corrected: {result.left or 'the model has no layers'}", flush=True)

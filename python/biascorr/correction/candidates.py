@@ -29,6 +29,12 @@ from biascorr.sweep.paired import PairedSweep
 from biascorr.sweep.plan import Stage, layers_across_stages
 from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 
+_PART = 4
+"""One of so many fitted batches tells which candidates are the best ones."""
+
+_LEAST_PART = 16
+"""Batches that do so, at least."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -77,12 +83,15 @@ class Candidate:
         Of the layers that could be corrected, by name, a layer of several calls by that of the first.
     score : Score
         Of the outputs for the samples that are scored.
+    is_refitted : bool
+        Whether it is fitted to the held-out samples too.
     """
 
     choice: Choice
     shifts: dict[str, Shift] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
     score: Score = NOT_SCORED
+    is_refitted: bool = False
 
     def keep(self, layer: Layer, *reasons: Reason) -> None:
         """Keeps the bias of a layer as it is."""
@@ -129,8 +138,8 @@ class CandidateBuilder:
         expected: FloatOutputs | None = None,
         norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
-        self._reference = reference
-        self._quantized = quantized
+        self.reference = reference
+        self.quantized = quantized
         self._matches = matches
         self._samples = samples
         self._progress = progress
@@ -142,7 +151,9 @@ class CandidateBuilder:
         pairs = {name: (match.reference, match.quantized) for name, match in matches.items()}
         methods = {choice.method for choice in choices}
         self._activated = activated_pairs(reference, quantized, pairs) if methods & {"activation", "squared"} else {}
-        self._reference_measured: dict[str, Measured] | None = None
+        self._batches = samples.fitted_batches
+        self._reference_measured: dict[str, Measured] = {}
+        self._reference_batches = 0  # so many are measured, the first ones
         self._known_analytical: dict[str, Shift] | None = None
 
     @property
@@ -157,8 +168,21 @@ class CandidateBuilder:
             candidate.keep(layer, ReasonCode.NOT_BETTER())
         return self._scored(candidate)
 
-    def candidate(self, choice: Choice) -> Candidate:
-        """The candidate that is made so."""
+    @property
+    def part(self) -> int | None:
+        """Batches that are enough to tell the best candidates; None where there are hardly more."""
+        fitted = self._samples.fitted_batches
+        part = max(_LEAST_PART, len(fitted) // _PART)
+        return part if 2 * part <= len(fitted) else None
+
+    def candidate(self, choice: Choice, part: int | None = None, *, with_held_out: bool = False) -> Candidate:
+        """The candidate that is made so.
+
+        It is fitted to the first batches, so many; None: to all that are not held out, or to these too. Later ones are not
+        fitted to fewer.
+        """
+        held_out = self._samples.held_out_batches if with_held_out else []
+        self._batches = [*self._samples.fitted_batches[:part], *held_out]
         if choice.method == "mean":
             return self._with_known(choice, self._mean_shifts(), ReasonCode.NO_VALUES())
         if choice.method == "analytical":
@@ -188,12 +212,12 @@ class CandidateBuilder:
         later calls have the shift of those so far, makes it known.
         """
         shifts = dict(known or {})
-        sweep = self._sweep(self._quantized, self._layers, method.wanted)
+        sweep = self._sweep(self.quantized, self._layers, method.wanted)
         unknown = layers_across_stages(sweep.stages) - shifts.keys()
         if unknown:
             pooled = self._correct(Candidate(choice), sweep, method, shifts, f"{choice.label}, layers called again")
             shifts |= {name: shift for name, shift in pooled.by_layer().items() if name in unknown}
-            sweep = self._sweep(self._quantized, self._layers, method.wanted)
+            sweep = self._sweep(self.quantized, self._layers, method.wanted)
         candidate = Candidate(choice)
         self._correct(candidate, sweep, method, shifts, choice.label)
         return self._scored(candidate)
@@ -230,7 +254,7 @@ class CandidateBuilder:
         pairs = {name: match.reference for name, match in self._matches.items()}
         activated = {name: tensor for name, (tensor, _) in self._activated.items()}
         with Storage(self._samples.storage.free) as storage:
-            paired = PairedSweep(self._reference, pairs, activated, self._samples, storage, self._threads)
+            paired = PairedSweep(self.reference, pairs, activated, self._samples, self._batches, storage, self._threads)
             yield paired if paired.is_beside(sweep.stages) else None
 
     def _shifts_of(
@@ -264,7 +288,7 @@ class CandidateBuilder:
         """With the score of the network as it would be saved, which a sweep does not know to the last rounding."""
         if self._expected is None:
             return candidate
-        network = self._quantized.with_shifts(candidate.shifts) if candidate.shifts else self._quantized
+        network = self.quantized.with_shifts(candidate.shifts) if candidate.shifts else self.quantized
         return replace(candidate, score=self._expected.score(network))
 
     def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
@@ -273,7 +297,7 @@ class CandidateBuilder:
             candidate.keep(layer, ReasonCode.MEANS_NOT_FINITE())
             return None
         name = layer.first_call
-        change = self._quantized.bias_change(self._quantized_layers[name], shift)
+        change = self.quantized.bias_change(self._quantized_layers[name], shift)
         stays = any(reason.code is ReasonCode.BIAS_CANNOT_MOVE for reason in change.reasons) and not np.any(change.applied)
         if change.applied is None or stays:
             change = replace(change, applied=None)
@@ -297,14 +321,18 @@ class CandidateBuilder:
 
     def _reference_measurements(self) -> dict[str, Measured]:
         """Measurements of the float layer that each layer was, by the name of the latter; measured at the first call."""
-        if self._reference_measured is None:
-            self._reference_measured = self._measure_reference()
+        missing = self._batches[self._reference_batches :]
+        if missing:
+            found, known = self._measure_reference(missing), self._reference_measured
+            self._reference_measured = {name: known[name].joined(found[name]) for name in found} if known else found
+            self._reference_batches = len(self._batches)
         return self._reference_measured
 
-    def _measure_reference(self) -> dict[str, Measured]:
+    def _measure_reference(self, batches: Sequence[int]) -> dict[str, Measured]:
         layers = list({match.reference.name: match.reference for match in self._matches.values()}.values())
         activated = {self._matches[name].reference.name: tensor for name, (tensor, _) in self._activated.items()}
-        sweep = self._sweep(self._reference, layers, Wanted(activated=activated), depth=DEPTH)
+        shards = local_shards(self.reference, self._samples, self._threads, batches)
+        sweep = Sweep(self.reference, layers, shards, Wanted(activated=activated), depth=DEPTH)
         found: dict[str, Measured] = {}
         for done, stage in enumerate(sweep.stages, start=1):
             found |= sweep.measure(stage)
@@ -314,8 +342,8 @@ class CandidateBuilder:
 
     def _mean_shifts(self) -> dict[str, Shift]:
         """The weight error of each layer times its mean input in the uncorrected network."""
-        sweep = self._sweep(self._quantized, self._layers, Wanted(inputs=True), depth=DEPTH)
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
+        sweep = self._sweep(self.quantized, self._layers, method.wanted, depth=DEPTH)
         pooled = PooledShifts()
         for done, stage in enumerate(sweep.stages, start=1):
             for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
@@ -331,7 +359,7 @@ class CandidateBuilder:
         return self._known_analytical
 
     def _find_analytical_shifts(self) -> dict[str, Shift]:
-        norms = batch_norms_around_calls(self._reference) if self._norms is None else self._norms_of_calls(self._norms)
+        norms = batch_norms_around_calls(self.reference) if self._norms is None else self._norms_of_calls(self._norms)
         known = {name: norms[match.reference.name] for name, match in self._matches.items() if match.reference.name in norms}
         known = {name: info for name, info in known.items() if info.gives_input_mean}
         shapes = self._shapes([self._matches[name].reference.input for name in known])
@@ -343,7 +371,7 @@ class CandidateBuilder:
 
     def _norms_of_calls(self, norms: Mapping[str, ConvBnInfoType]) -> dict[str, ConvBnInfoType]:
         """By the name of each call, those of its layer."""
-        return {layer.name: norms[layer.first_call] for layer in self._reference.layers if layer.first_call in norms}
+        return {layer.name: norms[layer.first_call] for layer in self.reference.layers if layer.first_call in norms}
 
     def _pooled(self, shifts: Mapping[str, Shift]) -> dict[str, Shift]:
         """Shifts of layers, by those of calls that were not measured."""
@@ -354,20 +382,20 @@ class CandidateBuilder:
 
     def _shapes(self, names: Iterable[str]) -> Mapping[str, Sequence[int | None]]:
         """Shapes of these tensors of the float network; those in the first batch where they are not known without data."""
-        known = self._reference.facts().shapes
+        known = self.reference.facts().shapes
         unknown = [name for name in dict.fromkeys(names) if None in known.get(name, (None, None))[1:]]
-        if not unknown or not self._samples.batches:
+        if not unknown or not self._samples.data_batches:
             return known
         feeds = next(self._samples.feeds())
-        computed = self._reference.part(feeds, unknown, threads=self._threads)(feeds)
+        computed = self.reference.part(feeds, unknown, threads=self._threads)(feeds)
         return {**known, **{name: array.shape for name, array in computed.items()}}
 
     def _first_shifts(self) -> dict[str, Shift]:
         """Shifts of the layers that read an input of the model, as far as there are samples of it."""
-        inputs = {each.name for each in self._reference.inputs}
+        inputs = {each.name for each in self.reference.inputs}
         first = {name: match for name, match in self._matches.items() if match.reference.input in inputs}
         means: dict[str, InputMean] = {}
-        for feeds in self._samples.feeds(self._samples.fitted_batches):
+        for feeds in self._samples.feeds(self._batches):
             for name, match in first.items():
                 if feeds[match.reference.input].size:
                     means.setdefault(name, empty_mean(match.reference)).update(feeds[match.reference.input])
@@ -378,6 +406,6 @@ class CandidateBuilder:
         }
 
     def _sweep(self, network: Network, layers: Sequence[Layer], wanted: Wanted, *, depth: int = 1) -> Sweep:
-        """A sweep over the batches with fitted samples."""
-        shards = local_shards(network, self._samples, self._threads, self._samples.fitted_batches)
+        """A sweep over the batches that are fitted."""
+        shards = local_shards(network, self._samples, self._threads, self._batches)
         return Sweep(network, layers, shards, wanted, depth=depth)

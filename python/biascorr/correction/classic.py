@@ -18,7 +18,7 @@ from typing import Any
 
 from biascorr.adapters.loading import network_from_model
 from biascorr.arguments import checked_integer
-from biascorr.calibration.data import batches_from_data, number_of_samples
+from biascorr.calibration.data import batches_from_data
 from biascorr.calibration.resources import available_cpus
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -342,7 +342,7 @@ def _candidate(
     measured = 0 if quant_params.activation_bits is None else math.ceil(params.num_quant_samples / params.batch_size)
     with Storage(checked_budget(None)) as storage:
         samples = Samples(storage)
-        reading = _read(batches, inputs, samples, fitted, max(fitted, measured))
+        reading = _read(batches, samples, fitted, max(fitted, measured))
         quantized = simulated(network, quant_params, itertools.islice(reading, measured))
         collections.deque(reading, maxlen=0)
         names = {layer.name for layer in layers}
@@ -354,14 +354,12 @@ def _candidate(
         return builder.candidate(choice)
 
 
-def _read(
-    batches: Iterable[Feeds], inputs: Sequence[ModelInput], samples: Samples, fitted: int, wanted: int
-) -> Iterator[Feeds]:
-    """Up to the wanted number of batches, of which the first go to the samples too."""
+def _read(batches: Iterable[Feeds], samples: Samples, fitted: int, wanted: int) -> Iterator[Feeds]:
+    """Up to the wanted number of batches, of which the first go to the samples too, each as one."""
     read = 0
     for read, feeds in enumerate(itertools.islice(batches, wanted), start=1):
         if read <= fitted:
-            samples.add({name: array.copy() for name, array in feeds.items()}, number_of_samples(feeds, inputs))
+            samples.add({name: array.copy() for name, array in feeds.items()}, 1)
         yield feeds
     if read == 0:
         raise ValueError("data_set: no samples, at least one is needed")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
+from biascorr.arguments import checked_integer
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
-from biascorr.calibration.samples import ONE_OF, Samples
+from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
+from biascorr.correction.choosing import choose, finalists, is_safe
+from biascorr.correction.layer_errors import layer_errors
+from biascorr.correction.metrics import Metric
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
-from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
+from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Gain, Score, output_pairs
 from biascorr.correction.selection import excluded_layers
 from biascorr.correction.simulation import layers_to_quantize, simulated
 from biascorr.equalization.equalize import Equalization, equalized
@@ -28,7 +33,7 @@ from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
-from biascorr.sweep.independence import take_apart
+from biascorr.sweep.independence import BatchingFinder
 
 METHODS = ("auto", "mean", "iterative", "empirical", "activation", "squared", "analytical", "hybrid")
 
@@ -37,17 +42,11 @@ NEW_BIASES = ("add", "skip")
 _SCALED = ("empirical", "activation", "squared")
 """Methods whose shifts can be scaled."""
 
-_AUTO = (
-    Choice("mean"),
-    Choice("iterative"),
-    Choice("empirical"),
-    Choice("empirical", 0.5),
-    Choice("activation"),
-    Choice("activation", 0.5),
-    Choice("activation", shrunk=True),
-    Choice("squared"),
-)
-"""The candidates of `auto`. Which one wins differs by network (docs/models.md)."""
+_AUTO = (Choice("squared"), Choice("activation", 0.5), Choice("iterative"), Choice("mean"), Choice("activation"))
+"""The candidates of `auto`, from cautious to bold: by the harm that they did to real networks where they were chosen wrongly.
+
+More of them win no more, by chance often less (measured, docs/models.md).
+"""
 
 _UNCORRECTED = Choice("none")
 
@@ -87,6 +86,8 @@ class Correction:
         The scores of the uncorrected and of the best candidate as their own runtime runs them with its default options, on this
         CPU.
         Empty where quantization is simulated, or nothing could be scored.
+    is_refitted : bool
+        Whether the corrected model was fitted again, to the held-out samples too, after it had been chosen by them.
     """
 
     network: BiasNetwork
@@ -99,11 +100,20 @@ class Correction:
     equalization: Equalization | None = None
     is_simulated: bool = False
     deployed: Mapping[str, Score] = field(default_factory=dict)
+    is_refitted: bool = False
 
     @property
     def method(self) -> str:
         """The label of the choice, as in `scores`: "mean", "empirical 0.5", "equalized, activation shrunk", "none"."""
         return str(self.choice)
+
+    @property
+    def gains(self) -> Mapping[str, Gain]:
+        """How sure the gain over the uncorrected model is: the mean over the samples that were scored and its standard error.
+
+        By measure: "sqnr" in dB, "divergence" in nats, or "metric"; empty where nothing was scored.
+        """
+        return self.scores[self.method].gains_over(self.scores["none"]) if self.scores else {}
 
     @property
     def left(self) -> Reason | None:
@@ -140,7 +150,10 @@ def correct(
     only: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     batch_size: int = 1,
-    max_samples: int | None = None,
+    max_samples: int | None = 300,
+    validation: Any = None,
+    seed: int = 0,
+    metric: Callable[..., float] | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -153,18 +166,19 @@ def correct(
         The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
-        the first axis. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch
-        `DataLoader`, gives batches: arrays, tuples with one array per input, or mappings; a `tf.data.Dataset` may also give
-        single samples. A path is an .npy or .npz file or a folder of them, one batch per file. Only the method "analytical"
-        does without.
+        the first axis, or along that which an ONNX model calls the batch. An iterable, be it a `CalibrationDataReader`, a
+        `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`, gives batches: arrays, tuples with one array per
+        input, or mappings; a `tf.data.Dataset` may also give single samples. A path is an .npy or .npz file or a folder of
+        them, one batch per file. Only the method "analytical" does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
         None: the float model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
-        "auto": one sample of four is held out. The methods below but "hybrid", some also with other strengths, correct with
-        the other samples, and the model whose outputs for the held-out samples are nearest to the float model's is returned.
-        The uncorrected model is among them, so the result is never worse there, neither in exact arithmetic nor as its own
-        runtime runs it. With fewer than four samples, all are corrected with and all are scored.
+        "auto": a quarter of the samples is held out, 8 at least where there are 16, chosen at random. The methods below but
+        "hybrid", some also with other strengths, correct with the other samples, and the model whose outputs for the held-out
+        samples are nearest to the float model's is returned. The uncorrected model is among them, so the result is never worse
+        there, neither in exact arithmetic nor as its own runtime runs it. With fewer than four samples, all are corrected with
+        and all are scored.
 
         By name, from all samples:
 
@@ -200,7 +214,16 @@ def correct(
     batch_size : int
         Samples of an array, or of a data set of single samples, that make a batch, where the model does not fix that.
     max_samples : int, optional
-        No more samples are read, of any kind of data. None: all of them.
+        No more samples are read, of any kind of data; a note says where there were more. None: all of them.
+    validation : array, mapping, iterable, CalibrationDataReader or path, optional
+        Other samples to score on, of the same kinds as `data`, of which none are held out then.
+    seed : int
+        Chooses the samples that are held out, or else scored.
+    metric : callable, optional
+        What is best, in place of SQNR and divergence: ``metric(outputs, reference) -> float``, of one sample, from its outputs
+        by name (first axis 1) and those of the float model; or ``evaluate(run) -> float``, of a model that ``run(batch)``
+        runs, with your own inputs, labels and loop: `run` takes a mapping from input names to arrays, or an array where there
+        is one input, and gives the outputs by name. Greater is better.
     memory_budget : int or str, optional
         Bytes of activations held in memory, also as "1.5GB"; the rest goes to a temporary folder that is removed at the end.
         None: half of the memory that is free, in the container that this process is in.
@@ -253,7 +276,9 @@ def correct(
     """
     _check_options(method, strength, shrunk, new_biases, data is not None)
     check_amounts(batch_size, max_samples)
+    checked_integer("seed", seed, 0)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
+    user_metric = None if metric is None else Metric(metric)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
@@ -271,38 +296,46 @@ def correct(
     excluded = excluded_layers(given or reference, only, exclude)
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
-        samples = Samples(storage, hold_out=method == "auto")
+        samples = Samples(storage, hold_out=method == "auto", seed=seed)
         report_progress = progress or (lambda *_: None)
+        inputs = (given or reference).inputs
+        batchings = BatchingFinder(reference, inputs, storage, threads)
+        read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         if data is not None:
-            inputs = (given or reference).inputs
-            samples.read(data, inputs, report_progress, batch_size=batch_size, max_samples=max_samples)
-            take_apart(reference, samples, threads)
-            notes += _samples_out_of_range(given or reference, samples)
-        expected = FloatOutputs(reference, samples, threads)
+            read(data, inputs, report_progress)
+        if validation is not None:
+            read(validation, inputs, report_progress, validation=True)
+        samples.choose_scored()
+        notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
+        notes += _samples_out_of_range(given or reference, samples)
+        expected = FloatOutputs(reference, samples, threads, user_metric)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
-            made = _candidates(options, reference, given, pair.matches, False, True)
-            equalization, attempts = None, [_Attempt(given, pair.matches, made)]
+            equalization, attempts = (
+                None,
+                iter([_Attempt(given, pair.matches, _builder(options, reference, given, pair.matches))]),
+            )
         else:
             equalization, attempts = _simulated_attempts(options, reference, params, equalize)
-        candidates = [candidate for each in attempts for candidate in each.candidates]
-        best = _best(candidates) if method == "auto" else candidates[-1]
-        chosen = next(each for each in attempts if best in each.candidates)
-        network = chosen.network.with_shifts(best.shifts) if best.shifts else chosen.network
-        found = deployed(given, candidates[0], network, best, expected)
-        notes += [*_notes(best, candidates[0], samples, not expected.are_repeatable()), *found.notes]
-    if found.is_worse and method != "auto":
-        before, after = found.scores.values()
-        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
-    if found.is_worse and method == "auto":
-        notes.append(
-            f"the runtime's own arithmetic makes {best.choice.label} worse than the uncorrected model, which is returned"
-        )
-        network, best = chosen.network, candidates[0]
+        candidates, best, chosen = _chosen(options, attempts)
+        taken, more_notes = _refitted(options, best, candidates[0], chosen)
+        network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
+        found = deployed(given, candidates[0], network, taken, expected)
+        notes += [*_notes(best, candidates[0], samples, expected.random_outputs()), *more_notes, *found.notes]
+        if found.is_worse and method != "auto":
+            before, after = found.scores.values()
+            notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
+        if not found.is_better and taken.shifts and method == "auto":
+            notes.append(
+                f"in the runtime's own arithmetic, {best.choice.label} is not surely better than the uncorrected model, which "
+                "is returned"
+            )
+            network, taken = chosen.network, candidates[0]
+        errors = _layer_errors(options, chosen, taken) if samples.batches else {}
     return Correction(
         network,
-        best.choice,
-        _report(chosen, best, excluded),
+        taken.choice,
+        _report(chosen, taken, excluded, errors),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         notes,
         samples.count,
@@ -310,6 +343,7 @@ def correct(
         equalization,
         given is None,
         found.scores,
+        is_refitted=taken.is_refitted,
     )
 
 
@@ -345,7 +379,7 @@ class _Options:
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """A network and its candidates.
+    """A network, and what makes candidates of it.
 
     Parameters
     ----------
@@ -354,13 +388,19 @@ class _Attempt:
         simulated.
     matches : mapping from str to Match
         The float layer of each of its layers.
-    candidates : sequence of Candidate
-        The uncorrected one first.
+    builder : CandidateBuilder
+        Makes the candidates.
+    is_equalized : bool
+        Whether the float network was equalized before.
+    is_corrected : bool
+        Whether candidates other than the uncorrected one are made.
     """
 
     network: BiasNetwork
     matches: Mapping[str, Match]
-    candidates: Sequence[Candidate]
+    builder: CandidateBuilder
+    is_equalized: bool = False
+    is_corrected: bool = True
 
 
 def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bool) -> Pair:
@@ -389,7 +429,7 @@ def _normalizations(count: int) -> str:
 
 def _simulated_attempts(
     options: _Options, network: Network, params: QuantParams, equalize: bool
-) -> tuple[Equalization | None, list[_Attempt]]:
+) -> tuple[Equalization | None, Iterator[_Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "model", "simulated quantization")
     samples, progress = options.samples, options.progress
@@ -397,26 +437,20 @@ def _simulated_attempts(
     networks = {False: reference}
     if equalization is not None and equalization.is_anything_done:
         networks[True] = equalization.network
-    attempts = []
-    for is_equalized, network in networks.items():
-        measured = simulated(network, params, samples.feeds(), options.threads)
-        matches = match_by_name(network.layers, measured.layers)
-        is_corrected = options.is_auto or is_equalized == (True in networks)
-        candidates = _candidates(options, network, measured, matches, is_equalized, is_corrected)
-        attempts.append(_Attempt(network, matches, candidates))
-    return equalization, attempts
+
+    def attempts() -> Iterator[_Attempt]:
+        for is_equalized, network in networks.items():
+            measured = simulated(network, params, samples.feeds(), options.threads)
+            matches = match_by_name(network.layers, measured.layers)
+            is_corrected = options.is_auto or is_equalized == (True in networks)
+            yield _Attempt(network, matches, _builder(options, network, measured, matches), is_equalized, is_corrected)
+
+    return equalization, attempts()
 
 
-def _candidates(
-    options: _Options,
-    reference: Network,
-    measured: BiasNetwork,
-    matches: Mapping[str, Match],
-    is_equalized: bool,
-    is_corrected: bool,
-) -> list[Candidate]:
-    """The candidates for a quantized network, the uncorrected one first."""
-    builder = CandidateBuilder(
+def _builder(options: _Options, reference: Network, measured: BiasNetwork, matches: Mapping[str, Match]) -> CandidateBuilder:
+    """Makes candidates of a quantized network, whose layers are corrected as far as they can and may be."""
+    return CandidateBuilder(
         reference,
         measured,
         {
@@ -433,12 +467,46 @@ def _candidates(
         threads=options.threads,
         expected=options.expected,
     )
-    made = []
-    if is_corrected and builder.has_layers:
-        extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
-        choices = [replace(choice, is_equalized=is_equalized) for choice in (*options.wanted, *extra)]
-        made = [builder.candidate(choice) for choice in choices]
-    return [builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized)), *made]
+
+
+def _chosen(options: _Options, attempts: Iterable[_Attempt]) -> tuple[list[Candidate], Candidate, _Attempt]:
+    """The candidates of all attempts, the uncorrected one first; the one that is taken, and its attempt, the only one kept."""
+    candidates: list[Candidate] = []
+    taken: tuple[Candidate, _Attempt] | None = None
+    for attempt in attempts:
+        made = _candidates(options, attempt)
+        candidates += made
+        best = choose(candidates) if options.is_auto else candidates[-1]
+        if taken is None or any(best is each for each in made):
+            taken = best, attempt
+    assert taken is not None
+    return candidates, *taken
+
+
+def _candidates(options: _Options, attempt: _Attempt) -> list[Candidate]:
+    """The candidates of an attempt, the uncorrected one first, all but the best of many fitted to a part of the samples."""
+    builder, is_equalized = attempt.builder, attempt.is_equalized
+    before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
+    if not attempt.is_corrected or not builder.has_layers:
+        return [before]
+    extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
+    choices = [replace(choice, is_equalized=is_equalized) for choice in (*options.wanted, *extra)]
+    part = builder.part if options.is_auto and before.score is not NOT_SCORED else None
+    candidates = [before, *(builder.candidate(choice, part) for choice in choices)]
+    for best in finalists(candidates) if part is not None else []:
+        candidates[candidates.index(best)] = builder.candidate(best.choice)
+    return candidates
+
+
+def _refitted(options: _Options, best: Candidate, before: Candidate, chosen: _Attempt) -> tuple[Candidate, list[str]]:
+    """The candidate that was chosen, fitted to held-out samples too where that is safe; a note where it is not."""
+    if not options.is_auto or not best.shifts or not options.samples.held_out_batches:
+        return best, []
+    refitted = replace(chosen.builder.candidate(best.choice, with_held_out=True), is_refitted=True)
+    if is_safe(refitted, best, before):
+        return refitted, []
+    label, without = best.choice.label, best.score
+    return best, [f"not fitted to the held-out samples too: {label} has {without} without, {refitted.score} with them"]
 
 
 def _check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
@@ -462,36 +530,28 @@ def _check_inputs_and_outputs(reference: Network, quantized: Network) -> list[st
     if found != expected:
         listed = [", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) for inputs in (found, expected)]
         raise ValueError(f"quantized: not of this float model: takes {listed[0]}, expected {listed[1]}")
-    common = [name for name in reference.outputs if name in quantized.outputs]
-    if not common and len(reference.outputs) != len(quantized.outputs):
+    pairs = output_pairs(reference, quantized)
+    if not pairs:
         listed = [", ".join(network.outputs) for network in (quantized, reference)]
         raise ValueError(f"quantized: not of this float model: gives out {listed[0]}, expected {listed[1]}")
-    others = [name for name in dict.fromkeys([*reference.outputs, *quantized.outputs]) if name not in common]
-    return [f"not scored, as only one of the models gives it out: {', '.join(others)}"] if common and others else []
+    known = {*pairs, *pairs.values()}
+    others = [name for name in dict.fromkeys([*reference.outputs, *quantized.outputs]) if name not in known]
+    return [f"not scored, as only one of the models gives it out: {', '.join(others)}"] if others else []
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate:
-    """The best candidate that is in no way worse than the first, the uncorrected one."""
-    before = candidates[0].score
-    if before is NOT_SCORED:
-        raise ValueError(
-            "quantized: gives out integers in place of the float model's real numbers; name a method to go on without scores"
-        )
-    better = [each for each in candidates if not each.score.is_worse_than(before)]
-    best = Score.best(each.score for each in better)
-    return next(each for each in better if each.score is best)
-
-
-def _notes(best: Candidate, before: Candidate, samples: Samples, is_random: bool) -> list[str]:
+def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequence[str]) -> list[str]:
     """Remarks about the scores; warns where the model got worse."""
     if before.score is NOT_SCORED:
         return ["nothing was scored, which needs " + ("real outputs" if samples.count else "data")]
     notes = []
     kind = ("held-out sample" if samples.holds_out else "fitted sample") + ("" if samples.scored == 1 else "s")
-    if is_random:
-        notes.append("the float model does not give the same outputs twice: scores, and what is chosen by them, are chance")
+    if random:
+        notes.append(
+            f"the float model does not give the same outputs twice ({', '.join(random)}): scores, and what is chosen by them, "
+            "are chance"
+        )
     if samples.scored < _FEW:
-        notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * ONE_OF} samples in all would do")
+        notes.append(f"scored on {samples.scored} {kind}: too few to be sure, {_FEW * 2} samples in all would do")
     if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
@@ -514,13 +574,28 @@ def _samples_out_of_range(network: Network, samples: Samples) -> list[str]:
     return notes
 
 
-def _report(attempt: _Attempt, best: Candidate, excluded: Set[str]) -> list[LayerReport]:
+def _layer_errors(options: _Options, attempt: _Attempt, taken: Candidate) -> dict[str, tuple[float | None, float | None]]:
+    """The SQNR of each layer before and after correction, by name."""
+    builder, samples = attempt.builder, options.samples
+    networks = [builder.quantized, *([builder.quantized.with_shifts(taken.shifts)] if taken.shifts else [])]
+    layers = {name: match.reference.name for name, match in attempt.matches.items()}
+    batches = samples.scored_batches or samples.fitted_batches
+    found = layer_errors(builder.reference, networks, layers, samples, batches, options.threads)
+    return {name: (sqnr, found[-1][name]) for name, sqnr in found[0].items()}
+
+
+def _report(
+    attempt: _Attempt, best: Candidate, excluded: Set[str], errors: Mapping[str, tuple[float | None, float | None]]
+) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
     for layer in without_later_calls(attempt.network.layers):
         if layer.name not in reports:
             left = _excluded(layer) if layer.name in excluded else _uncorrectable(layer, attempt.matches.get(layer.name))
             reports[layer.name] = left
+    for name, (before, after) in errors.items():
+        if name in reports:
+            reports[name] = replace(reports[name], sqnr_before=before, sqnr_after=after)
     return [reports[name] for name in attempt.network.order if name in reports]
 
 

@@ -68,7 +68,7 @@ def mean_shift(layer: Layer, weights: Constant, input_mean: NDArray[Any]) -> Shi
 class Mean(Method):
     """The weight error times the mean input, by the float weights of each layer."""
 
-    wanted = Wanted(inputs=True)
+    wanted = Wanted(outputs=False, inputs=True)
 
     def __init__(self, weights: Mapping[str, Constant]) -> None:
         self._weights = weights

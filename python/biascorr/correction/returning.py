@@ -27,14 +27,15 @@ class Deployed:
     ----------
     scores : mapping from str to Score
         By the labels of the candidates, the uncorrected one first; empty where nothing was scored.
-    is_worse : bool
-        Whether the corrected model is worse there than the one that was given.
+    is_worse, is_better : bool
+        Whether the corrected model is worse there than the one that was given, whether it is surely better.
     notes : sequence of str
         What is worth knowing about the scores.
     """
 
     scores: Mapping[str, Score] = field(default_factory=dict)
     is_worse: bool = False
+    is_better: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -77,4 +78,4 @@ def deployed(
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
         why = f": {arithmetic_of(network)}" if arithmetic_of(network) else ""
         notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{why}")
-    return Deployed(scores, found.is_worse_than(first), tuple(notes))
+    return Deployed(scores, found.is_worse_than(first), found.is_better_than(first), tuple(notes))

@@ -1,34 +1,53 @@
-"""How near the outputs of a network are to those of its float reference.
+"""How near the outputs of a network are to those of its float reference, sample by sample.
 
-SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB, averaged over the outputs of the model
+For each sample, the mean over the outputs of the model:
+
+SQNR = 10 log10(sum r^2 / sum (q - r)^2)  in dB
 KL   = mean over positions of sum_c r_c log(r_c / q_c) - r_c + q_c, where an output is probabilities
 
-A q_c of 0 is taken for half of the least one that is not: half a step, where probabilities are quantized.
+So neither the unit of an output nor the loudness of a sample weighs anything; the score of a network is the mean over the
+samples. What they say of two networks is paired: the gain of one over the other is the mean of the differences, with its
+standard error. As nobody is helped by a network that is better on quiet samples alone, the noise of each sample, as a part of
+the mean energy of its output, has to say the same.
 
-The last two terms cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
+A q_c of 0 is taken for half of the least one that is not: half a step, where probabilities are quantized. The last two terms of
+KL cancel if both sum to 1; with them no rounding, nor an output of another kind, makes KL less than 0.
 
-Values that a network gives out in another shape than its reference, boxes more or less, are lost: their noise is as much as
-their signal, in any unit.
+Rows that only one of the networks gives out, boxes more or less, are noise of their own energy. An output that is the same for
+all samples does not count, where another one differs; nor has a sample an SQNR whose outputs are zeros, where others are not.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.calibration.samples import Samples
+from biascorr.correction.metrics import Metric, Run
 from biascorr.graph.network import BiasNetwork, Feeds, Network
 from biascorr.graph.operations import Kind
 from biascorr.sweep.sweep import outputs_of
 
-_CEILING = 300.0
-"""dB of an output without any error: beyond what float64 resolves."""
+_CEILING = 100.0
+"""dB of a sample without any error: no quantizer comes near, and more must not outweigh other samples."""
+
+_FLOOR = -300.0
+"""dB of a sample that is lost."""
+
+_LOST = 1e30
+"""Noise of a sample that is lost, as a part of the signal."""
+
+_SURE_OF_ONE = 100
+"""An output of n integers, all equal, counts as if one in so many times n were wrong."""
+
+_DOUBT = 1.0
+"""dB by which the gain of one more sample may be expected to differ from the mean, before any is known."""
 
 _REPEATED = 60.0
 """dB that outputs of the same network have at least, by which threads may round differently: a random one has some 10."""
@@ -45,79 +64,224 @@ _COARSEST = 2.0**-4
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What one network has over another, from the differences of their samples.
+
+    Parameters
+    ----------
+    mean : float
+        The mean difference; above 0 where the first one is better.
+    error : float
+        Its standard error.
+    """
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, differences: NDArray[np.float64], doubt: float = 0.0) -> Gain:
+        """From the difference of each sample, one more of which differs from the mean by so much."""
+        mean = float(differences.mean())
+        squares = float(np.square(differences - mean).sum()) + doubt**2
+        return cls(mean, math.sqrt(squares) / len(differences))
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is above its standard error."""
+        return self.mean > self.error
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
 class Score:
     """How near a network's outputs are to the float ones.
 
     Parameters
     ----------
-    sqnr : float
-        Signal to quantization noise ratio in dB, the mean over the outputs.
-    divergence : float or None
-        Kullback-Leibler divergence in nats, the mean over the outputs that are probabilities; None where none is.
+    sqnrs : tuple of float
+        Signal to quantization noise ratio of each sample in dB, the mean over the outputs.
+    divergences : tuple of float, or None
+        Kullback-Leibler divergence of each sample in nats, the mean over the outputs that are probabilities; None where none
+        is.
+    metrics : tuple of float, or None
+        The user's own metric of each sample, or one of the network; None where there is none.
+    noises : tuple of float, or None
+        Noise of each sample as a part of the mean energy of an output, the mean over the outputs.
     """
 
-    sqnr: float
-    divergence: float | None = None
+    sqnrs: tuple[float, ...]
+    divergences: tuple[float, ...] | None = None
+    metrics: tuple[float, ...] | None = None
+    noises: tuple[float, ...] | None = None
+
+    @property
+    def sqnr(self) -> float:
+        """The mean SQNR in dB."""
+        return float(np.mean(self.sqnrs))
+
+    @property
+    def divergence(self) -> float | None:
+        """The mean divergence in nats."""
+        return None if self.divergences is None else float(np.mean(self.divergences))
+
+    @property
+    def metric(self) -> float | None:
+        """The mean of the user's own metric."""
+        return None if self.metrics is None else float(np.mean(self.metrics))
+
+    def gains_over(self, other: Score) -> dict[str, Gain]:
+        """By measure, for those that decide: the user's own metric; else the SQNR, and the divergence where both have one."""
+        if self.metrics is not None and other.metrics is not None:
+            return {"metric": Gain.of(np.subtract(self.metrics, other.metrics))}
+        gains = {"sqnr": Gain.of(np.subtract(self.sqnrs, other.sqnrs), _DOUBT)}
+        if self.divergences is not None and other.divergences is not None:
+            gains["divergence"] = Gain.of(np.subtract(other.divergences, self.divergences))
+        return gains
 
     def is_worse_than(self, other: Score) -> bool:
-        """Whether any measure that both have is worse."""
-        both = self.divergence is not None and other.divergence is not None
-        return self.sqnr < other.sqnr or (both and (self.divergence or 0.0) > (other.divergence or 0.0))
+        """Whether any measure is worse."""
+        return any(gain.mean < 0 for gain in self.gains_over(other).values())
+
+    def is_better_than(self, other: Score) -> bool:
+        """Whether it is surely better by metric; else by SQNR and noise, and better by divergence."""
+        gains = self.gains_over(other)
+        agrees = gains.pop("divergence", Gain(1.0, 0.0)).mean > 0
+        if "metric" not in gains and self.noises is not None and other.noises is not None:
+            gains["noise"] = Gain.of(np.subtract(other.noises, self.noises))
+        return agrees and all(gain.is_sure for gain in gains.values())
 
     def __str__(self) -> str:
-        return f"{self.sqnr:.2f} dB" + ("" if self.divergence is None else f", KL {self.divergence:.3g}")
+        parts = [f"{self.sqnr:.2f} dB"]
+        parts += [] if self.divergence is None else [f"KL {self.divergence:.3g}"]
+        return ", ".join(parts + ([] if self.metric is None else [f"metric {self.metric:.4g}"]))
 
     @staticmethod
     def best(scores: Iterable[Score]) -> Score:
-        """The best of some scores: by divergence where all have one, for classifiers, else by SQNR."""
+        """The best of some scores: by metric, else by divergence where all have one, for classifiers, else by SQNR."""
         scores = list(scores)
+        if all(score.metric is not None for score in scores):
+            return max(scores, key=lambda score: (score.metric or 0.0, score.sqnr))
         if any(score.divergence is None for score in scores):
             return max(scores, key=lambda score: score.sqnr)
         return max(scores, key=lambda score: (-(score.divergence or 0.0), score.sqnr))
 
 
-NOT_SCORED = Score(float("nan"))
+NOT_SCORED = Score((math.nan,))
 """The score of outputs that cannot be compared."""
 
 
 class _Output:
-    """Errors of one output, batch by batch."""
+    """One output, sample by sample."""
 
     def __init__(self) -> None:
-        self.signal = self.noise = self.divergence = 0.0
-        self.positions = 0
-        self.probabilities = True
+        self._signals: list[float] = []
+        self._noises: list[float] = []
+        self._divergences: list[float] = []
+        self._first: Sequence[NDArray[Any]] | None = None
+        self.is_constant = True
         self.has_elements = False
+        self._are_integers = False
+        self.are_probabilities = True
 
-    def add(self, reference: NDArray[Any], computed: NDArray[Any]) -> None:
-        self.has_elements |= bool(reference.size or computed.size)
-        if reference.dtype.kind != "f":
-            alike = reference.shape == computed.shape and reference == computed
-            self.signal += reference.size
-            self.noise += (reference.size or computed.size) - np.count_nonzero(alike)
-            self.probabilities = False
-            return
-        r, q = reference.astype(np.float64), computed.astype(np.float64)
-        signal = _energy(r)
-        self.signal += signal
-        if r.shape != q.shape:
-            self.noise += signal or _energy(q)
-            self.probabilities = False
-            return
-        self.noise += float(np.square(np.subtract(q, r, where=np.isfinite(r), out=np.zeros_like(r))).sum())
-        self.probabilities &= bool(r.ndim > 0 and (r >= 0).all() and np.allclose(r.sum(axis=-1), 1.0, atol=1e-3))
-        if self.probabilities:
-            logs = np.log(np.maximum(r, _LEAST_PROBABILITY)) - np.log(np.maximum(q, _least_probability(q)))
-            self.divergence += float((r * logs - r + q).sum())
-            self.positions += r.size // r.shape[-1]
+    def add(self, reference: Sequence[NDArray[Any]], computed: Sequence[NDArray[Any]], times: int) -> None:
+        """Adds a sample, or as many as cannot be told apart: the arrays of it, and those that are compared with them."""
+        pairs = [_alike(r, q) for r, q in itertools.zip_longest(reference, computed)]
+        pairs = [(r, q) for r, q in pairs if r.dtype.kind == q.dtype.kind]
+        if self._first is None:
+            self._first = reference
+        else:
+            self.is_constant &= len(reference) == len(self._first) and all(map(_same, reference, self._first))
+        self.has_elements |= any(r.size or q.size for r, q in pairs)
+        self._are_integers |= any(r.dtype.kind != "f" for r, _ in pairs)
+        signals, noises = zip(*(_energies(r, q) for r, q in pairs))
+        self._signals += [sum(signals)] * times
+        self._noises += [sum(noises)] * times
+        self.are_probabilities &= all(map(_are_probabilities, pairs))
+        if self.are_probabilities:
+            positions = sum(r.size // r.shape[-1] for r, _ in pairs)
+            self._divergences += [sum(_divergence(r, q) for r, q in pairs) / max(1, positions)] * times
 
     @property
-    def sqnr(self) -> float:
-        if np.isnan(self.noise):
-            return -np.inf
-        with np.errstate(divide="ignore"):
-            ratio = 10.0 * (np.log10(self.signal) - np.log10(self.noise)) if self.noise else _CEILING
-        return float(np.clip(ratio, -_CEILING, _CEILING))
+    def is_varying(self) -> bool:
+        """Whether it depends on the sample, as far as is known."""
+        return not self.is_constant or len(self._signals) == 1
+
+    @property
+    def sqnrs(self) -> NDArray[np.float64]:
+        """Of each sample, in dB; nan where it is silent."""
+        signals, noises = np.array(self._signals), self._counted_noises
+        if not signals.any():
+            return np.where(noises == 0, _CEILING, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = 10.0 * (np.log10(signals) - np.log10(noises))
+        ratios = np.where(noises == 0, _CEILING, np.clip(np.nan_to_num(ratios, nan=_FLOOR), _FLOOR, _CEILING))
+        return np.where(signals > 0, ratios, np.nan)
+
+    @property
+    def noises(self) -> NDArray[np.float64]:
+        """Of each sample, as a part of the mean signal."""
+        signal = float(np.mean(self._signals)) or 1.0
+        return np.asarray(np.nan_to_num(self._counted_noises / signal, nan=_LOST, posinf=_LOST))
+
+    @property
+    def _counted_noises(self) -> NDArray[np.float64]:
+        return np.maximum(self._noises, 1 / _SURE_OF_ONE) if self._are_integers else np.array(self._noises)
+
+    @property
+    def divergences(self) -> NDArray[np.float64]:
+        """Of each sample, in nats."""
+        return np.array(self._divergences)
+
+
+def _alike(r: NDArray[Any] | None, q: NDArray[Any] | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Two arrays of types that numpy has, bfloat16 and float8 as float32; an empty one for what is missing."""
+    one, other = (None if each is None else _plain(each) for each in (r, q))
+    if one is None or other is None:
+        present: Any = other if one is None else one
+        nothing = np.zeros(0, present.dtype)
+        return (nothing, present) if one is None else (present, nothing)
+    return one, other
+
+
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    return values.astype(np.float32) if values.dtype.isbuiltin == 2 else values
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+
+
+def _energies(reference: NDArray[Any], computed: NDArray[Any]) -> tuple[float, float]:
+    """Signal and noise; of integers, how many there are and how many are wrong."""
+    if reference.dtype.kind != "f":
+        alike = reference.shape == computed.shape and reference == computed
+        return reference.size, int((reference.size or computed.size) - np.count_nonzero(alike))
+    r, q = reference.astype(np.float64), computed.astype(np.float64)
+    signal = _energy(r)
+    if r.shape == q.shape:
+        return signal, float(np.square(np.subtract(q, r, where=np.isfinite(r), out=np.zeros_like(r))).sum())
+    if r.ndim != q.ndim:
+        return signal, signal or _energy(q)
+    common = tuple(slice(min(sizes)) for sizes in zip(r.shape, q.shape))
+    kept, found = r[common], q[common]
+    lost = signal - _energy(kept) + _energy(q) - _energy(found)
+    return signal, _energies(kept, found)[1] + max(0.0, lost)
+
+
+def _are_probabilities(pair: tuple[NDArray[Any], NDArray[Any]]) -> bool:
+    r, q = pair
+    if r.dtype.kind != "f" or r.shape != q.shape or r.ndim == 0:
+        return False
+    return bool((r >= 0).all() and np.allclose(r.sum(axis=-1, dtype=np.float64), 1.0, atol=1e-3))
+
+
+def _divergence(reference: NDArray[Any], computed: NDArray[Any]) -> float:
+    """The sum over positions."""
+    r, q = reference.astype(np.float64), computed.astype(np.float64)
+    logs = np.log(np.maximum(r, _LEAST_PROBABILITY)) - np.log(np.maximum(q, _least_probability(q)))
+    return float((r * logs - r + q).sum())
 
 
 def _least_probability(q: NDArray[np.float64]) -> float:
@@ -126,43 +290,58 @@ def _least_probability(q: NDArray[np.float64]) -> float:
     return max(_LEAST_PROBABILITY, step / 2) if step <= _COARSEST else _LEAST_PROBABILITY
 
 
-def _energy(values: NDArray[np.float64]) -> float:
+def _energy(values: NDArray[Any]) -> float:
     return float(np.square(values, where=np.isfinite(values), out=np.zeros_like(values)).sum())
 
 
 class OutputErrors:
-    """The errors of a network's outputs, collected batch by batch."""
+    """The errors of a network's outputs, collected sample by sample."""
 
     def __init__(self) -> None:
         self._outputs: dict[str, _Output] = {}
 
-    def add(self, name: str, reference: Iterable[NDArray[Any]], computed: Iterable[NDArray[Any]]) -> None:
-        """Compares some values of an output with the float ones; codes cannot be compared with real numbers."""
-        for expected, found in itertools.zip_longest(map(_plain, reference), map(_plain, computed)):
-            expected = np.zeros(0, found.dtype) if expected is None else expected
-            found = np.zeros(0, expected.dtype) if found is None else found
-            if expected.dtype.kind == found.dtype.kind:
-                self._outputs.setdefault(name, _Output()).add(expected, found)
+    def add(self, name: str, reference: Sequence[NDArray[Any]], computed: Sequence[NDArray[Any]], *, times: int = 1) -> None:
+        """Compares the arrays of an output for a sample with the float ones; codes cannot be compared with real numbers.
+
+        Samples that cannot be told apart, so many, are compared as one.
+        """
+        if any(_kinds_agree(r, q) for r, q in itertools.zip_longest(reference, computed)):
+            self._outputs.setdefault(name, _Output()).add(reference, computed, times)
+
+    @property
+    def outputs(self) -> dict[str, float]:
+        """The SQNR in dB of each output alone."""
+        return {name: float(np.nanmean(each.sqnrs)) for name, each in self._outputs.items()}
 
     @property
     def score(self) -> Score:
-        outputs = [each for each in self._outputs.values() if each.has_elements] or list(self._outputs.values())
-        if not outputs:
+        """The score of all samples."""
+        known = list(self._outputs.values())
+        counted = [each for each in known if each.has_elements] or known
+        counted = [each for each in counted if each.is_varying] or counted
+        if not counted:
             return NOT_SCORED
-        divergences = [each.divergence / each.positions for each in outputs if each.probabilities and each.positions]
-        return Score(float(np.mean([each.sqnr for each in outputs])), float(np.mean(divergences)) if divergences else None)
+        divergences = [each.divergences for each in counted if each.are_probabilities and each.has_elements]
+        sqnrs, noises = (np.array([getattr(each, name) for each in counted]) for name in ("sqnrs", "noises"))
+        sqnrs = sqnrs[:, ~np.isnan(sqnrs).all(axis=0)]
+        return Score(_means(sqnrs), _means(np.array(divergences)) if divergences else None, noises=_means(noises))
 
 
-def _plain(values: NDArray[Any]) -> NDArray[Any]:
-    """Values of a type that numpy has: bfloat16 and float8, which it has not, are real."""
-    return values.astype(np.float32) if values.dtype.isbuiltin == 2 else values
+def _means(outputs: NDArray[np.float64]) -> tuple[float, ...]:
+    """The mean over the outputs of each sample."""
+    return tuple(np.nanmean(outputs, axis=0).tolist())
+
+
+def _kinds_agree(r: NDArray[Any] | None, q: NDArray[Any] | None) -> bool:
+    one, other = _alike(r, q)
+    return one.dtype.kind == other.dtype.kind
 
 
 class FloatOutputs:
     """The outputs of a float network for the samples that are scored, which those of other networks are compared with.
 
-    Outputs are compared by name, those that no layer of the other network has a part in left out; by position where the
-    networks have no name in common.
+    Outputs are compared by name, those that are left by position; those that no layer of the other network has a part in are
+    left out.
 
     Parameters
     ----------
@@ -172,12 +351,15 @@ class FloatOutputs:
         The samples, in whose storage the outputs are kept.
     threads : int
         Threads that run networks.
+    metric : Metric, optional
+        The user's own, which decides in place of the other measures.
     """
 
-    def __init__(self, network: Network, samples: Samples, threads: int) -> None:
+    def __init__(self, network: Network, samples: Samples, threads: int, metric: Metric | None = None) -> None:
         self._network = network
         self._samples = samples
         self._threads = threads
+        self._metric = metric
         self._batches = samples.scored_batches
         self._is_known = False
 
@@ -190,13 +372,13 @@ class FloatOutputs:
                 for name, value in outputs.items():
                     self._samples.storage["float", name, batch] = value
             self._is_known = True
-        return self._score(network, self._run(network, self._batches))
+        return self._score(network, self._run(network, self._batches), lambda feeds: network.part(feeds, network.outputs))
 
     def score_deployed(self, network: BiasNetwork) -> Score:
         """The score of a model as its own runtime runs it."""
         run = network.deployed(threads=self._threads)
         batches = zip(self._batches, self._samples.feeds(self._batches))
-        return self._score(network, ((batch, run(feeds)) for batch, feeds in batches))
+        return self._score(network, ((batch, run(feeds)) for batch, feeds in batches), lambda _: run)
 
     def agreement(self, network: BiasNetwork) -> float:
         """How near the outputs that are measured come to those that its own runtime computes without optimizations, in dB.
@@ -207,35 +389,89 @@ class FloatOutputs:
         (_, measured), errors = next(self._run(network, batches)), OutputErrors()
         for name, value in network.deployed(threads=self._threads, optimized=False)(next(self._samples.feeds(batches))).items():
             errors.add(name, arrays_of(measured[name]), arrays_of(value))
-        return math.inf if errors.score is NOT_SCORED else errors.score.sqnr
+        return min(errors.outputs.values(), default=math.inf)
 
-    def are_repeatable(self) -> bool:
-        """Whether the float network gives the same outputs for a batch again, but for rounding.
+    def random_outputs(self) -> list[str]:
+        """The outputs that the float network does not give again for the same batch, but for rounding.
 
         It starts with a later batch this time: a network that draws random numbers may draw the same ones in each session.
         """
-        again = self._score(self._network, self._run(self._network, self._batches[1:][-_TRIES:] or self._batches))
-        return again is NOT_SCORED or again.sqnr > _REPEATED
+        again = self._run(self._network, self._batches[1:][-_TRIES:] or self._batches)
+        errors = self._errors({name: name for name in self._network.outputs}, again)
+        return [name for name, sqnr in errors.outputs.items() if sqnr < _REPEATED]
 
     def _run(self, network: Network, batches: Sequence[int]) -> Iterator[tuple[int, Feeds]]:
         return outputs_of(network, self._samples, batches, self._threads)
 
-    def _score(self, network: Network, outputs: Iterable[tuple[int, Feeds]]) -> Score:
-        errors, pairs = OutputErrors(), self._pairs(network)
+    def _score(
+        self, network: Network, outputs: Iterable[tuple[int, Feeds]], prepare: Callable[[Feeds], Callable[[Feeds], Any]]
+    ) -> Score:
+        pairs, found = self._pairs(network), list[float]()
+        errors = self._errors(pairs, outputs, found)
+        if self._metric is not None and self._metric.evaluates_runs:
+            found.append(self._metric.of_run(self._runner(pairs, prepare)))
+        return replace(errors.score, metrics=tuple(found)) if found else errors.score
+
+    def _errors(
+        self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]], metrics: list[float] | None = None
+    ) -> OutputErrors:
+        """The errors of outputs, batch by batch; the metric of each sample is added to a list."""
+        errors = OutputErrors()
         for batch, computed in outputs:
-            for name, found in pairs.items():
-                expected = self._samples.storage["float", name, batch]
-                errors.add(name, arrays_of(expected), arrays_of(computed[found]))
-        return errors.score
+            size = self._samples.sizes[batch]
+            apart = {name: self._apart(name, computed[found], batch) for name, found in pairs.items()}
+            for name, parts in apart.items():
+                for expected, values in parts:
+                    errors.add(name, expected, values, times=size // len(parts))
+            if metrics is not None and self._metric is not None and not self._metric.evaluates_runs:
+                are_apart = all(len(parts) == size for parts in apart.values())
+                for k in range(size if are_apart else 1):
+                    ours, theirs = ({name: _whole(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
+                    metrics.extend([self._metric.of_sample(ours, theirs)] * (1 if are_apart else size))
+        return errors
+
+    def _apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
+        """For each sample of a batch, the arrays of an output and the computed ones; all as one where they are not apart."""
+        expected = self._samples.storage["float", name, batch]
+        if all(isinstance(each, np.ndarray) and each.ndim for each in (expected, computed)):
+            ours, theirs = (self._samples.apart(each, batch) for each in (expected, computed))
+            if len(ours) == len(theirs):
+                return [([r], [q]) for r, q in zip(ours, theirs)]
+        return [(arrays_of(expected), arrays_of(computed))]
+
+    def _runner(self, pairs: Mapping[str, str], prepare: Callable[[Feeds], Callable[[Feeds], Any]]) -> Run:
+        """Runs a network on batches of the user's, and calls its outputs as the float network does."""
+        inputs, prepared = [each.name for each in self._network.inputs], list[Callable[[Feeds], Any]]()
+
+        def run(batch: Any) -> dict[str, NDArray[Any]]:
+            feeds = dict(batch) if isinstance(batch, Mapping) else {inputs[0]: np.asarray(batch)}
+            if set(feeds) != set(inputs):
+                raise ValueError(f"metric: it ran {', '.join(map(str, feeds))}, the model's inputs are {', '.join(inputs)}")
+            if not prepared:
+                prepared.append(prepare(feeds))
+            computed = prepared[0](feeds)
+            return {name: computed[found] for name, found in pairs.items()}
+
+        return run
 
     def _pairs(self, network: Network) -> dict[str, str]:
         """The outputs that are compared: of the float network, and of the other one."""
         changing, codes, expected = _outputs_of_layers(network), _codes(network), _codes(self._network)
-        names = self._network.outputs
-        common = set(names).intersection(network.outputs)
-        pairs = {name: name for name in names if name in common} if common else dict(zip(names, network.outputs))
+        pairs = output_pairs(self._network, network)
         pairs = {name: found for name, found in pairs.items() if (name in expected) == (found in codes)}
         return {name: found for name, found in pairs.items() if found in changing} or pairs
+
+
+def output_pairs(reference: Network, network: Network) -> dict[str, str]:
+    """The outputs of the float network and those of another one: of the same name; of what is left, in order, if as many."""
+    pairs = {name: name for name in reference.outputs if name in set(network.outputs)}
+    ours, theirs = ([name for name in each.outputs if name not in pairs] for each in (reference, network))
+    return pairs | (dict(zip(ours, theirs)) if len(ours) == len(theirs) else {})
+
+
+def _whole(arrays: list[NDArray[Any]]) -> Any:
+    """The array of an output; a list, where it is a sequence."""
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
 def arrays_of(output: Any) -> list[NDArray[Any]]:

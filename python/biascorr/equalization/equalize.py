@@ -250,6 +250,7 @@ class _Meter:
 
     def __init__(self, network: Network, samples: Samples, progress: Progress, threads: int) -> None:
         self._samples = samples
+        self._batches = samples.data_batches
         self._progress = progress
         self._threads = threads
         self._largest: dict[str, float] = {}
@@ -262,7 +263,7 @@ class _Meter:
 
     def measure(self, step: str, network: Network, is_changed: bool) -> None:
         """Measures a network after this step, where it has changed anything."""
-        if not is_changed or not self._samples.batches:
+        if not is_changed or not self._batches:
             return
         change = OutputChange()
         for batch, outputs in self._outputs(network, step):
@@ -274,15 +275,15 @@ class _Meter:
 
     def forget(self) -> None:
         """Frees what was held."""
-        for name, batch in itertools.product(self._largest, range(self._samples.batches)):
+        for name, batch in itertools.product(self._largest, self._batches):
             self._samples.storage.pop(("float", name, batch))
 
     def _outputs(self, network: Network, step: str) -> Iterator[tuple[int, Feeds]]:
         compute: Callable[[Feeds], Feeds] | None = None
-        for batch, feeds in enumerate(self._samples.feeds()):
+        for done, (batch, feeds) in enumerate(zip(self._batches, self._samples.feeds(self._batches)), start=1):
             compute = compute or network.part(feeds, network.outputs, threads=self._threads)
             yield batch, compute(feeds)
-            self._progress(step, batch + 1, self._samples.batches)
+            self._progress(step, done, len(self._batches))
 
 
 def _largest(array: NDArray[Any]) -> float:

@@ -16,7 +16,7 @@ import heapq
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,12 @@ _COARSE = 0.25
 _NEARER = 0.9
 """Part of the error of the float layer of the same name below which another one is nearer, and not by chance."""
 
-_BLOCK = 1 << 22
-"""Weights that are compared at once, so that comparing takes little memory."""
+_BLOCK = 1 << 16
+"""Weights that are compared at once: as many as a core's cache holds."""
+
+
+_SMALL = 1e-24
+"""A sum of squares in single precision below which some of these may have been rounded to 0."""
 
 
 @dataclass(frozen=True)
@@ -273,17 +277,27 @@ class _Comparison:
         square = norm = 0.0
         far, self.is_equal = 0, True
         for rows in _blocks(shape):
-            found, wanted = given[rows], expected[rows]
+            found, wanted = (
+                each[rows].astype(np.result_type(given, expected, np.float32), copy=False) for each in (given, expected)
+            )
+            with np.errstate(over="ignore", invalid="ignore"):
+                error = np.abs(wanted - found)  # exact where the two are near
             self.is_equal &= np.array_equal(found, wanted)
             self.is_finite &= bool(np.isfinite(found).all() and np.isfinite(wanted).all())
-            error = np.abs(np.subtract(wanted, found, dtype=np.float64))
-            square, norm = square + float(np.vdot(error, error)), norm + float(np.square(wanted, dtype=np.float64).sum())
+            square, norm = square + _square(error), norm + _square(wanted)
             if step is not None:
                 far += int(np.count_nonzero(error > np.broadcast_to(step, shape)[rows]))
         self.error = float(np.nan_to_num(np.sqrt(square), nan=np.inf))
         self.part = self.error / np.sqrt(norm) if norm > 0 else self.error
         is_far = 2 * far > given.size or np.sqrt(square) > np.sqrt(norm)
         self.difference = "other weights" if is_far else ""
+
+
+def _square(values: NDArray[Any]) -> float:
+    """The sum of squares, in double precision where these are too small or too large for another one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.vdot(values, values))
+        return square if _SMALL < square < np.inf else float(np.square(values, dtype=np.float64).sum())
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -34,11 +34,14 @@ class ModelInput:
         Of its elements.
     shape : tuple of int or None, or None
         Its axes, None where one may have any size; None where even the rank is unknown.
+    symbols : tuple of str
+        The names that the model gives its axes, empty ones where it gives none; nothing where it gives no axis a name.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...] | None
+    symbols: tuple[str, ...] = ()
 
 
 class Allocator(Protocol):

@@ -139,6 +139,9 @@ class LayerReport:
         it was for another reason.
     reasons : tuple of Reason
         Why the bias is as it was, or what is worth knowing about the new one.
+    sqnr_before, sqnr_after : float or None
+        Signal to quantization noise ratio in dB of its output against that of the float layer, before and after the correction
+        of all layers; None where that was not measured.
     """
 
     name: str
@@ -148,6 +151,8 @@ class LayerReport:
     shift_before: float | None = None
     shift_after: float | None = None
     reasons: tuple[Reason, ...] = ()
+    sqnr_before: float | None = None
+    sqnr_after: float | None = None
 
     @property
     def reason(self) -> str:

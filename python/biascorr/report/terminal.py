@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from biascorr.correction.scoring import Score
+from biascorr.correction.scoring import NOT_SCORED, Score
 from biascorr.equalization.equalize import OutputChange
 from biascorr.equalization.high_bias import HighBias
 from biascorr.equalization.scaling import ScaledChain
@@ -28,15 +28,18 @@ def _cell(text: object) -> Text:
 
 
 def table_from_report(report: Sequence[LayerReport]) -> Table:
-    """One row per layer: what it is, the mean absolute shift of its channels before and after, and what is worth knowing."""
-    table = Table(title="mean |shift| of the output channels", title_justify="left")
+    """One row per layer: what it is, the mean absolute shift of its channels, how near its output is to the float one before
+    and after the correction of all layers, and what is worth knowing."""
+    table = Table(
+        title="layers: mean |shift| of the channels; SQNR of the output against the float one, in dB", title_justify="left"
+    )
     for heading in ("layer", "operator", "method"):
         table.add_column(heading, overflow="fold")
-    for heading in ("channels", "before", "after"):
+    for heading in ("channels", "|shift|", "before", "after"):
         table.add_column(heading, justify="right")
     table.add_column("note", overflow="fold")
     for layer in report:
-        numbers = (_number(layer.shift_before), _number(layer.shift_after))
+        numbers = (_number(layer.shift_before), _decibels(layer.sqnr_before), _decibels(layer.sqnr_after))
         channels = "" if layer.channels is None else str(layer.channels)
         cells = (layer.name, layer.op, layer.method or "left as it is", channels, *numbers, layer.reason)
         table.add_row(*map(_cell, cells))
@@ -44,23 +47,28 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
 
 
 def table_from_scores(scores: Mapping[str, Score], method: str, deployed: Mapping[str, Score]) -> Table:
-    """One row per candidate: how near its outputs are to the float ones; the row of `method`, which was taken, is marked.
+    """One row per candidate: how near its outputs are to the float ones, and what it gains over the uncorrected model, with the
+    standard error of that; the row of `method`, which was taken, is marked.
 
-    There is a column for the Kullback-Leibler divergence where an output is probabilities, and one for the SQNR in dB of those
-    that were deployed, too.
+    There is a column for the Kullback-Leibler divergence where an output is probabilities, one for the user's own metric, and
+    one for the SQNR in dB of those that were deployed, too.
     """
-    table = Table(title="outputs against the float ones", title_justify="left")
+    table = Table(title="outputs against the float ones, mean over the samples", title_justify="left")
     table.add_column("candidate")
-    table.add_column("SQNR, dB", justify="right")
-    classifies = any(score.divergence is not None for score in scores.values())
-    if classifies:
-        table.add_column("KL, nats", justify="right")
+    before = next(iter(scores.values()), NOT_SCORED)
+    columns: dict[str, Callable[[str, Score], str]] = {"SQNR, dB": lambda _, score: f"{score.sqnr:.2f}"}
+    if any(score.divergence is not None for score in scores.values()):
+        columns["KL, nats"] = lambda _, score: _number(score.divergence)
+    if before.metric is not None:
+        columns["metric"] = lambda _, score: _number(score.metric)
+    columns["gain"] = lambda _, score: "" if score is before else str(next(iter(score.gains_over(before).values())))
     if deployed:
-        table.add_column("deployed", justify="right")
+        columns["deployed"] = lambda name, _: f"{deployed[name].sqnr:.2f}" if name in deployed else ""
+    for heading in columns:
+        table.add_column(heading, justify="right")
     table.add_column("")
     for name, score in scores.items():
-        cells = [f"{score.sqnr:.2f}", *([_number(score.divergence)] if classifies else [])]
-        cells += [f"{deployed[name].sqnr:.2f}" if name in deployed else ""] if deployed else []
+        cells = [cell(name, score) for cell in columns.values()]
         table.add_row("uncorrected" if name == "none" else name, *cells, "taken" if name == method else "")
     return table
 
@@ -134,6 +142,10 @@ def table_from_changes(changes: Mapping[str, OutputChange]) -> Table:
     for step, change in changes.items():
         table.add_row(step, _number(change.absolute), f"{change.relative:.1e}")
     return table
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _number(value: float | None) -> str:

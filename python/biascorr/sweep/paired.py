@@ -46,6 +46,8 @@ class PairedSweep:
         The float tensors after activations, by the same names.
     samples : Samples
         The samples, in whose storage the live tensors of the quantized network are.
+    batches : sequence of int
+        The batches that are swept.
     storage : Storage
         Where those of the float one are held.
     threads : int
@@ -58,6 +60,7 @@ class PairedSweep:
         pairs: Mapping[str, Layer],
         activated: Mapping[str, str],
         samples: Samples,
+        batches: Sequence[int],
         storage: Storage,
         threads: int,
     ) -> None:
@@ -65,7 +68,7 @@ class PairedSweep:
         self._pairs = pairs
         self._activated = activated
         self._samples = samples
-        self._batches = samples.fitted_batches
+        self._batches = batches
         self._float = samples.beside(storage)
         self._threads = threads
         layers = list({layer.name: layer for layer in pairs.values()}.values())

@@ -26,6 +26,9 @@ from biascorr.sweep.shard import Shard
 
 T = TypeVar("T")
 
+LayerValues = dict[str, list[NDArray[Any]]]
+"""Some values of the outputs of layers, by name, batch by batch."""
+
 DEPTH = 8
 """Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
 
@@ -68,10 +71,20 @@ class Sweep:
 
     def measure(self, stage: Stage) -> dict[str, Measured]:
         """Runs a stage, after those before it; the measurements of its layers by name."""
+        found = self._measured(stage)
+        are_measured = self._wanted.outputs or self._wanted.inputs
+        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if are_measured}
+
+    def values(self, stage: Stage) -> LayerValues:
+        """Runs a stage, after those before it; some values of the outputs of its layers by name, batch by batch."""
+        found = self._measured(stage).values
+        return {layer.name: found[layer.output] for layer in stage.layers}
+
+    def _measured(self, stage: Stage) -> Measurements:
         found = Measurements()
         for part in self._of_each(lambda shard: shard.measure(stage, self._wanted, self._shifts)):
             found.merge(part)
-        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if self._wanted.outputs}
+        return found
 
     def measure_activated(self, stage: Stage, shifts: Mapping[str, Shift]) -> dict[str, SampleMeans]:
         """The means after the activations of layers, by name, were these shifts added to the layers' outputs."""

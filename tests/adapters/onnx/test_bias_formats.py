@@ -213,6 +213,26 @@ def test_a_product_with_a_quantized_output_gets_a_quantized_bias(zero_point, ste
     np.testing.assert_allclose(after, np.clip(before + change.applied, *limits), atol=1e-6)
 
 
+@pytest.mark.parametrize("given", ["float", *QuantFormat], ids=str)
+def test_a_network_with_other_biases_is_as_one_that_is_loaded(given):
+    text = """g (float[N,3,7,6] x) => (float[N,5] y) { [first] a = Conv(x, w1, b1) r = Relu(a)
+        m = GlobalAveragePool(r) f = Flatten(m) [last] y = Gemm<transB=1, beta=2.0>(f, w2, b2) }"""
+    constants = {"w1": weights(4, 3, 3, 3), "w2": weights(5, 4), "b1": weights(4, 1).ravel(), "b2": weights(5, 1).ravel()}
+    model, x = model_from_text(text, **constants), samples(6, 3, 7, 6)
+    given = model if given == "float" else quantized(model, [{"x": x}], quant_format=given)
+    network = OnnxNetwork.load(given, "model")
+    shifted = network.with_shifts({layer.name: np.linspace(-0.5, 0.5, layer.channels) for layer in network.layers})
+    loaded = OnnxNetwork.load(shifted.model, "model")
+    assert [str(each) for each in shifted.operations] == [str(each) for each in loaded.operations]
+    for ours, theirs, before in zip(shifted.layers, loaded.layers, network.layers):
+        assert (ours.name, ours.output) == (theirs.name, theirs.output)
+        np.testing.assert_array_equal(ours.weights, theirs.weights)
+        np.testing.assert_array_equal(ours.bias, theirs.bias)
+        assert not np.array_equal(ours.bias, before.bias)
+    (one,), (other,) = (each.part({"x": x}, each.outputs)({"x": x}).values() for each in (shifted, loaded))
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("method", ["empirical", "activation"])
 @pytest.mark.parametrize("quant_format", QuantFormat, ids=str)
 def test_later_layers_are_corrected_after_the_quantized_biases_of_earlier_ones(quant_format, method):

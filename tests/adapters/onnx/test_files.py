@@ -10,6 +10,7 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from onnx import helper, numpy_helper
 from biascorr import whole_file
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.adapters.onnx.tensors import array_of
+from biascorr.adapters.onnx.tensors import array_of, whole_model
 from biascorr.whole_file import mode_of
 from networks import as_constant_nodes, biases, constants_of, mean_corrected, model_from_text, samples, two_layers, weights
 
@@ -884,3 +885,46 @@ def test_external_data_that_is_no_array(data_type, size, tmp_path):
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match="^model: .*m.onnx: tensor w: .*, expected an array of numbers$"):
         files.load(tmp_path / "m.onnx", "model")
+
+
+def a_model() -> onnx.ModelProto:
+    text = "g (float[N,40] x) => (float[N,30] y) { t = MatMul(x, w) u = MatMul(t, v) y = Add(u, b) }"
+    return model_from_text(text, w=weights(40, 30), v=weights(30, 30), b=weights(30, 1).ravel())
+
+
+def as_protobuf_reads_it(path: Path) -> Any:
+    try:
+        return files._from_file(path, "model")
+    except ValueError as error:
+        return str(error)
+
+
+def as_it_is_loaded(path: Path) -> Any:
+    try:
+        return whole_model(*files.load(path, "model"))
+    except ValueError as error:
+        return str(error)
+
+
+def test_files_are_loaded_as_protobuf_reads_them(tmp_path):
+    model, path = a_model(), tmp_path / "model.onnx"
+    data = model.SerializeToString()
+    short = onnx.ModelProto()
+    short.CopyFrom(model)
+    short.graph.initializer[0].raw_data = short.graph.initializer[0].raw_data[:2000]  # less than the dimensions say
+    more = onnx.ModelProto(graph=onnx.GraphProto(initializer=[numpy_helper.from_array(weights(40, 30), "more")]))
+    whole = [data, short.SerializeToString(), data + more.SerializeToString(), more.SerializeToString() + data]
+    unknown = [data + bytes([0b11111_010, 3, 1, 2, 3]), data + bytes([0b11111_000, 255, 1])]
+    broken = [data[:cut] for cut in range(0, len(data), 97)] + [data + b"\x07", data + b"\x0a\xff", b"", b"\xff" * 40]
+    for each in (*whole, *unknown, *broken):
+        path.write_bytes(each)
+        assert as_it_is_loaded(path) == as_protobuf_reads_it(path)
+
+
+def test_large_initializers_are_copied_past_protobuf(tmp_path, monkeypatch):
+    path, parsed = tmp_path / "model.onnx", []
+    path.write_bytes(a_model().SerializeToString())
+    monkeypatch.setattr(files, "_parse", lambda data, name, parse=files._parse: parsed.append(len(data)) or parse(data, name))
+    _, values = files.load(path, "model")
+    assert sorted(array.nbytes for array in values.values()) == [30 * 30 * 4, 40 * 30 * 4]
+    assert sum(parsed) < 1000

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from biascorr import correct
+from biascorr.calibration.samples import scored_parts
 from biascorr.correction.scoring import OutputErrors
 from random_graphs import OPSETS, PROFILE, Builder, Draw
 
@@ -215,7 +216,7 @@ def check(example: tuple[onnx.ModelProto, onnx.ModelProto, np.ndarray, str]) -> 
     if method != "auto" or not correction.scores:
         return
     assert not correction.scores[correction.method].is_worse_than(correction.scores["none"])
-    held_out, errors = x[3::4], [OutputErrors(), OutputErrors()]
+    held_out, errors = x[scored_parts([1] * len(x), 0)[0]], [OutputErrors(), OutputErrors()]
     for error, each in zip(errors, (given, after)):
         for sample in held_out:
             error.add("y", run(model, sample[None], unoptimized=True)[:1], run(each, sample[None], unoptimized=True)[:1])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,19 @@ from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
-from biascorr.adapters.onnx.tensors import LARGE, Values, attach, bytes_of, detach, key_of, main_tensors, raw_of, whole_model
+from biascorr.adapters.onnx.tensors import (
+    LARGE,
+    Values,
+    attach,
+    bytes_of,
+    detach,
+    is_sound,
+    key_of,
+    main_tensors,
+    raw_of,
+    whole_model,
+)
+from biascorr.adapters.onnx.wire import without_values
 from biascorr.whole_file import check_output, kind_of, mode_of, whole_file
 
 PROTOBUF_LIMIT = 2**31 - 1
@@ -53,7 +66,8 @@ def load(model: Any, name: str) -> tuple[onnx.ModelProto, Values]:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{name}: {type(model).__name__}, expected a path, bytes or an onnx.ModelProto, or a keras.Model")
     path = Path(model)
-    return _detached(_from_file(path, name), path, f"{name}: {path}")
+    loaded, arrays = _taken_apart(path, name)
+    return _detached(loaded, path, f"{name}: {path}", arrays)
 
 
 def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
@@ -69,11 +83,34 @@ def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
 
 def _from_file(path: Path, name: str) -> onnx.ModelProto:
     """The model as it is in its file, without its external data."""
+    _check_file(path, name)
+    return _parse(path.read_bytes(), f"{name}: {path}")
+
+
+def _check_file(path: Path, name: str) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{name}: no such file: {path}")
     if not path.is_file():
         raise OSError(f"{name}: {path}: {kind_of(path)}")
-    return _parse(path.read_bytes(), f"{name}: {path}")
+
+
+def _taken_apart(path: Path, name: str) -> tuple[onnx.ModelProto, dict[int, NDArray[np.uint8]]]:
+    """As :func:`_from_file`, without the values of large initializers; these, by their indices, copied once.
+
+    A file that is not serialized as usual is read whole, by protobuf.
+    """
+    _check_file(path, name)
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            light, places = without_values(data, LARGE)
+            arrays = {index: np.array(data[start:stop]) for index, (start, stop) in places.items()}
+    except (OSError, ValueError):
+        return _from_file(path, name), {}
+    return _parse(light, f"{name}: {path}"), arrays
 
 
 def _parse(data: bytes, name: str) -> onnx.ModelProto:
@@ -87,9 +124,18 @@ def _parse(data: bytes, name: str) -> onnx.ModelProto:
     return model
 
 
-def _detached(model: onnx.ModelProto, path: Path | None, name: str) -> tuple[onnx.ModelProto, Values]:
+def _detached(
+    model: onnx.ModelProto, path: Path | None, name: str, arrays: Mapping[int, NDArray[np.uint8]] | None = None
+) -> tuple[onnx.ModelProto, Values]:
+    """With the values of initializers that are not in the model, by their indices."""
     values = Values()
     _read_external(model, path, name, values)
+    for index, array in (arrays or {}).items():
+        tensor = model.graph.initializer[index]
+        if tensor.external_data or not is_sound(tensor, array.size):  # onnxruntime says what is wrong
+            tensor.raw_data = array.tobytes()
+        else:
+            attach(tensor, array, values)
     detach(model, values)
     light = onnx.ModelProto()
     light.CopyFrom(model)  # protobuf frees what was detached with the model that it was in

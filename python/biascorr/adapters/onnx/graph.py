@@ -51,6 +51,7 @@ class Graph:
         self._before: dict[int, list[onnx.NodeProto]] = {}
         self._after: dict[int, list[onnx.NodeProto]] = {}
         self._removed: set[int] = set()
+        self.is_rewired = False  # whether any edit changed more than the values of constants
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {output.name for output in model.graph.output}
@@ -113,13 +114,15 @@ class Graph:
         """Tensors that follow from initializers and constants alone."""
         constant = {*self.initializers, *self._sparse}
         for node in self._ordered:
-            is_pure = not any(subgraphs(node)) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
+            is_pure = not subgraphs(node) and _RANDOM.isdisjoint({operator_of(node), *self.called_operators(node)})
             if is_pure and all(not name or name in constant for name in node.input):
                 constant.update(filter(None, node.output))
         return constant
 
     def called_operators(self, node: onnx.NodeProto) -> set[str]:
         """The operators in the model's own functions that a node or its subgraphs call, and in those that these call."""
+        if not self.functions:
+            return set()
         return set().union(*(self._operators_of(called_by(each)) for each in (node, *subgraph_nodes(node))))
 
     def _operators_of(self, function: tuple[str, str, str]) -> set[str]:
@@ -342,6 +345,7 @@ class Graph:
         return str(tensor.name)
 
     def set_input(self, node: onnx.NodeProto, index: int, name: str) -> None:
+        self.is_rewired = True
         while len(node.input) <= index:
             node.input.append("")
             self._readers.setdefault("", {}).setdefault(id(node), [node, 0])[1] += 1
@@ -353,6 +357,7 @@ class Graph:
 
     def insert(self, node: onnx.NodeProto, beside: onnx.NodeProto, *, after: bool) -> onnx.NodeProto:
         """Puts a node next to another; returns it."""
+        self.is_rewired = True
         self._import_domain(node.domain)
         places = self._after if after else self._before
         places.setdefault(id(beside), []).append(node)
@@ -377,6 +382,7 @@ class Graph:
 
     def rename(self, name: str, new: str) -> None:
         """Gives a tensor that a node makes a name that nothing has; subgraphs and the model's caller must not read it."""
+        self.is_rewired = True
         node = self.producer.pop(name)
         node.output[list(node.output).index(name)] = new
         self.producer[new] = node
@@ -386,11 +392,13 @@ class Graph:
 
     def give_up_output(self, node: onnx.NodeProto, base: str) -> None:
         """Gives the first output of a node a fresh name, so that another node can take over the one it had."""
+        self.is_rewired = True
         node.output[0] = self.fresh_name(base)
         self.producer[node.output[0]] = node
 
     def replace(self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **given: Any) -> None:
         """Makes a node compute its first output otherwise: by another operator of ONNX, from other inputs."""
+        self.is_rewired = True
         for name in node.input:
             self._remove_reader(node, name)
         del node.input[:]
@@ -403,6 +411,7 @@ class Graph:
 
     def remove(self, node: onnx.NodeProto) -> None:
         """Removes a node whose outputs nothing has to make any more."""
+        self.is_rewired = True
         self._removed.add(id(node))
         for name in node.input:
             self._remove_reader(node, name)

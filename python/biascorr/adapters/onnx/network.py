@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,7 +15,7 @@ from onnx import helper
 
 from biascorr.adapters.frameworks import Framework, check_suffix
 from biascorr.adapters.onnx import files
-from biascorr.adapters.onnx.bias import bias_of, constant_bias
+from biascorr.adapters.onnx.bias import Bias, bias_of, constant_bias
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.functions import called_by, check_functions
@@ -176,7 +178,18 @@ class OnnxNetwork:
         graph.remove_dead(read)
         if folded:
             keep_folded(graph, folded)
-        return OnnxNetwork(graph.model, graph.values, self._name)
+        if graph.is_rewired or self._graph is not self._original:
+            return OnnxNetwork(graph.model, graph.values, self._name)
+        return self._with_biases(graph, nodes, biases)
+
+    def _with_biases(self, graph: Graph, nodes: dict[str, onnx.NodeProto], biases: Mapping[Layer, Bias]) -> OnnxNetwork:
+        """This network with a graph whose biases alone are others: what was found of its nodes holds."""
+        other = copy.copy(self)
+        other._original = other._graph = graph
+        other._original_nodes = other._nodes = nodes
+        other._facts = other._whole = None
+        other.layers = [replace(layer, bias=biases[layer].read()) if layer in biases else layer for layer in self.layers]
+        return other
 
     def with_quantizers(self, quantizations: Mapping[str, Quantization]) -> OnnxNetwork:
         """A copy in which layers read their input moved to a grid."""
@@ -464,7 +477,8 @@ def _input(value: onnx.ValueInfoProto) -> ModelInput:
     tensor = value.type.tensor_type
     sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None)
+    symbols = tuple(axis.dim_param for axis in tensor.shape.dim)
+    return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None, symbols)
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, onnx.NodeProto]]:

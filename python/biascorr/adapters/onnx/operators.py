@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 
@@ -66,6 +66,14 @@ _SAME = ("DequantizeLinear", "QLinearConv", "QuantizeLinear")
 """Operators of that domain that do what those of the same name in ONNX do."""
 
 
+_GRAPH = onnx.AttributeProto.GRAPH
+
+_PLAIN = frozenset(
+    getattr(onnx.AttributeProto, name) for name in ("FLOAT", "INT", "STRING", "TENSOR", "FLOATS", "INTS", "STRINGS", "TENSORS")
+)
+"""Types of attributes in which there is no graph."""
+
+
 def operator_of(node: onnx.NodeProto) -> str:
     """The operator of a node: its bare type where it is one of ONNX, or one that only onnxruntime has; else with its domain."""
     return _operator(node.domain, node.op_type)
@@ -85,9 +93,13 @@ def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
             yield from subgraph_nodes(inner)
 
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def subgraphs(node: onnx.NodeProto) -> Sequence[onnx.GraphProto]:
     """The graphs inside a node: bodies of loops, branches."""
+    found = list[onnx.GraphProto]()
     for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
+        kind = attribute.type
+        if kind == _GRAPH:
+            found.append(attribute.g)
+        elif kind not in _PLAIN:  # a list of graphs, or of a type that is not given
+            found.extend(attribute.graphs)
+    return found

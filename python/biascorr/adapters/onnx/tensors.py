@@ -123,13 +123,14 @@ def detach(model: onnx.ModelProto, values: Values) -> None:
     for tensor in main_tensors(model.graph):
         if tensor.HasField("raw_data") and not tensor.external_data:
             array = np.frombuffer(tensor.raw_data, dtype=np.uint8)
-            if array.size < LARGE or not _is_sound(tensor, array.size):  # onnxruntime says what is wrong
+            if array.size < LARGE or not is_sound(tensor, array.size):  # onnxruntime says what is wrong
                 continue
             tensor.ClearField("raw_data")
             attach(tensor, array, values)
 
 
-def _is_sound(tensor: onnx.TensorProto, size: int) -> bool:
+def is_sound(tensor: onnx.TensorProto, size: int) -> bool:
+    """Whether it has so many bytes by its type and dimensions."""
     try:
         return bytes_of(tensor) == size
     except ValueError:

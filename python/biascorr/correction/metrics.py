@@ -1,0 +1,88 @@
+"""The user's own measure of a network: greater is better.
+
+metric(outputs, reference) -> float    of one sample: outputs by name, beside those of the float network
+evaluate(run) -> float                 of the network that `run` runs: own inputs, own labels, own loop
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+Outputs: TypeAlias = Mapping[str, Any]
+"""The outputs of a network by name."""
+
+Run: TypeAlias = Callable[[Any], dict[str, NDArray[Any]]]
+"""Runs a network on one batch: a mapping from input names to arrays, or an array where there is one input."""
+
+
+class Metric:
+    """A metric, and which of the two kinds it is: by how many arguments it takes.
+
+    Parameters
+    ----------
+    function : callable
+        ``metric(outputs, reference)`` or ``evaluate(run)``.
+
+    Raises
+    ------
+    TypeError
+        It is none of these.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"metric: {function!r}, expected a function metric(outputs, reference) or evaluate(run)")
+        self._function = function
+        self.evaluates_runs = _takes(function, 1) and not _takes(function, 2)
+        if not self.evaluates_runs and not _takes(function, 2):
+            raise TypeError(f"metric: {function!r} takes neither (outputs, reference) nor (run)")
+
+    def of_sample(self, outputs: Outputs, reference: Outputs) -> float:
+        """Of one sample, from the outputs of a network and those of the float one."""
+        return _number(self._function(outputs, reference))
+
+    def of_run(self, run: Run) -> float:
+        """Of a network."""
+        return _number(self._function(run))
+
+
+def metric_from_name(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names; modules in the current folder are found too. Raises ValueError."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"metric: {name!r}, expected module:function")
+    sys.path.append("")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"metric: {name!r} cannot be found: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise ValueError(f"metric: {name!r} is a {type(found).__name__}, expected a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):  # or it has no signature that can be read: then it is called, and may say so
+        return False
+    return True
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric: it gave {value!r}, expected a number") from None
+    if math.isnan(number):
+        raise ValueError("metric: it gave nan, expected a number: greater is better")
+    return number
