@@ -24,7 +24,7 @@ import big_graphs
 import decoders
 from biascorr import get_num_threads
 from contractions import contractions, fused_contractions, small_contractions
-from means import channel_means, small_means, tap_means
+from means import channel_means, listed_means, small_means, tap_means
 from measure import Row, Rows, Times, duration, measured
 
 LARGE_BYTES, BURSTS = 512 << 20, 3
@@ -35,7 +35,7 @@ IMPORTS = 15
 def sections(large: int) -> dict[str, Rows]:
     """All rows; samples outside the caches have `large` bytes, those of taps a quarter."""
     return {
-        "means per channel": channel_means(large),
+        "means per channel": chain(channel_means(large), listed_means(large)),
         "means per kernel tap": tap_means(large),
         "weight error times mean": contractions(),
         "weight error times mean, quantized on the way": fused_contractions(),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +27,8 @@ def contractions() -> Rows:
     shapes += [("HWCM", (3, 3, 512, 1)), ("HWCM", (3, 3, 65536, 4)), ("IO", (1024, 1024)), ("OI", (1024, 1024))]
     for layout, shape in [*shapes, *MATRICES]:
         yield f"contraction {named(shape)} {layout}", functools.partial(contraction, layout, shape)
+    for layout in ("IO", "OI"):
+        yield f"two products 4096x4096 {layout}", functools.partial(two_products, layout, (4096, 4096))
     yield "contraction 4096x4096 IO w[::2]", functools.partial(contraction, "IO", (8192, 4096), step=2)
 
 
@@ -80,6 +83,15 @@ def contraction(layout: str, shape: tuple[int, ...], step: int = 1, calls: int =
         atol=3e-7 * (weights.size / outputs) ** 0.5,
         calls=calls,
     )
+
+
+def two_products(layout: str, shape: tuple[int, ...]) -> Row:
+    """The row beside m @ W - m @ Wq, which reads as fast as BLAS does and loses the digits that both products share."""
+    row, weights = contraction(layout, shape), random_reals(shape)
+    quantized = fake_quantize(weights, Quantization(scale=31.0))
+    _, mean = input_mean(layout, shape)
+    products = {"m @ W - m @ Wq": lambda: product(layout, weights, mean) - product(layout, quantized, mean)}
+    return replace(row, numpy=products, atol=1e3 * row.atol)
 
 
 def matrix(layout: str, weights: Array, mean: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +35,14 @@ def channel_means(large: int) -> Rows:
                 for axis, layout in ((-1, "channels-last"), (1, "channels-first")):
                     row = functools.partial(sized_mean, dtype, channels, axis, nbytes, large)
                     yield f"mean {dtype} C={channels} {layout} {size}", row
+
+
+def listed_means(large: int) -> Rows:
+    """Lists of samples of one image each, as calibration has them."""
+    for dtype in ("int8", "float32"):
+        for channels, side in ((2048, 7), (512, 7), (512, 14), (64, 56)):
+            row = functools.partial(listed_mean, dtype, (1, channels, side, side), large)
+            yield f"mean {dtype} list of 1x{channels}x{side}x{side} channels-first {large >> 20}MB", row
 
 
 def tap_means(large: int) -> Rows:
@@ -173,6 +182,30 @@ def torch_sum(sample: Array, axes: tuple[int, ...]) -> Expression:
     tensor = torch.from_numpy(sample.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(sample)
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     return lambda: tensor.sum(axes, dtype=dtype).numpy()
+
+
+def listed_mean(dtype: str, shape: tuple[int, ...], nbytes: int) -> Row:
+    """The mean of a list of samples, channels first, that are arrays of their own."""
+    count = nbytes // (math.prod(shape) * np.dtype(dtype).itemsize)
+    samples = [sample.copy() for sample in random_sample(dtype, (count, *shape))]
+    planes = [sample.reshape(shape[1], -1) for sample in samples]
+    channels_last = [sample.transpose(0, 2, 3, 1) for sample in samples]
+    positions = count * math.prod(shape[2:])
+    narrow = np.int32 if dtype == "int8" else np.float32
+
+    def sum_of_sums(total: Callable[[Array], Array]) -> Array:
+        return np.add.reduce([total(plane) for plane in planes], axis=0, dtype=np.float64) / positions
+
+    return Row(
+        lambda: prepare_input_mean(channels_last, None),
+        lambda: sum_of_sums(lambda plane: plane.sum(axis=1, dtype=np.float64)),
+        {
+            "sum of sums": lambda: sum_of_sums(lambda plane: np.add.reduce(plane, axis=1, dtype=narrow)),
+            "sum of einsums": lambda: sum_of_sums(lambda plane: np.einsum("cs->c", plane, dtype=narrow)),
+        },
+        sum(sample.nbytes for sample in samples),
+        atol=1e-3,
+    )
 
 
 def mean_of_many() -> Row:

@@ -65,6 +65,8 @@ pub trait Lane: Sealed + Copy + Default + Send + Sync {
 pub trait Total: Sealed + Copy + Default + Send + Sync {
     /// The accumulator between samples.
     type Sum: Total<Sum = Self::Sum> + std::fmt::Debug;
+    /// Whether sums are the same in any order.
+    const EXACT: bool;
     /// Adds another total.
     fn merge(&mut self, other: Self);
     /// Carries the total over.
@@ -74,7 +76,8 @@ pub trait Total: Sealed + Copy + Default + Send + Sync {
 /// The sums of an element type between samples.
 pub type SumOf<T> = <TotalOf<T> as Total>::Sum;
 
-type TotalOf<T> = <<T as Element>::Lane as Lane>::Total;
+/// The sums of an element type between blocks.
+pub type TotalOf<T> = <<T as Element>::Lane as Lane>::Total;
 
 /// The unevaluated sum of two f64 (double-double): the rounding error of every addition is kept.
 ///
@@ -118,6 +121,7 @@ impl From<i128> for Compensated {
 
 impl Total for Compensated {
     type Sum = Compensated;
+    const EXACT: bool = false;
     #[inline(always)]
     fn merge(&mut self, other: Self) {
         let sum = self.sum + other.sum;
@@ -135,6 +139,7 @@ macro_rules! integer_total {
     ($($total:ty => $sum:ty),*) => {$(
         impl Total for $total {
             type Sum = $sum;
+            const EXACT: bool = true;
             #[inline(always)]
             fn merge(&mut self, other: Self) {
                 *self += other;
@@ -378,7 +383,7 @@ fn f32_from_f16_bits(bits: u16) -> f32 {
 /// order of sums of real numbers.
 pub const LANES: usize = 64;
 
-/// Runs shorter than this are spread over eight lanes only: each lane has to be cleared and folded.
+/// Runs shorter than this are spread over few lanes only, 32 or 64 bytes of them: each lane has to be cleared and folded.
 const SHORT_RUN: usize = 4 * LANES;
 
 /// Four rows of up to this many bytes are added together, so that each lane is loaded and stored once for all of them. With
@@ -391,7 +396,10 @@ const CACHED_BYTES: usize = 16 << 10;
 
 tiered! { fn add_slab<T: Element>(slab: &[T], lanes: &mut [T::Lane]) = add_slab_body }
 tiered! { fn add_rows<T: Element>(rows: &[&[T]], lanes: &mut [T::Lane]) = add_rows_body }
-tiered! { fn run_total<T: Element>(run: &[T]) -> TotalOf<T> = run_total_body }
+tiered! {
+    /// The sum of each run; as many as there are totals.
+    pub fn run_totals<T: Element>(runs: &Runs<T>, totals: &mut [TotalOf<T>]) = run_totals_body
+}
 tiered! { fn carry_over<L: Lane>(lanes: &mut [L], totals: &mut [L::Total]) = carry_over_body }
 
 /// Adds row after row of `lanes.len()` elements; the last may be shorter.
@@ -456,22 +464,51 @@ fn add_together<'a, T: Element, const R: usize>(
 /// Lanes that stay in registers while a group of rows is added.
 const STRETCH: usize = 32;
 
+/// Runs of `len` elements, `stride` apart.
+pub struct Runs<'a, T> {
+    /// From the first element of the first to the last of the last.
+    pub elements: &'a [T],
+    /// Elements of a run.
+    pub len: usize,
+    /// Elements from the start of a run to that of the next.
+    pub stride: usize,
+}
+
+#[inline(always)]
+fn run_totals_body<T: Element>(tier: Tier, runs: &Runs<T>, totals: &mut [TotalOf<T>]) {
+    for (k, total) in totals.iter_mut().enumerate() {
+        *total = run_total(tier, &runs.elements[k * runs.stride..][..runs.len]);
+    }
+}
+
 /// The sum of a run, over [`LANES`] lanes.
 #[inline(always)]
-fn run_total_body<T: Element>(tier: Tier, run: &[T]) -> TotalOf<T> {
-    let mut total = TotalOf::<T>::default();
+fn run_total<T: Element>(tier: Tier, run: &[T]) -> TotalOf<T> {
     if run.len() < SHORT_RUN {
-        let mut lanes = [T::Lane::default(); 8];
-        for row in run.chunks(8) {
-            T::add_row(row, &mut lanes, tier);
-        }
-        return T::Lane::fold(&lanes);
+        let wide = size_of::<T::Lane>() > 4;
+        return if wide { total_in_lanes::<T, 8>(tier, run) } else { total_in_lanes::<T, 16>(tier, run) };
     }
+    let mut total = TotalOf::<T>::default();
     for block in run.chunks(LANES * T::BLOCK_ROWS) {
         let mut lanes = [T::Lane::default(); LANES];
         add_slab_body(tier, block, &mut lanes);
         total.merge(T::Lane::fold(&lanes));
     }
+    total
+}
+
+/// The sum of a short run, over N lanes and one for what fills no row of them: lanes that are found by a variable would leave
+/// their registers.
+#[inline(always)]
+fn total_in_lanes<T: Element, const N: usize>(tier: Tier, run: &[T]) -> TotalOf<T> {
+    let (rows, rest) = run.as_chunks::<N>();
+    let (mut lanes, mut last) = ([T::Lane::default(); N], T::Lane::default());
+    for row in rows {
+        T::add_row(row, &mut lanes, tier);
+    }
+    rest.iter().for_each(|x| x.add_to(&mut last));
+    let mut total = T::Lane::fold(&lanes);
+    total.merge(last.total());
     total
 }
 
@@ -500,11 +537,6 @@ fn fold_all<A: Total>(totals: &[A]) -> A {
     let [mut sum, rest @ ..] = sums;
     rest.into_iter().for_each(|other| sum.merge(other));
     sum
-}
-
-/// The sum of a contiguous run.
-pub fn sum_of_run<T: Element>(run: &[T]) -> SumOf<T> {
-    run_total(run).sum()
 }
 
 /// The lanes of a block, and the totals they are carried over to: each has as many lanes, next to each other.

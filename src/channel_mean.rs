@@ -10,7 +10,7 @@
 //! of taps: positions of an axis that are seen by the same taps form a class, the sum of each class is taken, and a tap's sum
 //! is the sum of its classes.
 
-use crate::accumulate::{Block, Element, LANES, SumOf, Total, sum_of_run};
+use crate::accumulate::{Block, Element, LANES, Runs, SumOf, Total, TotalOf, run_totals};
 use crate::error::Error;
 use crate::layout::{Axis, Elements, Nest};
 use crate::{memory, parallel};
@@ -50,48 +50,76 @@ pub struct Sample<'a, T> {
     pub channel_axis: usize,
 }
 
-/// A part of one sample, walked in memory order. Operand 0 is the sample, operand 1 the channel.
+/// A part of samples that lie in memory alike, walked in memory order. Operands: element, channel, sample.
 struct Tile<'a, T> {
-    sample: usize,
-    elements: Elements<'a, T>,
-    nest: Nest<2>,
+    group: usize,
+    samples: &'a [Sample<'a, T>],
+    nest: Nest<3>,
 }
 
 /// Adds the sums per channel of each sample to `totals`, sample by sample in order.
 ///
-/// Reads each element once. Takes at most [`MAX_TILES`] times the memory of `totals` beside it, and no more than twice where
-/// there are many channels.
+/// Reads each element once. Neighbours that lie in memory alike are summed together, position by position, where sums are exact: so
+/// what a sample has to be folded from counts once for all. Takes at most [`MAX_TILES`] times the memory of `totals` beside it, and
+/// no more than twice where there are many channels.
 pub fn channel_sums<T: Element>(samples: &[Sample<T>], totals: &mut [SumOf<T>]) -> Result<(), Error> {
+    let alike = |a: &Sample<T>, b: &Sample<T>| {
+        SumOf::<T>::EXACT && (a.shape, a.strides, a.channel_axis) == (b.shape, b.strides, b.channel_axis)
+    };
     let mut waiting = Vec::new();
-    for (index, sample) in samples.iter().enumerate() {
-        add_tiles(index, sample, &mut waiting);
-        if waiting.len() >= MAX_TILES || index + 1 == samples.len() {
+    for (group, samples) in samples.chunk_by(alike).enumerate() {
+        add_tiles(group, samples, &mut waiting);
+        if waiting.len() >= MAX_TILES {
             fold_tiles(std::mem::take(&mut waiting), totals)?;
         }
     }
-    Ok(())
+    fold_tiles(waiting, totals)
 }
 
-fn add_tiles<'a, T>(index: usize, sample: &Sample<'a, T>, tiles: &mut Vec<Tile<'a, T>>) {
+fn add_tiles<'a, T>(group: usize, samples: &'a [Sample<'a, T>], tiles: &mut Vec<Tile<'a, T>>) {
+    let [sample, ..] = samples else { return };
+    let channel = |k: usize| isize::from(k == sample.channel_axis);
     let axes = sample.shape.iter().zip(sample.strides).enumerate();
-    let axes = axes.map(|(k, (&len, &stride))| Axis { len, strides: [stride, isize::from(k == sample.channel_axis)] });
-    let nest = Nest::new(axes.collect()).normalized();
-    let parts = (nest.len() * size_of::<T>() / TILE_BYTES).clamp(1, MAX_TILES);
-    let tile = |nest| Tile { sample: index, elements: sample.elements, nest };
-    if parts == 1 {
-        tiles.push(tile(nest));
-    } else {
-        tiles.extend(nest.split(axis_to_cut(&nest, parts), parts).into_iter().map(tile));
+    let axes = axes.map(|(k, (&len, &stride))| Axis { len, strides: [stride, channel(k), 0] });
+    let mut nest = Nest::new(axes.collect()).normalized();
+    if samples.len() > 1 {
+        nest.axes.insert(0, Axis { len: samples.len(), strides: [0, 0, 1] });
     }
+    let parts = (nest.len() * size_of::<T>() / TILE_BYTES).clamp(1, MAX_TILES);
+    tiles.extend(cut(nest, parts).into_iter().map(|nest| Tile { group, samples, nest }));
+}
+
+/// At most so many parts. Short runs are cut between channels as far as that leaves long rows of them: it costs no folding.
+fn cut(nest: Nest<3>, parts: usize) -> Vec<Nest<3>> {
+    if parts == 1 {
+        return vec![nest];
+    }
+    let stretches = if is_worth_lanes(&nest) { (row_len(&nest, 2) / COLUMNS).clamp(1, parts) } else { 1 };
+    let pieces = if stretches > 1 { nest.split(nest.axes.len() - 2, stretches) } else { vec![nest] };
+    let parts = parts / stretches;
+    pieces.into_iter().flat_map(|piece| piece.split(axis_to_cut(&piece, parts), parts)).collect()
+}
+
+/// Whether the inner axes are channels of short contiguous runs that follow each other, in many rows.
+fn is_worth_lanes(nest: &Nest<3>) -> bool {
+    let [.., channels, run] = *nest.axes.as_slice() else { return false };
+    let contiguous = run.strides[0] == 1 && channels.strides[0] == run.len as isize && channels.strides[1] != 0;
+    contiguous && run.strides[1] == 0 && run.len < LONG_RUN && nest.len() >= MANY_ROWS * run.len * channels.len
+}
+
+/// Elements of a row of the innermost axes.
+fn row_len(nest: &Nest<3>, axes: usize) -> usize {
+    nest.axes[nest.axes.len() - axes..].iter().map(|axis| axis.len).product()
 }
 
 /// The channel axis where each part keeps many channels, so that tiles share none; else an outer axis, so that runs stay whole.
-fn axis_to_cut(nest: &Nest<2>, parts: usize) -> usize {
+fn axis_to_cut(nest: &Nest<3>, parts: usize) -> usize {
     let worth = |k: &usize| {
         let axis = nest.axes[*k];
         let channels = axis.strides[1] != 0;
         let inner = k + 1 == nest.axes.len();
-        (channels && axis.len >= parts * MANY_CHANNELS, 4 * axis.len >= parts, !inner, !channels, axis.len)
+        let size = (axis.strides[2], axis.len); // samples first
+        (channels && axis.len >= parts * MANY_CHANNELS, 4 * axis.len >= parts, !inner, !channels, size)
     };
     (0..nest.axes.len()).max_by_key(worth).unwrap_or(0)
 }
@@ -99,14 +127,14 @@ fn axis_to_cut(nest: &Nest<2>, parts: usize) -> usize {
 fn fold_tiles<T: Element>(tiles: Vec<Tile<T>>, totals: &mut [SumOf<T>]) -> Result<(), Error> {
     memory::check(tiles.iter().map(|tile| tile.channels().len()).sum::<usize>() + totals.len(), OF_SUM)?;
     let bytes = tiles.iter().map(|tile| tile.nest.len() * size_of::<T>()).sum();
-    let sums = parallel::map(tiles, bytes, |tile| (tile.sample, tile.channels().start, tile.sums()))?;
-    for sample in sums.chunk_by(|a, b| a.0 == b.0) {
-        if let [(_, start, only)] = sample {
+    let sums = parallel::map(tiles, bytes, |tile| (tile.group, tile.channels().start, tile.sums()))?;
+    for group in sums.chunk_by(|a, b| a.0 == b.0) {
+        if let [(_, start, only)] = group {
             merge(&mut totals[*start..], only);
             continue;
         }
         let mut sum = vec![SumOf::<T>::default(); totals.len()];
-        for (_, start, tile) in sample {
+        for (_, start, tile) in group {
             merge(&mut sum[*start..], tile);
         }
         merge(totals, &sum);
@@ -142,22 +170,14 @@ impl<T: Element> Tile<'_, T> {
     fn sums(&self) -> Vec<SumOf<T>> {
         match *self.nest.axes.as_slice() {
             [.., inner] if inner.strides[1] != 0 => self.row_sums(self.nest.axes.len() - 1, 1),
-            [.., outer, inner] if self.is_worth_lanes(outer, inner) => {
-                self.row_sums(self.nest.axes.len() - 2, inner.len)
-            }
+            [.., inner] if is_worth_lanes(&self.nest) => self.row_sums(self.nest.axes.len() - 2, inner.len),
             _ => self.run_sums(),
         }
     }
 
-    /// Whether channels of short contiguous runs follow each other, in many rows.
-    fn is_worth_lanes(&self, channels: Axis<2>, run: Axis<2>) -> bool {
-        let contiguous = run.strides[0] == 1 && channels.strides[0] == run.len as isize && channels.strides[1] != 0;
-        contiguous && run.len < LONG_RUN && self.nest.len() >= MANY_ROWS * run.len * channels.len
-    }
-
     /// The axes from `depth` on are rows of lanes, `group` next to each other for each channel.
     fn row_sums(&self, depth: usize, group: usize) -> Vec<SumOf<T>> {
-        let Tile { elements, nest, .. } = self;
+        let Tile { samples, nest, .. } = self;
         let width: usize = nest.axes[depth..].iter().map(|axis| axis.len).product();
         let inner = nest.axes[nest.axes.len() - 1];
         let columns = (COLUMNS / group).max(1) * group;
@@ -170,8 +190,8 @@ impl<T: Element> Tile<'_, T> {
         } else {
             let mut block = Block::<T>::new(width, width);
             let mut row = Vec::with_capacity(width);
-            nest.walk(depth, |[x, _]| {
-                block.add_rows(0, &[elements.gathered(x, inner.len, inner.strides[0], &mut row)])
+            nest.walk(depth, |[x, _, k]| {
+                block.add_rows(0, &[samples[k as usize].elements.gathered(x, inner.len, inner.strides[0], &mut row)])
             });
             block.finish(width)
         };
@@ -186,7 +206,7 @@ impl<T: Element> Tile<'_, T> {
         let rows = self.nest.axes[depth].len;
         let fold = if group == 1 { virtual_rows(width, rows) } else { 1 };
         let mut block = Block::<T>::new(width * fold, width * fold / group);
-        self.nest.walk(depth, |[x, _]| block.add_slab(self.elements.run(x, width * rows)));
+        self.nest.walk(depth, |[x, _, k]| block.add_slab(self.samples[k as usize].elements.run(x, width * rows)));
         block.finish(width / group)
     }
 
@@ -194,8 +214,8 @@ impl<T: Element> Tile<'_, T> {
     fn stretch_sums(&self, depth: usize, start: usize, len: usize, group: usize) -> Vec<SumOf<T>> {
         let mut block = Block::<T>::new(len, len / group);
         let mut rows = Vec::with_capacity(GATHERED);
-        self.nest.walk(depth, |[x, _]| {
-            rows.push(self.elements.run(x + start as isize, len));
+        self.nest.walk(depth, |[x, _, k]| {
+            rows.push(self.samples[k as usize].elements.run(x + start as isize, len));
             if rows.len() == GATHERED {
                 block.add_rows(0, &rows);
                 rows.clear();
@@ -205,17 +225,26 @@ impl<T: Element> Tile<'_, T> {
         block.finish(len / group)
     }
 
-    /// The innermost axis is summed over: runs of one channel.
+    /// The innermost axis is summed over: runs of one channel. Those along the next axis are taken together.
     fn run_sums(&self) -> Vec<SumOf<T>> {
-        let Tile { elements, nest, .. } = self;
+        let Tile { samples, nest, .. } = self;
         let channels = self.channels();
         let mut sums: Vec<SumOf<T>> = vec![Default::default(); channels.len()];
+        let last = nest.axes.len() - 1;
+        let inner = nest.axes[last];
+        let together = last > 0 && inner.strides[0] == 1 && nest.axes[last - 1].strides[2] == 0;
+        let (depth, outer) =
+            if together { (last - 1, nest.axes[last - 1]) } else { (last, Axis { len: 1, strides: [0; 3] }) };
+        let (len, stride) = (inner.len, outer.strides[0] as usize);
+        let mut totals: Vec<TotalOf<T>> = vec![Default::default(); outer.len];
         let mut buffer = Vec::new();
-        let depth = nest.axes.len() - 1;
-        let inner = nest.axes[depth];
-        nest.walk(depth, |[x, channel]| {
-            let run = elements.gathered(x, inner.len, inner.strides[0], &mut buffer);
-            sums[channel as usize - channels.start].merge(sum_of_run(run));
+        nest.walk(depth, |[x, channel, k]| {
+            let elements =
+                samples[k as usize].elements.gathered(x, (outer.len - 1) * stride + len, inner.strides[0], &mut buffer);
+            run_totals(&Runs { elements, len, stride }, &mut totals);
+            for (k, total) in totals.iter().enumerate() {
+                sums[(channel + k as isize * outer.strides[1]) as usize - channels.start].merge(total.sum());
+            }
         });
         sums
     }

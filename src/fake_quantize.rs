@@ -8,6 +8,8 @@
 //! `inner` is the number of elements per step of the channel axis. All arithmetic is f64, rounded to the output type once;
 //! `round` is half to even. Each element is read once and written once.
 
+use std::ops::Sub;
+
 use crate::error::Error;
 use crate::memory;
 use crate::parallel;
@@ -15,7 +17,7 @@ use crate::sealed::Sealed;
 use crate::simd::{Tier, tiered};
 
 /// A real number type that kernels take: f32 or f64.
-pub trait Real: Sealed + Copy + Default + Send + Sync + 'static {
+pub trait Real: Sealed + Copy + Default + Send + Sync + Sub<Output = Self> + 'static {
     /// Exact.
     fn widen(self) -> f64;
     /// Rounded to nearest.

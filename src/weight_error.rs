@@ -6,8 +6,9 @@
 //!
 //! `W` in any axis order and stride, f32 or f64; the mean f64 of shape (G*I,) or (*K, G*I). `Wq` is given, in any strides of its
 //! own, or is computed a cache-sized slab at a time from the grid of a quantizer: with the same bits as if it had been given.
-//! Differences, products and sums are f64, in an order given by shape and strides of `W` alone. `W` and a given `Wq` are read
-//! once, in the memory order of `W`.
+//! Differences have the type of `W`: between half and twice `W` they are exact (Sterbenz), as they are wherever rounding to a grid
+//! leaves `Wq`; elsewhere they are rounded once. Products and sums are f64, in an order given by shape and strides of `W` alone.
+//! `W` and a given `Wq` are read once, in the memory order of `W`.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -234,7 +235,7 @@ fn dots_together<T: Real, const R: usize>(rows: [(&[T], &[T]); R], mean: &[f64])
 #[inline(always)]
 fn add_errors_of<T: Real>(w: &[T; LANES], q: &[T; LANES], mean: &[f64; LANES], lanes: &mut [f64; LANES]) {
     for k in 0..LANES {
-        lanes[k] += (w[k].widen() - q[k].widen()) * mean[k];
+        lanes[k] += (w[k] - q[k]).widen() * mean[k];
     }
 }
 
@@ -243,7 +244,7 @@ fn add_errors_of<T: Real>(w: &[T; LANES], q: &[T; LANES], mean: &[f64; LANES], l
 fn finished<T: Real>((w, q): (&[T], &[T]), mean: &[f64], mut lanes: [f64; LANES]) -> f64 {
     let start = mean.len() / LANES * LANES;
     for (k, lane) in lanes.iter_mut().enumerate().take(mean.len() - start) {
-        *lane += (w[start + k].widen() - q[start + k].widen()) * mean[start + k];
+        *lane += (w[start + k] - q[start + k]).widen() * mean[start + k];
     }
     for half in [4, 2, 1] {
         for k in 0..half {
@@ -277,7 +278,7 @@ fn add_rows_together<T: Real, const R: usize>(rows: [(&[T], &[T]); R], means: &[
     for k in 0..len {
         let mut sum = shift[k];
         for r in 0..R {
-            sum += (w[r][k].widen() - q[r][k].widen()) * means[r];
+            sum += (w[r][k] - q[r][k]).widen() * means[r];
         }
         shift[k] = sum;
     }
@@ -295,14 +296,14 @@ fn add_narrow_rows<T: Real>(slab: &Slab<T>, means: &[f64], shift: &mut [f64]) {
             for ((w, q), mean) in w.chunks_exact(len).zip(q.chunks_exact(len)).zip(means) {
                 let (w, q) = (&w.as_chunks::<STRIPE>().0[k], &q.as_chunks::<STRIPE>().0[k]);
                 for j in 0..STRIPE {
-                    sums[j] += (w[j].widen() - q[j].widen()) * mean;
+                    sums[j] += (w[j] - q[j]).widen() * mean;
                 }
             }
             *stripe = sums;
         }
         for ((w, q), mean) in w.chunks_exact(len).zip(q.chunks_exact(len)).zip(means) {
             for ((shift, w), q) in rest.iter_mut().zip(&w[start..]).zip(&q[start..]) {
-                *shift += (w.widen() - q.widen()) * mean;
+                *shift += (*w - *q).widen() * mean;
             }
         }
     }
@@ -312,7 +313,7 @@ fn add_narrow_rows<T: Real>(slab: &Slab<T>, means: &[f64], shift: &mut [f64]) {
 #[inline(always)]
 fn add_products_body<T: Real>(_: Tier, w: &[T], q: &[T], mean: &[f64], shift: &mut [f64]) {
     for (((shift, w), q), mean) in shift.iter_mut().zip(w).zip(q).zip(mean) {
-        *shift += (w.widen() - q.widen()) * mean;
+        *shift += (*w - *q).widen() * mean;
     }
 }
 
@@ -576,7 +577,7 @@ impl<T: Real> Operands<'_, T> {
             [_, mean, step, _] => {
                 for (k, (w, q)) in w.iter().zip(q).enumerate() {
                     let at = |start: usize, stride: isize| (start as isize + k as isize * stride) as usize;
-                    shift[at(s, step)] += (w.widen() - q.widen()) * self.mean[at(m, mean)];
+                    shift[at(s, step)] += (*w - *q).widen() * self.mean[at(m, mean)];
                 }
             }
         }

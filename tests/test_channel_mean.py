@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrays import FLOATS, INTEGERS, LAYOUTS, SMALL_FLOATS, random_array
-from biascorr import ChannelMean, Quantization, prepare_input_mean, reference
-from comparisons import COMPARISONS
+from biascorr import ChannelMean, Quantization, _kernels, prepare_input_mean, reference
+from comparisons import COMPARISONS, totals
 
 CHANNELS = COMPARISONS["channel_sums"]
 SHAPES = [
@@ -140,6 +140,26 @@ def test_list_and_iterator_give_the_same_bits(dtype):
     assert prepare_input_mean(tuple(samples), None).tobytes() == expected
     assert streamed.mean().tobytes() == expected
     assert streamed.count == sum(sample.size // 13 for sample in samples)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int64", "float32"])
+@pytest.mark.parametrize("shape", [(7,), (49, 1), (1, 1, 49), (1, 5, 3, 3), (1, 40, 7, 7), (1, 9, 30, 30), (1, 700, 5, 5)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_list_of_samples_alike_is_one_array(dtype, shape, axis):
+    if axis == 1 and len(shape) == 1:
+        pytest.skip("has one axis")
+    values = random_array((300, *shape), dtype)
+    sums, count, _ = _kernels.channel_sums(list(values), axis, 0, None)
+    expected = CHANNELS.twin(values, axis % len(shape) + 1)
+    assert count == values.size // shape[axis]
+    if dtype == "float32":
+        np.testing.assert_allclose(totals(sums), expected, rtol=0, atol=1e-13 * np.abs(values, dtype=np.float64).sum())
+        streamed = ChannelMean(channel_axis=axis)
+        for sample in values:
+            streamed.update(sample)
+        assert streamed.mean().tobytes() == _kernels.channel_mean(list(values), axis, 1.0, 0.0).tobytes()
+    else:
+        assert totals(sums).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", INTEGERS + FLOATS)

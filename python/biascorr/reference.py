@@ -308,6 +308,8 @@ def weight_error(
 ) -> NDArray[np.float64]:
     """shift[g*O+o] = sum over s, i of (W - Wq)[s,i,g,o] * mean[(s,) g*I+i], in float64.
 
+    The difference of float32 weights is float32, which is exact near equality: between half and twice the weight.
+
     Parameters
     ----------
     weights, fake_quantized_weights : array_like
@@ -323,7 +325,10 @@ def weight_error(
     -------
     ndarray, (G*O,), float64
     """
-    error = np.subtract(weights, fake_quantized_weights, dtype=np.float64)
+    single = all(getattr(each, "dtype", None) == np.float32 for each in (weights, fake_quantized_weights))
+    error = np.subtract(weights, fake_quantized_weights, dtype=np.float32 if single else np.float64).astype(
+        np.float64, copy=False
+    )
     layout = layout.translate(_CANONICAL)
     if "G" not in layout:
         axis = 0 if layout[0] == "I" else layout.index("O")
