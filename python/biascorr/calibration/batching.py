@@ -55,7 +55,7 @@ Batchings: TypeAlias = Callable[[Feeds], Batching]
 
 
 def _rows(array: Any, axis: int | None, rows: Any) -> Any:
-    if axis is None:
+    if axis is None or array.ndim <= axis:
         return array
     return array[rows] if axis == 0 else np.ascontiguousarray(array[(np.s_[:],) * axis + (rows,)])
 

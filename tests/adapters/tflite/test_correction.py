@@ -9,6 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 import biascorr
 from biascorr import QuantParams, correct
 from biascorr.adapters.tflite.network import TfliteNetwork
+from biascorr.correction.scoring import OutputErrors
 from biascorr.graph.network import Edits
 from biascorr.graph.reasons import ReasonCode
 from tflite_fixtures import images, path_of
@@ -29,13 +30,12 @@ def loaded(content):
 
 
 def sqnr(reference, content, samples):
-    """As LiteRT runs them, in dB, the mean over the outputs."""
-    expected, found = litert(reference, samples), litert(content, samples)
-    return float(np.mean([ratio(energy(expected[name]), energy(found[name] - expected[name])) for name in expected]))
-
-
-def ratio(signal, noise):
-    return 300.0 if noise == 0 else -300.0 if signal == 0 else 10 * np.log10(signal / noise)
+    """As LiteRT runs them, in dB, the mean over samples and outputs."""
+    expected, found, errors = litert(reference, samples), litert(content, samples), OutputErrors()
+    for name, values in expected.items():
+        for k in range(len(values)):
+            errors.add(name, [values[k : k + 1]], [found[name][k : k + 1]])
+    return errors.score.sqnr
 
 
 def energy(values):
@@ -70,9 +70,9 @@ def assert_only_biases_differ(given, returned):
 @pytest.mark.parametrize("name", EACH[::4])
 def test_auto_is_not_worse_in_litert(name):
     samples, reference, content = samples_of(name, 8), float_of(name), content_of(name)
-    correction = correct(reference, samples, quantized=content, threads=1)
-    assert isinstance(correction.model, bytes)
     scored = held_out(samples)
+    correction = correct(reference, samples, validation=scored, quantized=content, threads=1)
+    assert isinstance(correction.model, bytes)
     before, after = (sqnr(reference, each, scored) for each in (content, correction.model))
     assert after >= before - 1e-9
     assert (correction.model == content) == (correction.method == "none")
