@@ -103,7 +103,7 @@ def test_a_shift_of_the_weights_is_found(network):
     broken = broken.with_shifts({layer.name: rng.normal(0, 0.1, layer.channels) for layer in broken.layers[1:]}).model
     samples = samples_of(f"fixture:{network}_int8", 24, seed=5)
     before, wrong = (sqnr(reference, each, held_out(samples)) for each in (content, broken))
-    correction = correct(reference, samples, quantized=broken, threads=1)
+    correction = correct(reference, samples, validation=held_out(samples), quantized=broken, threads=1)
     found = sqnr(reference, correction.model, held_out(samples))
     assert correction.method != "none"
     assert found > wrong + 3
@@ -229,13 +229,14 @@ def test_a_float_file_alone(name):
 
 def test_inputs_of_layers_are_moved_to_grids():
     name = "residual"
-    content, samples = content_of(name), samples_of(name, 8)
+    content, samples = content_of(name), samples_of(name, 64)
     scores = {}
     for bits in (None, 16, 8, 4, 2):
         correction = correct(content, samples, quant_params=QuantParams("tf", activation_bits=bits), method="mean", threads=1)
         scores[bits] = correction.scores["none"].sqnr
         assert_only_biases_differ(content, correction.model)  # whose inputs have no grids
-    assert scores[None] >= scores[16] - 0.1 > scores[8] > scores[4] > scores[2]
+    assert scores[None] >= scores[16] - 0.1
+    assert scores[16] > scores[8] > scores[4] > scores[2]
 
 
 @pytest.mark.parametrize("name", FLOATS)
