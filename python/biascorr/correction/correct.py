@@ -174,11 +174,11 @@ def correct(
         The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
         None: the float model is quantized in simulation, and the float model with corrected biases is returned.
     method : str
-        "auto": a quarter of the samples is held out, 8 at least where there are 16, chosen at random. The methods below but
-        "hybrid", some also with other strengths, correct with the other samples, and the model whose outputs for the held-out
-        samples are nearest to the float model's is returned. The uncorrected model is among them, so the result is never worse
-        there, neither in exact arithmetic nor as its own runtime runs it. With fewer than four samples, all are corrected with
-        and all are scored.
+        "auto": a quarter of the samples is held out, 8 at least where there are 16, chosen at random. Several of the methods
+        below, one at half strength too, correct with the other samples. The most cautious one that the best is not surely
+        better than is taken, where its own gain over the uncorrected model is sure on the held-out samples, in exact arithmetic
+        and as its own runtime runs it; it is then fitted again to all samples. Else the model is returned as it was. With fewer
+        than four samples, all are corrected with and all are scored.
 
         By name, from all samples:
 
@@ -311,10 +311,8 @@ def correct(
         expected = FloatOutputs(reference, samples, threads, user_metric)
         options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
-            equalization, attempts = (
-                None,
-                iter([_Attempt(given, pair.matches, _builder(options, reference, given, pair.matches))]),
-            )
+            equalization, builder = None, _builder(options, reference, given, pair.matches)
+            attempts: Iterable[_Attempt] = [_Attempt(given, pair.matches, builder)]
         else:
             equalization, attempts = _simulated_attempts(options, reference, params, equalize)
         candidates, best, chosen = _chosen(options, attempts)
@@ -506,7 +504,10 @@ def _refitted(options: _Options, best: Candidate, before: Candidate, chosen: _At
     if is_safe(refitted, best, before):
         return refitted, []
     label, without = best.choice.label, best.score
-    return best, [f"not fitted to the held-out samples too: {label} has {without} without, {refitted.score} with them"]
+    return best, [
+        f"not fitted again to all samples, which was not surely as good: {label} has {without} without the held-out ones, "
+        f"{refitted.score} with them"
+    ]
 
 
 def _check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
