@@ -75,6 +75,7 @@ def test_what_preprocessing_layers_have_learned_is_kept(around: bool):
     assert_close(run(made, rows), run(model, rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning")
 def test_a_vocabulary_is_kept():
     lookup = layers.IntegerLookup(output_mode="multi_hot")
     lookup.adapt(np.array([[5], [9], [11]]))

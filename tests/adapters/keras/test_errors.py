@@ -204,7 +204,7 @@ def test_a_model_whose_weights_somebody_rounded(make):
     model = make()
     quantized = rounded(model)
     before = [state_of(each) for each in (model, quantized)]
-    correction = correct(model, X, quantized=quantized)
+    correction = correct(model, X, validation=X, quantized=quantized)
     assert not correction.is_simulated
     assert correction.method != "none"
     names = [report.name for report in correction.report if report.method]
