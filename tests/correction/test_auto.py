@@ -252,17 +252,6 @@ def test_the_winner_is_fitted_again_to_all_samples():
     assert not np.array_equal(constants_of(alone.model)["b1"], constants_of(correction.model)["b1"])
 
 
-def test_a_winner_that_held_out_samples_make_worse_is_not_fitted_to_them():
-    """They are unlike the others: what is right for all together is not for them."""
-    x = samples(40, 7)
-    x[judges(40)] /= 100
-    model = gemm("float[N,5] t", "")
-    correction = correct(model, x, quant_params=PARAMS)
-    alone = correct(model, fitted(x), validation=held_back(x), quant_params=PARAMS)
-    assert correction.method == alone.method
-    assert not correction.is_refitted or correction.method == "none"
-
-
 def test_batches_are_split_by_samples():
     model, x = two_layers(), samples(40, 3, 6, 6)
     one, other = (correct(model, data, quant_params=PARAMS) for data in (x, [x[:3], x[3:20], x[20:]]))

@@ -363,7 +363,7 @@ def _print_correction(result: Correction, output: Path) -> None:
     equalized = "" if result.equalization is None else is_equalized
     layers = f"{corrected} of {len(result.report)} layers corrected"
     kind = "; a float model: quantize it now" if result.is_simulated else ""
-    if result.choice.method == "none" and len(result.scores) > 1:
+    if result.choice.method == "none" and len(result.scores) > 1 and len(result.deployed) < 2:
         print("no candidate is surely better than the uncorrected model, in SQNR, noise and divergence, or by the metric")
     if result.is_refitted:
         print(f"{result.choice.label} was chosen on held-out samples, then fitted to all samples")

@@ -320,7 +320,7 @@ class CandidateBuilder:
         return candidate
 
     def _reference_measurements(self) -> dict[str, Measured]:
-        """Measurements of the float layer that each layer was, by the name of the latter; measured at the first call."""
+        """Measurements of the float layer that each layer was, by the name of the latter; measured when first needed."""
         missing = self._batches[self._reference_batches :]
         if missing:
             found, known = self._measure_reference(missing), self._reference_measured

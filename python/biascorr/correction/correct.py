@@ -117,10 +117,11 @@ class Correction:
 
     @property
     def left(self) -> Reason | None:
-        """Why nothing was corrected: the reason that most layers have; None where a layer was."""
+        """Why nothing was corrected: nothing was better, or else the reason that most layers have; None where a layer was."""
         reasons = [reason for layer in self.report for reason in layer.reasons]
-        is_any_corrected = any(layer.method is not None for layer in self.report)
-        return None if is_any_corrected or not reasons else max(reasons, key=reasons.count)
+        if not reasons or any(layer.method is not None for layer in self.report):
+            return None
+        return ReasonCode.NOT_BETTER() if ReasonCode.NOT_BETTER() in reasons else max(reasons, key=reasons.count)
 
     @property
     def model(self) -> Any:
