@@ -11,8 +11,9 @@ import pytest
 
 import biascorr
 from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
-from biascorr.correction.correct import Correction, correct
+from biascorr.correction.correct import correct
 from biascorr.correction.quant_params import QuantParams
+from biascorr.correction.result import Correction
 from biascorr.graph.batch_norms import ConvBnInfoType
 from biascorr.graph.operations import ActivationType
 from biascorr.graph.reasons import LayerReport

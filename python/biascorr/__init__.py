@@ -32,8 +32,9 @@ from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
     from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
-    from biascorr.correction.correct import Correction, correct
+    from biascorr.correction.correct import correct
     from biascorr.correction.quant_params import QuantParams
+    from biascorr.correction.result import Correction
     from biascorr.equalization.classic import (
         ClsSetInfo,
         ClsSetLayerPairInfo,
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
         fold_all_batch_norms,
         fold_given_batch_norms,
     )
-    from biascorr.equalization.equalize import Equalization, equalize
+    from biascorr.equalization.equalize import equalize
+    from biascorr.equalization.result import Equalization
     from biascorr.graph.batch_norms import ConvBnInfoType
     from biascorr.graph.operations import ActivationType
     from biascorr.graph.reasons import LayerReport
@@ -91,9 +93,9 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "ClsSetInfo": "biascorr.equalization.classic",
         "ClsSetLayerPairInfo": "biascorr.equalization.classic",
         "ConvBnInfoType": "biascorr.graph.batch_norms",
-        "Correction": "biascorr.correction.correct",
+        "Correction": "biascorr.correction.result",
         "CrossLayerScaling": "biascorr.equalization.classic",
-        "Equalization": "biascorr.equalization.equalize",
+        "Equalization": "biascorr.equalization.result",
         "HighBiasFold": "biascorr.equalization.classic",
         "LayerReport": "biascorr.graph.reasons",
         "QuantParams": "biascorr.correction.quant_params",

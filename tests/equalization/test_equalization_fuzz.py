@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from biascorr import equalize, fold_all_batch_norms
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.equalization.equalize import Equalization
+from biascorr.equalization.result import Equalization
 from networks import Array, assert_same_function, magnitudes, run
 from random_graphs import OPSETS, PROFILE, Builder, Draw
 

@@ -30,11 +30,11 @@ from biascorr.calibration.data import Progress
 from biascorr.calibration.storage import TemporaryFolder, bytes_from_text
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction import correct as correction
-from biascorr.correction.correct import Correction
 from biascorr.correction.metrics import metric_from_name
 from biascorr.correction.quant_params import QuantParams
+from biascorr.correction.result import Correction
 from biascorr.equalization import equalize as equalization
-from biascorr.equalization.equalize import Equalization
+from biascorr.equalization.result import Equalization
 from biascorr.graph.layer import without_later_calls
 from biascorr.graph.reasons import ReasonCode
 from biascorr.report.terminal import (

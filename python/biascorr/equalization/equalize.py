@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,13 @@ from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
-from biascorr.equalization.folding import Fold, fold_batch_norms
-from biascorr.equalization.high_bias import HighBias, fold_high_biases
-from biascorr.equalization.scaling import ScaledChain, check_iterations, scale
+from biascorr.equalization.folding import fold_batch_norms
+from biascorr.equalization.high_bias import fold_high_biases
+from biascorr.equalization.result import Equalization, OutputChange
+from biascorr.equalization.scaling import check_iterations, scale
 from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits, require_float
 from biascorr.graph.operations import Activation, ActivationType
-from biascorr.graph.reasons import Reason, ReasonCode, text_of
+from biascorr.graph.reasons import ReasonCode
 
 _ROUNDING = 1e-4
 """Relative change of an output that rounding to float32 explains."""
@@ -37,84 +36,6 @@ _ROUNDINGS = 8
 
 
 EQUALIZE_FIRST = "equalize the float model, then quantize it"
-
-
-@dataclass(frozen=True)
-class OutputChange:
-    """How far the outputs of a float network have moved.
-
-    Parameters
-    ----------
-    absolute : float
-        The largest change of any value; nan where a value that was finite is not any more.
-    relative : float
-        The largest change of any output as a part of the largest magnitude in it.
-    """
-
-    absolute: float = 0.0
-    relative: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.absolute:.3g} ({self.relative:.1e} of the largest)"
-
-
-@dataclass(frozen=True, eq=False)
-class Equalization:
-    """An equalized float model and what was done to it.
-
-    Parameters
-    ----------
-    network : EditableNetwork
-        The equalized network.
-    folds : sequence of Fold
-        The batch normalizations that became part of layers.
-    replaced : sequence of str
-        The ReLU6 activations that became ReLU, by name.
-    chains : sequence of ScaledChain
-        The layers whose channels were scaled, and by how much.
-    high_biases : sequence of HighBias
-        The high biases that moved to the next layers.
-    reasons : mapping from str to tuple of Reason
-        Layers and batch normalizations that are as they were, by name, and why.
-    changes : mapping from str to OutputChange
-        After each step, how far the float outputs have moved from those of the given model, over all of the data; empty without
-        data.
-    """
-
-    network: EditableNetwork
-    folds: Sequence[Fold]
-    replaced: Sequence[str]
-    chains: Sequence[ScaledChain]
-    high_biases: Sequence[HighBias]
-    reasons: Mapping[str, tuple[Reason, ...]]
-    changes: Mapping[str, OutputChange]
-
-    @property
-    def model(self) -> Any:
-        """The equalized model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model
-
-    @property
-    def left(self) -> dict[str, str]:
-        """The reasons as text, by the names of layers and batch normalizations."""
-        return {name: text_of(reasons) for name, reasons in self.reasons.items()}
-
-    @property
-    def is_anything_done(self) -> bool:
-        """Whether the equalized model differs from the given one."""
-        return any((self.folds, self.replaced, self.chains, self.high_biases))
-
-    @property
-    def change(self) -> OutputChange | None:
-        """How far the float outputs have moved in all; None without data, and where nothing was done."""
-        return list(self.changes.values())[-1] if self.changes else None
-
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes the equalized model, whole or not at all.
-
-        Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
-        """
-        self.network.save(path, force=force)
 
 
 def equalize(

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from biascorr.correction.scoring import NOT_SCORED, Score
-from biascorr.equalization.equalize import OutputChange
 from biascorr.equalization.high_bias import HighBias
+from biascorr.equalization.result import OutputChange
 from biascorr.equalization.scaling import ScaledChain
 from biascorr.graph.reasons import LayerReport, Reason
 

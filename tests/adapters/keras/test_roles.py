@@ -10,7 +10,7 @@ from keras import layers, ops
 
 from biascorr import equalize, fold_all_batch_norms
 from biascorr.adapters.keras.network import KerasNetwork
-from biascorr.equalization.equalize import Equalization
+from biascorr.equalization.result import Equalization
 from keras_networks import Array, assert_close, fill, of_keras, run
 from networks import samples
 
