@@ -13,12 +13,12 @@ ARRAYS = "array interface"
 BELOW = {
     ARRAYS: set(),
     "graph": {ARRAYS},
+    "report": {"graph", ARRAYS},
     "adapters": {"graph", ARRAYS},
     "calibration": {"graph", ARRAYS},
     "sweep": {"calibration", "graph", ARRAYS},
-    "equalization": {"adapters", "calibration", "graph", ARRAYS},
-    "correction": {"adapters", "calibration", "equalization", "graph", "sweep", ARRAYS},
-    "report": {"calibration", "correction", "equalization", "graph", ARRAYS},
+    "equalization": {"adapters", "calibration", "graph", "report", ARRAYS},
+    "correction": {"adapters", "calibration", "equalization", "graph", "report", "sweep", ARRAYS},
     "cli": {"adapters", "calibration", "correction", "equalization", "graph", "report", ARRAYS},
 }
 """What each folder may import besides itself, lowest first."""
@@ -27,7 +27,7 @@ EXTRAS = {
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
-    "report": {"rich"},
+    "report": {"rich", "jinja2", "matplotlib", "pandas"},
     "cli": {"typer", "rich"},
 }
 """What each folder may import of what an extra brings."""

@@ -37,8 +37,8 @@ from biascorr.equalization import equalize as equalization
 from biascorr.equalization.result import Equalization
 from biascorr.graph.layer import without_later_calls
 from biascorr.graph.reasons import ReasonCode
+from biascorr.report.lines import printable
 from biascorr.report.terminal import (
-    printable,
     table_from_chains,
     table_from_changes,
     table_from_left,

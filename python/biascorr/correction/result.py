@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from biascorr import __version__
 from biascorr.correction.candidates import Choice
 from biascorr.correction.scoring import Gain, Score
 from biascorr.equalization.result import Equalization
-from biascorr.graph.network import BiasNetwork
+from biascorr.graph.network import BiasNetwork, versions_of
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
+from biascorr.report.records import Record, layer_record, plain
+from biascorr.report.reported import Reported
 
 
-@dataclass(frozen=True, eq=False)
-class Correction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Correction(Reported):
     """A corrected model and its report.
 
     Parameters
@@ -45,6 +48,18 @@ class Correction:
         Empty where quantization is simulated, or nothing could be scored.
     is_refitted : bool
         Whether the corrected model was fitted again, to the held-out samples too, after it had been chosen by them.
+    scored_samples : int
+        How many were scored.
+    is_held_out : bool
+        Whether these are others than those that candidates were fitted to, when they were chosen.
+    data_digest : str or None
+        SHA-256 of the samples as they were read, validation data among them; None without data.
+    seconds : float or None
+        The time that all of it took.
+    files : mapping from str to str, or None
+        The paths that were given, by the names of the parameters; None where none was.
+    command : str or None
+        The command that does the same again; None where it was none.
     """
 
     network: BiasNetwork
@@ -58,6 +73,12 @@ class Correction:
     is_simulated: bool = False
     deployed: Mapping[str, Score] = field(default_factory=dict)
     is_refitted: bool = False
+    scored_samples: int = 0
+    is_held_out: bool = False
+    data_digest: str | None = None
+    seconds: float | None = None
+    files: Mapping[str, str] | None = None
+    command: str | None = None
 
     @property
     def method(self) -> str:
@@ -85,9 +106,51 @@ class Correction:
         """The corrected model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
         return self.network.model
 
+    def to_dict(self) -> Record:
+        return {
+            "kind": "correction",
+            "biascorr": __version__,
+            "method": self.method,
+            "samples": self.samples,
+            "batches": self.batches,
+            "scored_samples": self.scored_samples,
+            "is_held_out": self.is_held_out,
+            "is_simulated": self.is_simulated,
+            "is_refitted": self.is_refitted,
+            "seconds": plain(self.seconds),
+            "scores": self._score_records(self.scores),
+            "deployed": self._score_records(self.deployed),
+            "layers": list(map(layer_record, self.report)),
+            "notes": list(self.notes),
+            "equalization": None if self.equalization is None else self.equalization.to_dict(),
+            "data_digest": self.data_digest,
+            "versions": dict(versions_of(self.network)),
+            "files": None if self.files is None else dict(self.files),
+            "command": self.command,
+        }
+
+    def _score_records(self, scores: Mapping[str, Score]) -> list[Record]:
+        before = next(iter(scores.values()), None)
+        return [
+            {
+                "candidate": name,
+                "sqnr": plain(score.sqnr),
+                "divergence": plain(score.divergence),
+                "metric": plain(score.metric),
+                "sqnr_of_samples": plain(score.sqnrs),
+                "gains": {} if before is None or score is before else _gain_records(score.gains_over(before)),
+                "is_taken": name == self.method,
+            }
+            for name, score in scores.items()
+        ]
+
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes the corrected model, whole or not at all.
 
         Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
         """
         self.network.save(path, force=force)
+
+
+def _gain_records(gains: Mapping[str, Gain]) -> Record:
+    return {measure: {"mean": plain(gain.mean), "error": plain(gain.error)} for measure, gain in gains.items()}

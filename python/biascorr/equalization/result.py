@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
+from biascorr import __version__
 from biascorr.equalization.folding import Fold
 from biascorr.equalization.high_bias import HighBias
 from biascorr.equalization.scaling import ScaledChain
-from biascorr.graph.network import EditableNetwork
+from biascorr.graph.layer import without_later_calls
+from biascorr.graph.network import EditableNetwork, versions_of
 from biascorr.graph.reasons import Reason, text_of
+from biascorr.report.records import Record, plain, reason_record
+from biascorr.report.reported import Reported
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class OutputChange:
         return f"{self.absolute:.3g} ({self.relative:.1e} of the largest)"
 
 
-@dataclass(frozen=True, eq=False)
-class Equalization:
+@dataclass(frozen=True, eq=False, repr=False)
+class Equalization(Reported):
     """An equalized float model and what was done to it.
 
     Parameters
@@ -54,6 +61,12 @@ class Equalization:
     changes : mapping from str to OutputChange
         After each step, how far the float outputs have moved from those of the given model, over all of the data; empty without
         data.
+    seconds : float or None
+        The time that all of it took.
+    files : mapping from str to str, or None
+        The paths that were given, by the names of the parameters; None where none was.
+    command : str or None
+        The command that does the same again; None where it was none.
     """
 
     network: EditableNetwork
@@ -63,6 +76,9 @@ class Equalization:
     high_biases: Sequence[HighBias]
     reasons: Mapping[str, tuple[Reason, ...]]
     changes: Mapping[str, OutputChange]
+    seconds: float | None = None
+    files: Mapping[str, str] | None = None
+    command: str | None = None
 
     @property
     def model(self) -> Any:
@@ -84,9 +100,41 @@ class Equalization:
         """How far the float outputs have moved in all; None without data, and where nothing was done."""
         return list(self.changes.values())[-1] if self.changes else None
 
+    def to_dict(self) -> Record:
+        return {
+            "kind": "equalization",
+            "biascorr": __version__,
+            "layer_count": len(without_later_calls(self.network.layers)),
+            "folds": [{"batch_norm": each.batch_norm, "layer": each.layer} for each in self.folds],
+            "replaced": list(self.replaced),
+            "chains": list(map(_chain_record, self.chains)),
+            "high_biases": [
+                {"first": each.first, "second": each.second, "largest": plain(np.abs(each.folded).max())}
+                for each in self.high_biases
+            ],
+            "left": [{"name": name, "reasons": list(map(reason_record, each))} for name, each in self.reasons.items()],
+            "changes": [{"step": step, **plain(dataclasses.asdict(each))} for step, each in self.changes.items()],
+            "seconds": plain(self.seconds),
+            "versions": dict(versions_of(self.network)),
+            "files": None if self.files is None else dict(self.files),
+            "command": self.command,
+        }
+
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Writes the equalized model, whole or not at all.
 
         Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
         """
         self.network.save(path, force=force)
+
+
+def _chain_record(each: ScaledChain) -> Record:
+    factors = np.concatenate(each.factors)
+    return {
+        "layers": [layer.name for layer in each.chain.layers],
+        "bits": plain(each.bits),
+        "factors": {"min": plain(factors.min()), "max": plain(factors.max())},
+        "bounds": len(each.limits),
+        "silent": int(np.count_nonzero(each.silent)),
+        "ranges": [],
+    }

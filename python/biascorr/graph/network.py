@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -218,6 +219,12 @@ def keeps_batch_norms(network: Network) -> bool:
 def arithmetic_of(network: Network) -> str:
     """How the arithmetic of its own runtime may differ from that of :meth:`Network.part`; empty where that is not known."""
     return str(getattr(network, "arithmetic", ""))
+
+
+def versions_of(network: Network) -> Mapping[str, str]:
+    """The versions of Python, numpy and the packages that read and run it, by their names."""
+    packages = cast(Mapping[str, str], getattr(network, "versions", {}))
+    return {"python": platform.python_version(), "numpy": np.__version__, **packages}
 
 
 def input_ranges(network: Network) -> Mapping[str, tuple[float, float]]:

@@ -142,6 +142,8 @@ class LayerReport:
     sqnr_before, sqnr_after : float or None
         Signal to quantization noise ratio in dB of its output against that of the float layer, before and after the correction
         of all layers; None where that was not measured.
+    worst_channels : tuple of (int, float)
+        The channels with the largest shifts in magnitude, a few of them, and these shifts in real units.
     """
 
     name: str
@@ -153,6 +155,7 @@ class LayerReport:
     reasons: tuple[Reason, ...] = ()
     sqnr_before: float | None = None
     sqnr_after: float | None = None
+    worst_channels: tuple[tuple[int, float], ...] = ()
 
     @property
     def reason(self) -> str:

@@ -1,26 +1,39 @@
-"""Reports as tables for the terminal. Needs rich."""
+"""Records for the terminal. Needs rich."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biascorr.correction.scoring import NOT_SCORED, Score
-from biascorr.equalization.high_bias import HighBias
-from biascorr.equalization.result import OutputChange
-from biascorr.equalization.scaling import ScaledChain
 from biascorr.graph.reasons import LayerReport, Reason
+from biascorr.report.lines import elided, printable, two_lines
+from biascorr.report.records import Record, rows
 
 _SHOWN = 2
 """Names in a row for all that were left as they were for the same reason."""
 
 
-def printable(text: object) -> str:
-    """The text with escapes for what a terminal would not show but act on, and for what is no character at all."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+def render(record: Record, console: Console) -> None:
+    """Prints a record."""
+    first, second = two_lines(record)
+    found = rows(record)
+    columns = [key for key in (found[0] if found else ()) if key not in ("reasons", "note", "shift_after")]
+    table = Table(*columns)
+    for row in found:
+        cells = (row[key] for key in columns)
+        table.add_row(
+            *(_cell(f"{each:.3g}" if isinstance(each, float) else elided("" if each is None else each, 24)) for each in cells)
+        )
+    console.print(table)
+    for note in record.get("notes", ()):
+        console.print(_cell(f"note: {note}"))
+    console.print(Text(first))
+    console.print(Text(second))
 
 
 def _cell(text: object) -> Text:
@@ -46,7 +59,7 @@ def table_from_report(report: Sequence[LayerReport]) -> Table:
     return table
 
 
-def table_from_scores(scores: Mapping[str, Score], method: str, deployed: Mapping[str, Score]) -> Table:
+def table_from_scores(scores: Mapping[str, Any], method: str, deployed: Mapping[str, Any]) -> Table:
     """One row per candidate: how near its outputs are to the float ones, and what it gains over the uncorrected model, with the
     standard error of that; the row of `method`, which was taken, is marked.
 
@@ -55,11 +68,11 @@ def table_from_scores(scores: Mapping[str, Score], method: str, deployed: Mappin
     """
     table = Table(title="outputs against the float ones, mean over the samples", title_justify="left")
     table.add_column("candidate")
-    before = next(iter(scores.values()), NOT_SCORED)
-    columns: dict[str, Callable[[str, Score], str]] = {"SQNR, dB": lambda _, score: f"{score.sqnr:.2f}"}
+    before = next(iter(scores.values()), None)
+    columns: dict[str, Callable[[str, Any], str]] = {"SQNR, dB": lambda _, score: f"{score.sqnr:.2f}"}
     if any(score.divergence is not None for score in scores.values()):
         columns["KL, nats"] = lambda _, score: _number(score.divergence)
-    if before.metric is not None:
+    if before is not None and before.metric is not None:
         columns["metric"] = lambda _, score: _number(score.metric)
     columns["gain"] = lambda _, score: "" if score is before else str(next(iter(score.gains_over(before).values())))
     if deployed:
@@ -73,7 +86,7 @@ def table_from_scores(scores: Mapping[str, Score], method: str, deployed: Mappin
     return table
 
 
-def table_from_chains(chains: Sequence[ScaledChain], high_biases: Sequence[HighBias]) -> Table:
+def table_from_chains(chains: Sequence[Any], high_biases: Sequence[Any]) -> Table:
     """One row per chain of scaled layers: its factors, what it gained, what else had to change for it."""
     table = Table(title="layers scaled together", title_justify="left")
     table.add_column("layers", overflow="fold")
@@ -133,7 +146,7 @@ def _common_text(reasons: Sequence[Reason]) -> str:
     return reasons[0].code.value.format(**arguments)
 
 
-def table_from_changes(changes: Mapping[str, OutputChange]) -> Table:
+def table_from_changes(changes: Mapping[str, Any]) -> Table:
     """One row per step: how far the float outputs have moved after it."""
     table = Table(title="change of the float outputs", title_justify="left")
     table.add_column("after")

@@ -1,0 +1,118 @@
+"""Two lines that say what a record holds, for a prompt and for the top of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from biascorr.report.records import Record
+
+_ENOUGH = 60
+"""Characters of a name."""
+
+
+def printable(text: object) -> str:
+    """The text with escapes for what a terminal would not show but act on, and for what is no character at all."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def elided(text: object, width: int = _ENOUGH) -> str:
+    """The printable text, without its middle where it is longer than this.
+
+    Examples
+    --------
+    >>> elided("backbone/block/conv", 13)
+    'backbo…k/conv'
+    """
+    shown = printable(text)
+    half = (width - 1) // 2
+    return shown if len(shown) <= width else f"{shown[: width - 1 - half]}…{shown[len(shown) - half :]}"
+
+
+def two_lines(record: Record) -> tuple[str, str]:
+    """The result, and what it was made of."""
+    lines = {"correction": _correction, "equalization": _equalization, "comparison": _comparison, "inspection": _inspection}
+    return lines.get(record["kind"], _other)(record)
+
+
+def scores_of(record: Record) -> tuple[Mapping[str, float | None], Mapping[str, float | None]] | None:
+    """The scores of the uncorrected and of the returned model; None where nothing was scored."""
+    scores = record["scores"]
+    taken = next((each for each in scores if each["is_taken"]), None)
+    return None if taken is None else (scores[0], taken)
+
+
+def counted(count: int, noun: str) -> str:
+    """So many of them, in the plural but for one.
+
+    Examples
+    --------
+    >>> counted(1, "layer"), counted(2, "layer")
+    ('1 layer', '2 layers')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def change_of_scores(record: Record) -> str:
+    """The score of a correction before and after it, by the measure that decided: "25.97 -> 48.48 dB"."""
+    found = scores_of(record)
+    if found is None:
+        return "not scored"
+    before, after = found
+    name, unit = ("metric", "") if before["metric"] is not None else ("sqnr", " dB")
+    numbers = [each[name] for each in found]
+    if None in numbers:
+        return "not scored"
+    digits = ".4g" if name == "metric" else ".2f"
+    change = f"{before[name]:{digits}}" if before is after else f"{before[name]:{digits}} -> {after[name]:{digits}}"
+    return f"{'metric ' if name == 'metric' else ''}{change}{unit}"
+
+
+def _correction(record: Record) -> tuple[str, str]:
+    kind = "held-out sample" if record["is_held_out"] else "sample"
+    scored = f" on {counted(record['scored_samples'], kind)}" if record["scored_samples"] else ""
+    method = "uncorrected" if record["method"] == "none" else record["method"]
+    simulated = "simulated: " if record["is_simulated"] else ""
+    corrected = sum(layer["method"] is not None for layer in record["layers"])
+    seconds = "" if record["seconds"] is None else f", {record['seconds']:.1f} s"
+    return (
+        f"Correction: {simulated}{change_of_scores(record)}{scored}, {method}",
+        f"{corrected} of {counted(len(record['layers']), 'layer')} corrected, {counted(record['samples'], 'sample')} read"
+        f"{seconds}",
+    )
+
+
+def _equalization(record: Record) -> tuple[str, str]:
+    scaled = len({name for chain in record["chains"] for name in chain["layers"]})
+    changes = record["changes"]
+    change = "change of the float outputs not measured"
+    if changes:
+        change = f"the float outputs moved by {_number(changes[-1]['relative'])} of the largest"
+    return (
+        f"Equalization: {counted(len(record['folds']), 'batch normalization')} folded, {scaled} of "
+        f"{counted(record['layer_count'], 'layer')} scaled",
+        f"high biases of {counted(len(record['high_biases']), 'layer')} folded, {change}",
+    )
+
+
+def _comparison(record: Record) -> tuple[str, str]:
+    models = record["models"]
+    best = max((each for each in models if each.get("sqnr") is not None), key=lambda each: float(each["sqnr"]), default=None)
+    nearest = "not scored" if best is None else f"nearest: {elided(best['name'])}, {best['sqnr']:.2f} dB"
+    return f"Comparison: {counted(len(models), 'model')} with the float one", nearest
+
+
+def _inspection(record: Record) -> tuple[str, str]:
+    by = f", quantized by {printable(record['quantizer'])}" if record.get("quantizer") else ""
+    return (
+        f"Inspection: {printable(record.get('format', 'model'))}{by}",
+        f"{counted(len(record.get('layers', ())), 'layer')}, {counted(len(record.get('inputs', ())), 'input')}",
+    )
+
+
+def _other(record: Record) -> tuple[str, str]:
+    sizes = [counted(len(value), key.removesuffix("s")) for key, value in record.items() if isinstance(value, list)]
+    return str(record["kind"]).capitalize(), ", ".join(sizes) or "nothing"
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.1e}"

@@ -1,0 +1,83 @@
+"""What all results have in common: text, JSON, a data frame, a page, all made of their records."""
+
+from __future__ import annotations
+
+import io
+import json
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from biascorr.report.lines import two_lines
+from biascorr.report.records import Record, rows
+
+if TYPE_CHECKING:
+    import pandas
+
+_WIDTH = 80
+"""Columns of a summary."""
+
+
+class Reported:
+    """A result that tells what it is by its record."""
+
+    def to_dict(self) -> Record:
+        """The record of the result: dicts, lists, text, numbers, bool and None. Numbers that are not finite are None."""
+        raise NotImplementedError
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The record as JSON, by the letter of its standard: no NaN, ASCII alone.
+
+        Parameters
+        ----------
+        indent : int or None
+            Spaces of a level; None: all in one line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def __repr__(self) -> str:
+        return "\n".join(two_lines(self.to_dict()))
+
+    def summary(self) -> str:
+        """What the command line prints of the result, as plain text of 80 columns.
+
+        Raises ImportError where rich is not installed (``pip install "biascorr[cli]"``).
+        """
+        try:
+            from rich.console import Console
+
+            from biascorr.report.terminal import render
+        except ImportError as error:
+            raise ImportError(f'a summary needs {error.name}: pip install "biascorr[cli]"') from error
+        text = io.StringIO()
+        render(self.to_dict(), Console(file=text, width=_WIDTH, color_system=None, force_terminal=False, _environ={}))
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The layers, or models, of the result as a pandas.DataFrame, a row each.
+
+        Raises ImportError where pandas is not installed (``pip install pandas``).
+        """
+        from biascorr.report.frames import frame_from_rows
+
+        return frame_from_rows(rows(self.to_dict()))
+
+    def save_report(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes a page about the result, an .html file that needs no other, whole or not at all.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists and `force` is not set.
+        ImportError
+            jinja2 is not installed (``pip install "biascorr[report]"``).
+        OSError
+            It cannot be written.
+        """
+        from biascorr.report.html import save_page
+
+        save_page(self.to_dict(), path, force=force)
+
+    def _repr_html_(self) -> str:
+        from biascorr.report.notebook import excerpt
+
+        return excerpt(self.to_dict())
