@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -197,7 +198,7 @@ def correct(
     >>> correction.report[0].reason
     'it had no bias; one was added'
     """
-    _check_options(method, strength, shrunk, new_biases, data is not None)
+    check_options(method, strength, shrunk, new_biases, data is not None)
     check_amounts(batch_size, max_samples)
     checked_integer("seed", seed, 0)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
@@ -230,33 +231,60 @@ def correct(
             read(validation, inputs, report_progress, validation=True)
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += _samples_out_of_range(given or reference, samples)
+        notes += samples_out_of_range(given or reference, samples)
         expected = FloatOutputs(reference, samples, threads, user_metric)
-        options = _Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
+        options = Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
-            equalization, builder = None, _builder(options, reference, given, pair.matches)
-            attempts: Iterable[_Attempt] = [_Attempt(given, pair.matches, builder)]
+            equalization, builder = None, builder_of(options, reference, given, pair.matches)
+            attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
         else:
             equalization, attempts = _simulated_attempts(options, reference, params, equalize)
-        candidates, best, chosen = _chosen(options, attempts)
-        taken, more_notes = _refitted(options, best, candidates[0], chosen)
-        network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
-        found = deployed(given, candidates[0], network, taken, expected)
-        notes += [*_notes(best, candidates[0], samples, expected.random_outputs()), *more_notes, *found.notes]
-        if found.is_worse and method != "auto":
-            before, after = found.scores.values()
-            notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
-        if not found.is_better and taken.shifts and method == "auto":
-            notes.append(
-                f"in the runtime's own arithmetic, {best.choice.label} is not surely better than the uncorrected model, which "
-                "is returned"
-            )
-            network, taken = chosen.network, candidates[0]
-        errors = _layer_errors(options, chosen, taken) if samples.batches else {}
+        return best_of(options, attempts, given, equalization, notes)
+
+
+def best_of(
+    options: Options,
+    attempts: Iterable[Attempt],
+    given: BiasNetwork | None,
+    equalization: Equalization | None,
+    notes: Sequence[str],
+) -> Correction:
+    """The best candidate of all attempts, fitted again and looked at as its own runtime runs it, with its report.
+
+    Parameters
+    ----------
+    options : Options
+        What the attempts have in common.
+    attempts : iterable of Attempt
+        The first one has the uncorrected network that all candidates are compared with.
+    given : BiasNetwork or None
+        That network, where it is the one that is deployed; None where quantization is simulated.
+    equalization : Equalization or None
+        Of the float network, where that was asked for.
+    notes : sequence of str
+        Remarks so far.
+    """
+    samples, expected, notes = options.samples, options.expected, [*notes]
+    attempts = iter(attempts)
+    first = None if given is None else next(attempts)
+    candidates, best, chosen = _chosen(options, attempts if first is None else itertools.chain([first], attempts))
+    taken, more_notes = _refitted(options, best, candidates[0], chosen)
+    network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
+    found = deployed(given, candidates[0], network, taken, expected)
+    notes += [*_notes(best, candidates[0], samples, expected.random_outputs()), *more_notes, *found.notes]
+    if found.is_worse and not options.is_auto:
+        before, after = found.scores.values()
+        notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
+    if first is not None and network is not first.network and not found.is_better and options.is_auto:
+        notes.append(
+            f"in the runtime's own arithmetic, {best.choice} is not surely better than the uncorrected model, which is returned"
+        )
+        network, taken, chosen = first.network, candidates[0], first
+    errors = _layer_errors(options, chosen, taken) if samples.batches else {}
     return Correction(
         network,
         taken.choice,
-        _report(chosen, taken, excluded, errors),
+        _report(chosen, taken, options.excluded, errors),
         {str(each.choice): each.score for each in candidates if each.score is not NOT_SCORED},
         notes,
         samples.count,
@@ -269,7 +297,7 @@ def correct(
 
 
 @dataclass(frozen=True, eq=False)
-class _Options:
+class Options:
     """Options that all attempts have in common.
 
     Parameters
@@ -299,7 +327,7 @@ class _Options:
 
 
 @dataclass(frozen=True, eq=False)
-class _Attempt:
+class Attempt:
     """A network, and what makes candidates of it.
 
     Parameters
@@ -349,8 +377,8 @@ def _normalizations(count: int) -> str:
 
 
 def _simulated_attempts(
-    options: _Options, network: Network, params: QuantParams, equalize: bool
-) -> tuple[Equalization | None, Iterator[_Attempt]]:
+    options: Options, network: Network, params: QuantParams, equalize: bool
+) -> tuple[Equalization | None, Iterator[Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "model", "simulated quantization")
     samples, progress = options.samples, options.progress
@@ -359,17 +387,17 @@ def _simulated_attempts(
     if equalization is not None and equalization.is_anything_done:
         networks[True] = equalization.network
 
-    def attempts() -> Iterator[_Attempt]:
+    def attempts() -> Iterator[Attempt]:
         for is_equalized, network in networks.items():
             measured = simulated(network, params, samples.feeds(), options.threads)
             matches = match_by_name(network.layers, measured.layers)
             is_corrected = options.is_auto or is_equalized == (True in networks)
-            yield _Attempt(network, matches, _builder(options, network, measured, matches), is_equalized, is_corrected)
+            yield Attempt(network, matches, builder_of(options, network, measured, matches), is_equalized, is_corrected)
 
     return equalization, attempts()
 
 
-def _builder(options: _Options, reference: Network, measured: BiasNetwork, matches: Mapping[str, Match]) -> CandidateBuilder:
+def builder_of(options: Options, reference: Network, measured: BiasNetwork, matches: Mapping[str, Match]) -> CandidateBuilder:
     """Makes candidates of a quantized network, whose layers are corrected as far as they can and may be."""
     return CandidateBuilder(
         reference,
@@ -390,10 +418,10 @@ def _builder(options: _Options, reference: Network, measured: BiasNetwork, match
     )
 
 
-def _chosen(options: _Options, attempts: Iterable[_Attempt]) -> tuple[list[Candidate], Candidate, _Attempt]:
+def _chosen(options: Options, attempts: Iterable[Attempt]) -> tuple[list[Candidate], Candidate, Attempt]:
     """The candidates of all attempts, the uncorrected one first; the one that is taken, and its attempt, the only one kept."""
     candidates: list[Candidate] = []
-    taken: tuple[Candidate, _Attempt] | None = None
+    taken: tuple[Candidate, Attempt] | None = None
     for attempt in attempts:
         made = _candidates(options, attempt)
         candidates += made
@@ -404,7 +432,7 @@ def _chosen(options: _Options, attempts: Iterable[_Attempt]) -> tuple[list[Candi
     return candidates, *taken
 
 
-def _candidates(options: _Options, attempt: _Attempt) -> list[Candidate]:
+def _candidates(options: Options, attempt: Attempt) -> list[Candidate]:
     """The candidates of an attempt, the uncorrected one first, all but the best of many fitted to a part of the samples."""
     builder, is_equalized = attempt.builder, attempt.is_equalized
     before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
@@ -419,7 +447,7 @@ def _candidates(options: _Options, attempt: _Attempt) -> list[Candidate]:
     return candidates
 
 
-def _refitted(options: _Options, best: Candidate, before: Candidate, chosen: _Attempt) -> tuple[Candidate, list[str]]:
+def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Attempt) -> tuple[Candidate, list[str]]:
     """The candidate that was chosen, fitted to held-out samples too where that is safe; a note where it is not."""
     if not options.is_auto or not best.shifts or not options.samples.held_out_batches:
         return best, []
@@ -433,7 +461,7 @@ def _refitted(options: _Options, best: Candidate, before: Candidate, chosen: _At
     ]
 
 
-def _check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
+def check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if not 0.0 < strength <= 1.0:
@@ -479,11 +507,11 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequenc
     if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
-        warnings.warn(notes[-1], stacklevel=3)
+        warnings.warn(notes[-1], stacklevel=4)
     return notes
 
 
-def _samples_out_of_range(network: Network, samples: Samples) -> list[str]:
+def samples_out_of_range(network: Network, samples: Samples) -> list[str]:
     """Remarks on inputs whose samples are not what the quantized network was made for."""
     notes = []
     for name, (low, high) in input_ranges(network).items():
@@ -498,7 +526,7 @@ def _samples_out_of_range(network: Network, samples: Samples) -> list[str]:
     return notes
 
 
-def _layer_errors(options: _Options, attempt: _Attempt, taken: Candidate) -> dict[str, tuple[float | None, float | None]]:
+def _layer_errors(options: Options, attempt: Attempt, taken: Candidate) -> dict[str, tuple[float | None, float | None]]:
     """The SQNR of each layer before and after correction, by name."""
     builder, samples = attempt.builder, options.samples
     networks = [builder.quantized, *([builder.quantized.with_shifts(taken.shifts)] if taken.shifts else [])]
@@ -509,7 +537,7 @@ def _layer_errors(options: _Options, attempt: _Attempt, taken: Candidate) -> dic
 
 
 def _report(
-    attempt: _Attempt, best: Candidate, excluded: Set[str], errors: Mapping[str, tuple[float | None, float | None]]
+    attempt: Attempt, best: Candidate, excluded: Set[str], errors: Mapping[str, tuple[float | None, float | None]]
 ) -> list[LayerReport]:
     """One entry per layer, in topological order."""
     reports = {report.name: report for report in attempt.network.unsupported} | best.reports
