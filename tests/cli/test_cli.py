@@ -16,7 +16,7 @@ import pytest
 
 import biascorr
 from biascorr import QuantParams
-from biascorr.cli import app as cli
+from biascorr.cli import options, running
 from networks import (
     biases,
     gated_network,
@@ -315,7 +315,7 @@ def test_method_that_there_is_not_is_named_without_data(folder):
 )
 def test_errors_are_one_line_that_says_something(error, line, capsys):
     with pytest.raises(SystemExit, match="1"):
-        cli._fail(error)
+        running.fail(error)
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
@@ -491,7 +491,7 @@ def test_memory_budget_that_is_no_number_of_bytes(budget, folder):
     [("0", 0), ("1000", 1000), ("2kB", 2000), ("500MB", 500_000_000), ("1.5GB", 1_500_000_000), ("3 TB", 3 * 10**12)],
 )
 def test_memory_budget_in_bytes(text, expected):
-    assert cli._bytes_from_text(text) == expected
+    assert options.bytes_of(text) == expected
 
 
 @both_commands
@@ -666,7 +666,7 @@ def endless(*_):
     time.sleep(60)
 
 number = int(sys.argv.pop())
-correct._check_options = endless
+correct.check_options = endless
 main()
 """
     arguments = ["correct", "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", str(int(number))]
