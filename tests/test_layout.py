@@ -19,7 +19,8 @@ BELOW = {
     "sweep": {"calibration", "graph", ARRAYS},
     "equalization": {"adapters", "calibration", "graph", "report", ARRAYS},
     "correction": {"adapters", "calibration", "equalization", "graph", "report", "sweep", ARRAYS},
-    "cli": {"adapters", "calibration", "correction", "equalization", "graph", "report", ARRAYS},
+    "inspection": {"adapters", "calibration", "correction", "equalization", "graph", "report", "sweep", ARRAYS},
+    "cli": {"adapters", "calibration", "correction", "equalization", "graph", "inspection", "report", ARRAYS},
 }
 """What each folder may import besides itself, lowest first."""
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from biascorr.graph.batch_norms import ConvBnInfoType
     from biascorr.graph.operations import ActivationType
     from biascorr.graph.reasons import LayerReport
+    from biascorr.inspection.compare import Comparison, compare
 
 __all__ = [
     "ActivationType",
@@ -60,6 +61,7 @@ __all__ = [
     "ChannelMean",
     "ClsSetInfo",
     "ClsSetLayerPairInfo",
+    "Comparison",
     "ConvBnInfoType",
     "Correction",
     "CrossLayerScaling",
@@ -71,6 +73,7 @@ __all__ = [
     "NullBiasCorrector",
     "QuantParams",
     "Quantization",
+    "compare",
     "correct",
     "equalize",
     "equalize_model",
@@ -92,6 +95,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "BiasCorrectionParams": "biascorr.correction.classic",
         "ClsSetInfo": "biascorr.equalization.classic",
         "ClsSetLayerPairInfo": "biascorr.equalization.classic",
+        "Comparison": "biascorr.inspection.compare",
         "ConvBnInfoType": "biascorr.graph.batch_norms",
         "Correction": "biascorr.correction.result",
         "CrossLayerScaling": "biascorr.equalization.classic",
@@ -99,6 +103,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "HighBiasFold": "biascorr.equalization.classic",
         "LayerReport": "biascorr.graph.reasons",
         "QuantParams": "biascorr.correction.quant_params",
+        "compare": "biascorr.inspection.compare",
         "correct": "biascorr.correction.correct",
         "equalize": "biascorr.equalization.equalize",
         "equalize_model": "biascorr.equalization.classic",

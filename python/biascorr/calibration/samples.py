@@ -209,6 +209,12 @@ class Samples:
                 storage[name, batch] = self.storage[name, batch]
         return other
 
+    def score_all(self) -> None:
+        """Has all samples scored."""
+        if self._batching.can_be_cut and not self._batching.is_along_first_axis:
+            self._cut()
+        self._scored = set(range(self.batches))
+
     def choose_scored(self) -> None:
         """Chooses the samples that are scored, by their number alone; makes batches that are scored whole or not at all.
 

@@ -327,6 +327,12 @@ class OutputErrors:
         return {name: each.agreement for name, each in self._outputs.items()}
 
     @property
+    def divergences(self) -> dict[str, float]:
+        """The mean divergence of each output that is probabilities, in nats."""
+        found = {name: each.divergences for name, each in self._outputs.items() if each.are_probabilities and each.has_elements}
+        return {name: float(np.mean(divergences)) for name, divergences in found.items()}
+
+    @property
     def score(self) -> Score:
         """The score of all samples."""
         known = list(self._outputs.values())
@@ -382,11 +388,19 @@ class FloatOutputs:
         if not self._batches:
             return NOT_SCORED
         if not self._is_known:
-            for batch, outputs in self._run(self._network, self._batches):
-                for name, value in outputs.items():
-                    self._samples.storage["float", name, batch] = value
-            self._is_known = True
+            self.keep(self._run(self._network, self._batches))
         return self._score(network, self._run(network, self._batches), lambda feeds: network.part(feeds, network.outputs))
+
+    def keep(self, outputs: Iterable[tuple[int, Feeds]]) -> None:
+        """Keeps what the float network gives out for each batch, which then need not run."""
+        for batch, computed in outputs:
+            for name, value in computed.items():
+                self._samples.storage["float", name, batch] = value
+        self._is_known = True
+
+    def kept(self, name: str, batch: int) -> Any:
+        """An output of the float network for a batch."""
+        return self._samples.storage["float", name, batch]
 
     def score_deployed(self, network: BiasNetwork) -> Score:
         """The score of a model as its own runtime runs it."""
@@ -405,13 +419,14 @@ class FloatOutputs:
             errors.add(name, arrays_of(measured[name]), arrays_of(value))
         return min(errors.outputs.values(), default=math.inf)
 
-    def random_outputs(self) -> list[str]:
-        """The outputs that the float network does not give again for the same batch, but for rounding.
+    def random_outputs(self, run: Callable[[Sequence[int]], Iterable[tuple[int, Feeds]]] | None = None) -> list[str]:
+        """The outputs that the float network, or what runs it over batches, does not give again, but for rounding.
 
         It starts with a later batch this time: a network that draws random numbers may draw the same ones in each session.
         """
-        again = self._run(self._network, self._batches[1:][-_TRIES:] or self._batches)
-        errors = self._errors({name: name for name in self._network.outputs}, again)
+        batches = self._batches[1:][-_TRIES:] or self._batches
+        again = self._run(self._network, batches) if run is None else run(batches)
+        errors = self.errors({name: name for name in self._network.outputs}, again)
         return [name for name, sqnr in errors.outputs.items() if sqnr < _REPEATED]
 
     def _run(self, network: Network, batches: Sequence[int]) -> Iterator[tuple[int, Feeds]]:
@@ -421,20 +436,20 @@ class FloatOutputs:
         self, network: Network, outputs: Iterable[tuple[int, Feeds]], prepare: Callable[[Feeds], Callable[[Feeds], Any]]
     ) -> Score:
         if self._metric is None:
-            return self._errors(self._pairs(network), outputs).score
+            return self.errors(self.pairs(network), outputs).score
         pairs, found = output_pairs(self._network, network), list[float]()
         if self._metric.evaluates_runs:
             found.append(self._metric.of_run(self._runner(pairs, prepare)))
         else:
             outputs = self._with_metrics(self._metric, pairs, outputs, found)
-        return replace(self._errors(self._pairs(network), outputs).score, metrics=tuple(found))
+        return replace(self.errors(self.pairs(network), outputs).score, metrics=tuple(found))
 
-    def _errors(self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]]) -> OutputErrors:
+    def errors(self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]]) -> OutputErrors:
         """The errors of outputs, batch by batch."""
         errors = OutputErrors()
         for batch, computed in outputs:
             for name, found in pairs.items():
-                parts = self._apart(name, computed[found], batch)
+                parts = self.apart(name, computed[found], batch)
                 for expected, values in parts:
                     errors.add(name, expected, values, times=self._samples.sizes[batch] // len(parts))
         return errors
@@ -445,16 +460,16 @@ class FloatOutputs:
         """Gives outputs on, batch by batch, and adds the metric of each sample to a list; it may write into what it gets."""
         for batch, computed in outputs:
             size = self._samples.sizes[batch]
-            apart = {name: self._apart(name, computed[found], batch) for name, found in pairs.items()}
+            apart = {name: self.apart(name, computed[found], batch) for name, found in pairs.items()}
             are_apart = all(len(parts) == size for parts in apart.values())
             for k in range(size if are_apart else 1):
                 ours, theirs = ({name: _copied(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
                 metrics.extend([metric.of_sample(ours, theirs)] * (1 if are_apart else size))
             yield batch, computed
 
-    def _apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
+    def apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
         """For each sample of a batch, the arrays of an output and the computed ones; all as one where they are not apart."""
-        expected = self._samples.storage["float", name, batch]
+        expected = self.kept(name, batch)
         if all(isinstance(each, np.ndarray) and each.ndim for each in (expected, computed)):
             ours, theirs = (self._samples.apart(each, batch) for each in (expected, computed))
             if len(ours) == len(theirs):
@@ -476,7 +491,7 @@ class FloatOutputs:
 
         return run
 
-    def _pairs(self, network: Network) -> dict[str, str]:
+    def pairs(self, network: Network) -> dict[str, str]:
         """The outputs that are compared: of the float network, and of the other one."""
         changing, codes, expected = _outputs_of_layers(network), _codes(network), _codes(self._network)
         pairs = output_pairs(self._network, network)
