@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+
+P = ParamSpec("P")
+Returned = TypeVar("Returned")
 
 
 def checked_integer(name: str, value: Any, least: int, most: int | None = None, *, otherwise: str = "") -> int:
@@ -49,3 +56,57 @@ def checked_groups(groups: Any) -> int:
     if not 1 <= groups < 2**31:
         raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
     return int(groups)
+
+
+def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returned]]:
+    """Has a function take parameters by their old names too, as keywords.
+
+    Parameters
+    ----------
+    **old : str
+        The present names by the old ones.
+
+    Returns
+    -------
+    callable
+        A decorator.
+
+    Raises
+    ------
+    TypeError
+        When the function is called: a parameter is given by both names.
+
+    Warns
+    -----
+    DeprecationWarning
+        When the function is called with an old name.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> @renamed(model="reference")
+    ... def name_of(reference):
+    ...     return reference.stem
+    >>> name_of(Path("net.onnx"), model=Path("old.onnx"))
+    Traceback (most recent call last):
+    ...
+    TypeError: name_of() takes either 'reference' or 'model', its old name, not both
+    """
+
+    def with_old_names(function: Callable[P, Returned]) -> Callable[P, Returned]:
+        positions = {name: position for position, name in enumerate(inspect.signature(function).parameters)}
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Returned:
+            for name in old.keys() & kwargs:
+                new = old[name]
+                if new in kwargs or len(args) > positions[new]:
+                    raise TypeError(f"{function.__name__}() takes either {new!r} or {name!r}, its old name, not both")
+                message = f"{function.__name__}(): {name!r} is now called {new!r}; the old name will be removed"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    return with_old_names

@@ -371,7 +371,7 @@ BAD_MODELS = {
     "model.tflite": "out.onnx: expected a name that ends with .tflite, which is how TFLite models are saved",
     "missing_data.onnx": "gone.data is missing",
     "outside_data.onnx": "outside.data is outside",
-    "no_weights.onnx": "model",
+    "no_weights.onnx": "reference",
 }
 BAD_DATA = {
     "gone.npz": "no such file",

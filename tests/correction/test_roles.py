@@ -39,9 +39,12 @@ def test_models_in_place_of_others(quant_format):
     model = two_layers()
     given = quantized(model, FEEDS, quant_format=quant_format)
     for arguments, message in {
-        (0, 1): r"model: layer \w+ has quantized weights; and no layer of `quantized` has: exchange the two models",
-        (0, None): r"model: layer \w+ has quantized weights; give the float model, and this one as `quantized` \(--quantized\)",
-        (0, 0): r"model: layer \w+ has quantized weights; give the float model that was quantized",
+        (0, 1): r"reference: layer \w+ has quantized weights; and no layer of `quantized` has: exchange the two models",
+        (
+            0,
+            None,
+        ): r"reference: layer \w+ has quantized weights; give the float model, and this one as `quantized` \(--quantized\)",
+        (0, 0): r"reference: layer \w+ has quantized weights; give the float model that was quantized",
         (1, 1): r"quantized: its weights are those of the float model, and nothing in it is quantized",
     }.items():
         first, second = (None if k is None else (given, model)[k] for k in arguments)
@@ -55,7 +58,7 @@ def test_the_classic_interface_and_equalization_take_the_float_model(quant_forma
     given, params = quantized(two_layers(), FEEDS, quant_format=quant_format), BiasCorrectionParams(1, 4, 4, ["x"], ["y"])
     with pytest.raises(ValueError, match=r"^reference_model: layer \w+ has quantized weights; give the float model"):
         BiasCorrection.correct_bias(given, params, QuantParams(), FEEDS)
-    with pytest.raises(ValueError, match=r"^model: layer \w+ has quantized weights; equalize the float model"):
+    with pytest.raises(ValueError, match=r"^reference: layer \w+ has quantized weights; equalize the float model"):
         equalize(given)
 
 
@@ -64,9 +67,9 @@ def test_models_that_are_quantized_when_they_run(tmp_path):
     with pytest.raises(ValueError, match=r"^quantized: it is quantized when it runs \(ConvInteger.*quantize_static\)"):
         correct(model, X, quantized=given)
     for second in (None, model):
-        with pytest.raises(ValueError, match=r"^model: layer \S+ is quantized when it runs; "):
+        with pytest.raises(ValueError, match=r"^reference: layer \S+ is quantized when it runs; "):
             correct(given, X, quantized=second)
-    with pytest.raises(ValueError, match=r"^model: layer \S+ is quantized when it runs; equalize the float model"):
+    with pytest.raises(ValueError, match=r"^reference: layer \S+ is quantized when it runs; equalize the float model"):
         equalize(given)
 
 

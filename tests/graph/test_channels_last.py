@@ -774,9 +774,11 @@ def test_what_needs_more_says_what_is_missing():
     needs = "needs a model whose weights can be changed; BiasedNetwork has no"
     params = BiasCorrectionParams(7, 12, 12, input_op_names=["x"], output_op_names=["y"])
     for options in ({}, {"equalize": True}, {"method": "analytical"}, {"quant_params": QuantParams(activation_bits=8)}):
-        with pytest.raises(TypeError, match=f"model: simulated quantization {needs}"):
+        with pytest.raises(TypeError, match=f"reference: simulated quantization {needs}"):
             correct(biased, data, **options)
-    for step in (equalize, fold_all_batch_norms, CrossLayerScaling.scale_model):
+    with pytest.raises(TypeError, match=f"reference: equalization {needs}"):
+        equalize(biased)
+    for step in (fold_all_batch_norms, CrossLayerScaling.scale_model):
         with pytest.raises(TypeError, match=f"model: equalization {needs}"):
             step(biased)
     with pytest.raises(TypeError, match=f"reference_model: simulated quantization {needs}"):

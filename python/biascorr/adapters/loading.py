@@ -70,9 +70,9 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
     check_suffix(output, _framework_of(model, name))
 
 
-def check_same_framework(model: Any, quantized: Any) -> None:
+def check_same_framework(reference: Any, quantized: Any) -> None:
     """Raises ValueError where a quantized model is known to be of another framework than the float one; TypeError as above."""
-    expected, found = (_identified(each, name) for each, name in ((model, "model"), (quantized, "quantized")))
+    expected, found = (_identified(each, name) for each, name in ((reference, "reference"), (quantized, "quantized")))
     if expected is not None and found is not None and found is not expected:
         raise ValueError(
             f"quantized: not of this float model, but of another framework: {found.suffix}, expected {expected.suffix}; "

@@ -20,7 +20,7 @@ _WEIGHT_BITS = 8
 
 
 def correct(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
+    reference: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -96,7 +96,7 @@ def correct(
                 "equalize the float model (biascorr equalize), then quantize it"
             )
         return correction.correct(
-            model,
+            reference,
             data,
             quantized=quantized,
             method=method,
@@ -118,5 +118,5 @@ def correct(
             progress=progress,
         )
 
-    models = {"model": model, "quantized": quantized}
+    models = {"reference": reference, "quantized": quantized}
     run(work, output, force, print_correction, models, data, validation)

@@ -16,7 +16,7 @@ from biascorr.equalization.result import Equalization
 
 
 def equalize(
-    model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
+    reference: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
     output: Output,
     data: Annotated[
         Path | None,
@@ -42,7 +42,7 @@ def equalize(
 
     def work(progress: Progress) -> Equalization:
         return equalization.equalize(
-            model,
+            reference,
             data,
             iterations=iterations,
             replace_relu6=replace_relu6,
@@ -53,4 +53,4 @@ def equalize(
             progress=progress,
         )
 
-    run(work, output, force, print_equalization, {"model": model}, data)
+    run(work, output, force, print_equalization, {"reference": reference}, data)

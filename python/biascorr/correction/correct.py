@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
-from biascorr.arguments import checked_integer
+from biascorr.arguments import checked_integer, renamed
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -59,8 +59,9 @@ _FEW = 8
 """Scores of fewer samples than this are too uncertain."""
 
 
+@renamed(model="reference")
 def correct(
-    model: Any,
+    reference: Any,
     data: Any = None,
     *,
     quantized: Any = None,
@@ -86,7 +87,7 @@ def correct(
 
     Parameters
     ----------
-    model : path, bytes, onnx.ModelProto or keras.Model
+    reference : path, bytes, onnx.ModelProto or keras.Model
         The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
@@ -207,23 +208,23 @@ def correct(
         if quantized is not None and is_given:
             raise ValueError(f"{name}: only for simulated quantization, but there is a quantized model")
     if quantized is not None:
-        check_same_framework(model, quantized)
-    reference = network_from_model(model, "model")
+        check_same_framework(reference, quantized)
+    float_network = network_from_model(reference, "reference")
     given = None if quantized is None else require_biases(network_from_model(quantized, "quantized"), "quantized")
-    check_method(method, reference)
-    given = given and with_inputs_of(reference, given)
-    check_roles(reference, given)
-    notes = _check_inputs_and_outputs(reference, given or reference)
+    check_method(method, float_network)
+    given = given and with_inputs_of(float_network, given)
+    check_roles(float_network, given)
+    notes = _check_inputs_and_outputs(float_network, given or float_network)
     params = quant_params or QuantParams()
-    pair = _to_simulate(reference, params, fold, equalize) if given is None else paired(reference, given)
-    reference, notes = pair.reference, [*notes, *pair.notes]
-    excluded = excluded_layers(given or reference, only, exclude)
+    pair = _to_simulate(float_network, params, fold, equalize) if given is None else paired(float_network, given)
+    float_network, notes = pair.reference, [*notes, *pair.notes]
+    excluded = excluded_layers(given or float_network, only, exclude)
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
         report_progress = progress or (lambda *_: None)
-        inputs = (given or reference).inputs
-        batchings = BatchingFinder(reference, inputs, storage, threads)
+        inputs = (given or float_network).inputs
+        batchings = BatchingFinder(float_network, inputs, storage, threads)
         read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         if data is not None:
             read(data, inputs, report_progress)
@@ -231,14 +232,14 @@ def correct(
             read(validation, inputs, report_progress, validation=True)
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += samples_out_of_range(given or reference, samples)
-        expected = FloatOutputs(reference, samples, threads, user_metric)
+        notes += samples_out_of_range(given or float_network, samples)
+        expected = FloatOutputs(float_network, samples, threads, user_metric)
         options = Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
-            equalization, builder = None, builder_of(options, reference, given, pair.matches)
+            equalization, builder = None, builder_of(options, float_network, given, pair.matches)
             attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
         else:
-            equalization, attempts = _simulated_attempts(options, reference, params, equalize)
+            equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
         return best_of(options, attempts, given, equalization, notes)
 
 
@@ -354,7 +355,7 @@ class Attempt:
 
 def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bool) -> Pair:
     """The float network whose quantization is simulated; warns of batch normalizations that stay in it and need not."""
-    reference = require_edits(network, "model", "simulated quantization")
+    reference = require_edits(network, "reference", "simulated quantization")
     if fold:
         reference, folds, _ = fold_batch_norms(reference)
         return Pair(reference, {}, (f"{_normalizations(len(folds))} folded into layers",) if folds else ())
@@ -368,7 +369,7 @@ def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bo
         f"not folded: {_normalizations(count)}, which a converter folds into layers before it quantizes these, so that their "
         "weights will be others than those simulated; fold=True (--fold) folds them first"
     )
-    warnings.warn(note, stacklevel=3)
+    warnings.warn(note, stacklevel=4)
     return Pair(reference, {}, (note,))
 
 
@@ -380,7 +381,7 @@ def _simulated_attempts(
     options: Options, network: Network, params: QuantParams, equalize: bool
 ) -> tuple[Equalization | None, Iterator[Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
-    reference = require_edits(network, "model", "simulated quantization")
+    reference = require_edits(network, "reference", "simulated quantization")
     samples, progress = options.samples, options.progress
     equalization = equalized(reference, samples, progress, options.threads) if equalize else None
     networks = {False: reference}
@@ -507,7 +508,7 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequenc
     if best.score.is_worse_than(before.score) and str(best.score) != str(before.score):
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
-        warnings.warn(notes[-1], stacklevel=4)
+        warnings.warn(notes[-1], stacklevel=5)
     return notes
 
 

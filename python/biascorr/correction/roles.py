@@ -65,13 +65,13 @@ def with_inputs_of(reference: Network, quantized: BiasNetwork) -> BiasNetwork:
 def check_roles(reference: Network, quantized: Network | None) -> None:
     """Raises ValueError where a model is given in place of another one."""
     if quantized is None:
-        require_float(reference, "model", "give the float model, and this one as `quantized` (--quantized)")
+        require_float(reference, "reference", "give the float model, and this one as `quantized` (--quantized)")
         return
     has_quantized = any(layer.weight_step is not None for layer in quantized.layers)
     codes = {reason.code for report in quantized.unsupported for reason in report.reasons}
     if not has_quantized and ReasonCode.DYNAMIC not in codes:
-        require_float(reference, "model", "and no layer of `quantized` has: exchange the two models")
-    require_float(reference, "model", "give the float model that was quantized")
+        require_float(reference, "reference", "and no layer of `quantized` has: exchange the two models")
+    require_float(reference, "reference", "give the float model that was quantized")
     if not quantized.layers and codes == {ReasonCode.DYNAMIC}:
         operators = ", ".join(sorted({report.op for report in quantized.unsupported}))
         raise ValueError(f"quantized: it is quantized when it runs ({operators}); {_QUANTIZE_STATICALLY}")

@@ -84,7 +84,7 @@ def equalize_model(
     :meth:`BiasCorrection.correct_bias` takes either: batch normalizations that became part of the layers of its model are taken
     as they are there, whatever a mapping from before says of them.
     """
-    result = equalize(model, iterations=iterations, replace_relu6=replace_relu6)
+    result = equalize(_network(model), iterations=iterations, replace_relu6=replace_relu6)
     if conv_bn_dict is not None:
         conv_bn_dict.update(batch_norms_around_layers(result.network))
     return result.model

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
+from biascorr.arguments import renamed
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -38,8 +39,9 @@ _ROUNDINGS = 8
 EQUALIZE_FIRST = "equalize the float model, then quantize it"
 
 
+@renamed(model="reference")
 def equalize(
-    model: Any,
+    reference: Any,
     data: Any = None,
     *,
     iterations: int | None = None,
@@ -58,7 +60,7 @@ def equalize(
 
     Parameters
     ----------
-    model : path, bytes, onnx.ModelProto or keras.Model
+    reference : path, bytes, onnx.ModelProto or keras.Model
         The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Samples, as :func:`biascorr.correct` takes them: they limit what is folded of high biases, and the float outputs for
@@ -115,14 +117,15 @@ def equalize(
     check_iterations(iterations)
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
-    network, report = require_edits(network_from_model(model, "model"), "model", "equalization"), progress or (lambda *_: None)
+    network = require_edits(network_from_model(reference, "reference"), "reference", "equalization")
+    report = progress or (lambda *_: None)
     with Storage(budget) as storage:
         samples = Samples(storage)
         if data is not None:
             samples.read(data, network.inputs, report, batch_size=batch_size, max_samples=max_samples)
         result = equalized(network, samples, report, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
-        warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=2)
+        warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=3)
     return result
 
 
@@ -136,7 +139,7 @@ def equalized(
     replace_relu6: bool = False,
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
-    require_float(network, "model", EQUALIZE_FIRST)
+    require_float(network, "reference", EQUALIZE_FIRST)
     meter = _Meter(network, samples, progress, threads)
     network, folds, left = fold_batch_norms(network)
     meter.measure("batch norm fold", network, bool(folds))

@@ -129,7 +129,7 @@ def test_files_that_are_damaged(name, damage, saved, tmp_path):
     if (name, damage) == ("model.h5", "wrong bytes"):
         pytest.skip("nothing of it is there")
     path.write_bytes(DAMAGED[damage]((saved / name).read_bytes()))
-    with pytest.raises(ValueError, match=f"^model: {re.escape(str(path))}: Keras cannot read it: "):
+    with pytest.raises(ValueError, match=f"^reference: {re.escape(str(path))}: Keras cannot read it: "):
         equalize(path)
 
 
@@ -162,7 +162,7 @@ def test_archives_without_a_part(name, saved, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"first": 3}', '{"first": ["norm", "!", "", ""]}', "[" * 100_000])
 def test_statistics_that_are_broken(text, saved, tmp_path):
     with_statistics(text)(saved / "model.keras", tmp_path / "model.keras")
-    with pytest.raises(ValueError, match="model: .*expected what biascorr writes there"):
+    with pytest.raises(ValueError, match="reference: .*expected what biascorr writes there"):
         equalize(tmp_path / "model.keras")
 
 
@@ -173,10 +173,10 @@ def test_statistics_of_other_tensors_say_nothing(saved, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_what_is_no_file(suffix, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^model: .*none\.\w+: no such file$"):
+    with pytest.raises(FileNotFoundError, match=r"^reference: .*none\.\w+: no such file$"):
         equalize(tmp_path / f"none{suffix}")
     (tmp_path / f"folder{suffix}").mkdir()
-    with pytest.raises(OSError, match=r"^model: .*folder\.\w+: a folder, expected a file$"):
+    with pytest.raises(OSError, match=r"^reference: .*folder\.\w+: a folder, expected a file$"):
         equalize(tmp_path / f"folder{suffix}")
 
 

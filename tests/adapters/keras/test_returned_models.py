@@ -543,7 +543,7 @@ class WithCompile(keras.Model):
 def test_a_model_that_is_compiled_in_its_own_way_is_returned_with_a_warning():
     model = plain(kind=WithCompile)
     model.compile(temperature=2.0)
-    with pytest.warns(UserWarning, match="model: compile the model that is returned yourself: .*temperature|unexpected"):
+    with pytest.warns(UserWarning, match="reference: compile the model that is returned yourself: .*temperature|unexpected"):
         returned = corrected(model).model
     assert type(returned) is WithCompile
     returned.compile(temperature=2.0)

@@ -170,11 +170,13 @@ def nested(levels, node):
 
 def test_functions_that_are_written_out_to_too_many_nodes():
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"^model: its functions are written out to 4194305 nodes, up to 1000000 can be run$"):
+    with pytest.raises(
+        ValueError, match=r"^reference: its functions are written out to 4194305 nodes, up to 1000000 can be run$"
+    ):
         correct(nested(22, helper.make_node("Relu", ["i"], ["o"])), samples(8, 4))
-    with pytest.raises(ValueError, match=r"^model: function f3 of domain 'f' calls itself$"):
+    with pytest.raises(ValueError, match=r"^reference: function f3 of domain 'f' calls itself$"):
         correct(nested(5, helper.make_node("f3", ["i"], ["o"], domain="f")), samples(8, 4))
-    with pytest.raises(ValueError, match=r"^model: its functions call each other more than 100 deep, which cannot be run$"):
+    with pytest.raises(ValueError, match=r"^reference: its functions call each other more than 100 deep, which cannot be run$"):
         correct(nested(2000, helper.make_node("Relu", ["i"], ["o"])), samples(8, 4))
     assert time.monotonic() - start < 5
     assert correct(nested(4, helper.make_node("Relu", ["i"], ["o"])), samples(8, 4)).report == []

@@ -171,7 +171,7 @@ def test_external_data_without_a_path():
         path = external(Path(folder))
         given = (path.read_bytes(), onnx.load(path, load_external_data=False))
     for each in given:
-        with pytest.raises(ValueError, match=r"^model: tensor w1 is in an external file; give the path"):
+        with pytest.raises(ValueError, match=r"^reference: tensor w1 is in an external file; give the path"):
             mean_corrected(each, X)
 
 
@@ -256,16 +256,16 @@ NO_MODELS = {
 def test_bytes_that_are_no_model(name, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(NO_MODELS[name])
-    with pytest.raises(ValueError, match=r"^model: .*model\.onnx: not an ONNX model"):
+    with pytest.raises(ValueError, match=r"^reference: .*model\.onnx: not an ONNX model"):
         mean_corrected(path, X)
-    with pytest.raises(ValueError, match=r"^model: not an ONNX model"):
+    with pytest.raises(ValueError, match=r"^reference: not an ONNX model"):
         mean_corrected(NO_MODELS[name], X)
 
 
 def test_model_cut_off_anywhere_is_refused():
     whole = two_layers().SerializeToString()
     outcomes = [outcome(whole[:size]) for size in range(0, len(whole), 3)]
-    assert all(text == "corrected" or text.startswith("model: ") for text in outcomes)
+    assert all(text == "corrected" or text.startswith("reference: ") for text in outcomes)
     assert outcomes.count("corrected") <= 1  # without its metadata a model is one still
 
 
@@ -275,7 +275,7 @@ def test_folder_as_model(tmp_path):
 
 
 def test_missing_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"model: no such file: {tmp_path / 'none.onnx'}")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"reference: no such file: {tmp_path / 'none.onnx'}")):
         mean_corrected(tmp_path / "none.onnx", X)
 
 
@@ -350,7 +350,7 @@ INVALID = {
 def test_invalid_model_is_refused(name):
     parts = Parts()
     INVALID[name](parts)
-    with pytest.raises(ValueError, match=r"model|layer"):
+    with pytest.raises(ValueError, match=r"reference|model|layer"):
         mean_corrected(parts.model, X)
 
 

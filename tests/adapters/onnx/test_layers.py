@@ -796,5 +796,5 @@ def test_weights_that_are_not_finite_name_their_layer(value):
 
 @pytest.mark.parametrize("model", [None, 3, object(), ["model.onnx"]])
 def test_model_of_a_kind_that_is_not_understood(model):
-    with pytest.raises(TypeError, match=r"^model: .*expected a path, bytes or an onnx\.ModelProto"):
+    with pytest.raises(TypeError, match=r"^reference: .*expected a path, bytes or an onnx\.ModelProto"):
         mean_corrected(model, samples(4, 3, 6, 6))

@@ -699,7 +699,7 @@ def test_errors_say_which_of_the_models_is_meant(tmp_path):
         mean_corrected(network(), X, quantized=tmp_path / "none.onnx")
     with pytest.raises(ValueError, match=r"^quantized: not an ONNX model"):
         mean_corrected(network(), X, quantized=b"\xff" * 40)
-    with pytest.raises(FileNotFoundError, match=r"^model: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"^reference: no such file"):
         mean_corrected(tmp_path / "none.onnx", X, quantized=network())
     with pytest.raises(TypeError, match=r"^quantized: int"):
         mean_corrected(network(), X, quantized=3)

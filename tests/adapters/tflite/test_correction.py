@@ -485,7 +485,7 @@ def test_models_of_other_kinds_are_told_apart(tmp_path):
         biascorr.correct(tmp_path / "float.onnx", images(), quantized=given)
     with pytest.raises(FileNotFoundError, match="no such file"):
         biascorr.correct(tmp_path / "float", images(), quantized=given)
-    with pytest.raises(TypeError, match="^model: int, expected a path, bytes or"):
+    with pytest.raises(TypeError, match="^reference: int, expected a path, bytes or"):
         biascorr.correct(3, images(), quantized=given)
 
 
