@@ -1,11 +1,12 @@
-"""Checks of arguments that several functions take."""
+"""Arguments that several functions take: checks, and what was given."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -56,6 +57,18 @@ def checked_groups(groups: Any) -> int:
     if not 1 <= groups < 2**31:
         raise ValueError(f"groups: {groups}, expected at least 1 and below 2^31")
     return int(groups)
+
+
+def paths_of(given: Mapping[str, Any]) -> dict[str, str] | None:
+    """The arguments that are paths, as text by their names; None where none is.
+
+    Examples
+    --------
+    >>> paths_of({"reference": "net.onnx", "data": [1.0]})
+    {'reference': 'net.onnx'}
+    """
+    paths = {name: os.fspath(value) for name, value in given.items() if isinstance(value, (str, os.PathLike))}
+    return {name: path if isinstance(path, str) else os.fsdecode(path) for name, path in paths.items()} or None
 
 
 def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returned]]:

@@ -154,7 +154,8 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
         "quantized": {"quantized": folder / "models/quantized.onnx"},
     }.get(name, {})
     correction = biascorr.correct(two_layers(), folder / GOOD[name][1], **options)
-    assert onnx.load(folder / "out.onnx") == correction.model
+    correction.save(folder / "expected.onnx")
+    assert (folder / "out.onnx").read_bytes() == (folder / "expected.onnx").read_bytes()
     for layer in correction.report:
         row = next(line for line in done.stdout.splitlines() if layer.name in line)
         numbers = (f"{layer.shift_before:.3g}", f"{layer.sqnr_before:.1f}", f"{layer.sqnr_after:.1f}")
@@ -907,7 +908,8 @@ def test_correction_of_an_equalized_model(folder):
     assert done.returncode == 0, done.stderr
     params = QuantParams(weight_bits=4)
     correction = biascorr.correct(folder / "layered.onnx", X, quant_params=params, equalize=True)
-    assert onnx.load(folder / "out.onnx") == correction.model
+    correction.save(folder / "expected.onnx")
+    assert (folder / "out.onnx").read_bytes() == (folder / "expected.onnx").read_bytes()
     assert [row[0] for row in rows_below("layers scaled together", done.stdout)] == ["first -> second", "second -> third"]
     tried = [row[0] for row in rows_below("outputs against", done.stdout)]
     assert tried == ["uncorrected" if name == "none" else name for name in correction.scores]

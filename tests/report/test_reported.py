@@ -47,3 +47,61 @@ def test_a_record_survives_json_unchanged(result):
 
     assert json.loads(result.to_json(), parse_constant=forbidden) == result.to_dict()
     assert len(result.to_json(indent=None).splitlines()) == 1
+
+
+def test_a_correction_tells_what_it_was_made_of(correction):
+    record = correction.to_dict()
+    assert (record["samples"], record["scored_samples"], record["is_held_out"]) == (40, 10, True)
+    assert record["seconds"] > 0
+    assert len(record["data_digest"]) == 64
+    assert {"python", "numpy", "onnx", "onnxruntime"} <= set(record["versions"])
+    assert record["files"] is None
+    assert record["command"] is None
+    taken = [each["candidate"] for each in record["scores"] if each["is_taken"]]
+    assert taken == [record["method"]] == [correction.method]
+    assert all(len(each["sqnr_of_samples"]) == 10 for each in record["scores"])
+
+
+def test_paths_that_were_given_are_named(tmp_path):
+    onnx.save(onnx.parser.parse_model(RELU_NETWORK), tmp_path / "net.onnx")
+    np.save(tmp_path / "x.npy", np.ones((4, 1), np.float32))
+    files = equalize(tmp_path / "net.onnx", tmp_path / "x.npy").files
+    assert files["data"] == str(tmp_path / "x.npy")
+    assert set(files.values()) == {str(tmp_path / "net.onnx"), str(tmp_path / "x.npy")}
+
+
+def test_the_worst_channels_are_those_with_the_largest_shifts():
+    weights = np.array([[0.1, 3.1, 0.3, 2.2, 0.24, 0.44, 1.9]], np.float32)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> network (float[N,1] x) => (float[N,7] y) { [a] y = MatMul(x, w) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    result = correct(model, np.full((8, 1), 2, np.float32), quant_params=QuantParams("tf", weight_bits=3), method="mean")
+    layer = result.report[0]
+    found = dict(layer.worst_channels)
+    assert len(found) == 5
+    assert list(map(abs, found.values())) == sorted(map(abs, found.values()), reverse=True)
+    applied = np.sort(np.abs(result.network.layers[0].bias))[::-1]
+    np.testing.assert_allclose(np.abs(list(found.values())), applied[:5], rtol=1e-6)
+
+
+def test_ranges_of_equalized_layers_are_those_before_and_after(equalization):
+    (chain,) = equalization.to_dict()["chains"]
+    first, second = chain["ranges"]
+    assert first == {"layer": "a", "channels": 2, "before": [8.0, 1.0], "after": pytest.approx([4.0, 2.0])}
+    assert second == {"layer": "b", "channels": 1, "before": [4.0], "after": pytest.approx([4.0])}
+
+
+def test_ranges_of_many_channels_are_some_of_them():
+    size = 200
+    factors = np.random.default_rng(0).uniform(0.1, 10.0, size).astype(np.float32)
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]> network (float[N,1] x) => (float[N,1] y)
+        { [a] h = MatMul(x, w1)  r = Relu(h)  [b] y = MatMul(r, w2) }""")
+    for name, array in {"w1": factors[None], "w2": 1 / factors[:, None]}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    (chain,) = equalize(model).to_dict()["chains"]
+    first = chain["ranges"][0]
+    assert first["channels"] == size
+    assert len(first["before"]) == len(first["after"]) == 64
+    assert first["before"] == sorted(first["before"], reverse=True)
+    assert (first["before"][0], first["before"][-1]) == (factors.max(), factors.min())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from biascorr import _kernels
 from biascorr.calibration.batching import Batching, Batchings, assumed
 from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches
+from biascorr.calibration.digest import Digest
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
@@ -109,11 +110,17 @@ class Samples:
         self._validation: set[int] = set()
         self._scored: set[int] = set()
         self._fitted: list[int] | None = None  # all that may be
+        self._digest = Digest()
 
     @property
     def batches(self) -> int:
         """Batches that are held: more than were read, where these had to be cut."""
         return len(self._indices)
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of all samples that were read, in hexadecimal; None where none were."""
+        return self._digest.text
 
     @property
     def data_batches(self) -> list[int]:
@@ -193,6 +200,7 @@ class Samples:
             kept = feeds if lasting else {key: array.copy() for key, array in feeds.items()}  # a loader may fill them again
             self._batching = batchings(feeds)
             self.add(kept, batches.size, validation=validation)
+            self._digest.update(kept, self._batching.axes)
             progress(f"reading {'validation ' * validation}samples", done, total)
         if self.batches == before:
             raise ValueError(f"{name}: no samples, at least one is needed")

@@ -32,6 +32,9 @@ from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 _PART = 4
 """One of so many fitted batches tells which candidates are the best ones."""
 
+_WORST = 5
+"""Channels of a layer that its report names."""
+
 _LEAST_PART = 16
 """Batches that do so, at least."""
 
@@ -303,7 +306,8 @@ class CandidateBuilder:
             change = replace(change, applied=None)
         method, applied = (None, 0.0) if change.applied is None else (candidate.choice.label, change.applied)
         before, after = (float(np.abs(each).mean()) for each in (shift, shift - applied))
-        candidate.reports[name] = LayerReport(name, layer.op, method, layer.channels, before, after, change.reasons)
+        report = LayerReport(name, layer.op, method, layer.channels, before, after, change.reasons)
+        candidate.reports[name] = replace(report, worst_channels=_worst_channels(shift))
         if change.applied is not None:
             candidate.shifts[layer.name] = shift
         return change.applied
@@ -409,3 +413,9 @@ class CandidateBuilder:
         """A sweep over the batches that are fitted."""
         shards = local_shards(network, self._samples, self._threads, self._batches)
         return Sweep(network, layers, shards, wanted, depth=depth)
+
+
+def _worst_channels(shift: Shift) -> tuple[tuple[int, float], ...]:
+    """The channels with the largest shifts in magnitude, and these."""
+    largest = np.argsort(-np.abs(shift), kind="stable")[:_WORST]
+    return tuple((int(channel), float(shift[channel])) for channel in largest if shift[channel])

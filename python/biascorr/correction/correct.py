@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
-from biascorr.arguments import checked_integer, renamed
+from biascorr.arguments import checked_integer, paths_of, renamed
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -199,6 +200,7 @@ def correct(
     >>> correction.report[0].reason
     'it had no bias; one was added'
     """
+    started = time.perf_counter()
     check_options(method, strength, shrunk, new_biases, data is not None)
     check_amounts(batch_size, max_samples)
     checked_integer("seed", seed, 0)
@@ -240,7 +242,9 @@ def correct(
             attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
         else:
             equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
-        return best_of(options, attempts, given, equalization, notes)
+        result = best_of(options, attempts, given, equalization, notes)
+    files = paths_of({"reference": reference, "quantized": quantized, "data": data, "validation": validation})
+    return replace(result, seconds=time.perf_counter() - started, files=files)
 
 
 def best_of(
@@ -294,6 +298,9 @@ def best_of(
         given is None,
         found.scores,
         is_refitted=taken.is_refitted,
+        scored_samples=samples.scored if candidates[0].score is not NOT_SCORED else 0,
+        is_held_out=samples.holds_out,
+        data_digest=samples.digest,
     )
 
 

@@ -13,7 +13,7 @@ from biascorr.correction.scoring import Gain, Score
 from biascorr.equalization.result import Equalization
 from biascorr.graph.network import BiasNetwork, versions_of
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
-from biascorr.report.records import Record, layer_record, plain
+from biascorr.report.records import Record, layer_record, plain, provenance_text
 from biascorr.report.reported import Reported
 
 
@@ -144,12 +144,31 @@ class Correction(Reported):
             for name, score in scores.items()
         ]
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
         """Writes the corrected model, whole or not at all.
 
-        Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
+        Parameters
+        ----------
+        path : path
+            Where; the name ends as those of such models do.
+        force : bool
+            Whether an existing file is overwritten.
+        provenance : bool
+            Whether the file says how it was made: the version of this package, the method and a digest of the data, as JSON, in
+            the metadata of an ONNX model, with the key "biascorr"; in "biascorr.json" in the archive behind a TFLite model; in
+            "biascorr_provenance.json" in a .keras file. A model to which nothing was done is saved as it was, and what says
+            that another correction made it is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists and `force` is not set.
+        OSError
+            It cannot be written.
         """
-        self.network.save(path, force=force)
+        is_changed = self.choice.is_equalized or any(layer.method is not None for layer in self.report)
+        text = provenance_text(method=self.method, data=self.data_digest) if provenance and is_changed else None
+        self.network.save(path, force=force, provenance=text)
 
 
 def _gain_records(gains: Mapping[str, Gain]) -> Record:

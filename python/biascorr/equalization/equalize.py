@@ -8,15 +8,17 @@ Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bi
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.arguments import renamed
+from biascorr.arguments import paths_of, renamed
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -114,6 +116,7 @@ def equalize(
     >>> equalization.chains[0].factors
     [array([2. , 0.5])]
     """
+    started = time.perf_counter()
     check_iterations(iterations)
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
@@ -126,7 +129,8 @@ def equalize(
         result = equalized(network, samples, report, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=3)
-    return result
+    files = paths_of({"reference": reference, "data": data})
+    return replace(result, seconds=time.perf_counter() - started, files=files, data_digest=samples.digest)
 
 
 def equalized(

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from biascorr import __version__
 from biascorr.equalization.folding import Fold
@@ -17,8 +18,11 @@ from biascorr.equalization.scaling import ScaledChain
 from biascorr.graph.layer import without_later_calls
 from biascorr.graph.network import EditableNetwork, versions_of
 from biascorr.graph.reasons import Reason, text_of
-from biascorr.report.records import Record, plain, reason_record
+from biascorr.report.records import Record, plain, provenance_text, reason_record
 from biascorr.report.reported import Reported
+
+_MOST_RANGES = 64
+"""Channels whose ranges are in a record."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Equalization(Reported):
     changes : mapping from str to OutputChange
         After each step, how far the float outputs have moved from those of the given model, over all of the data; empty without
         data.
+    data_digest : str or None
+        SHA-256 of the samples as they were read; None without data.
     seconds : float or None
         The time that all of it took.
     files : mapping from str to str, or None
@@ -76,6 +82,7 @@ class Equalization(Reported):
     high_biases: Sequence[HighBias]
     reasons: Mapping[str, tuple[Reason, ...]]
     changes: Mapping[str, OutputChange]
+    data_digest: str | None = None
     seconds: float | None = None
     files: Mapping[str, str] | None = None
     command: str | None = None
@@ -114,18 +121,34 @@ class Equalization(Reported):
             ],
             "left": [{"name": name, "reasons": list(map(reason_record, each))} for name, each in self.reasons.items()],
             "changes": [{"step": step, **plain(dataclasses.asdict(each))} for step, each in self.changes.items()],
+            "data_digest": self.data_digest,
             "seconds": plain(self.seconds),
             "versions": dict(versions_of(self.network)),
             "files": None if self.files is None else dict(self.files),
             "command": self.command,
         }
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
         """Writes the equalized model, whole or not at all.
 
-        Raises FileExistsError if the file exists and `force` is not set, OSError where it cannot be written.
+        Parameters
+        ----------
+        path : path
+            Where; the name ends as those of such models do.
+        force : bool
+            Whether an existing file is overwritten.
+        provenance : bool
+            Whether the file says how it was made, as :meth:`Correction.save` does it.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists and `force` is not set.
+        OSError
+            It cannot be written.
         """
-        self.network.save(path, force=force)
+        text = provenance_text(method="equalize", data=self.data_digest) if provenance and self.is_anything_done else None
+        self.network.save(path, force=force, provenance=text)
 
 
 def _chain_record(each: ScaledChain) -> Record:
@@ -136,5 +159,17 @@ def _chain_record(each: ScaledChain) -> Record:
         "factors": {"min": plain(factors.min()), "max": plain(factors.max())},
         "bounds": len(each.limits),
         "silent": int(np.count_nonzero(each.silent)),
-        "ranges": [],
+        "ranges": [
+            {"layer": layer.name, "channels": len(before), **_range_record(before, after)}
+            for layer, (before, after) in zip(each.chain.layers, each.ranges)
+        ],
     }
+
+
+def _range_record(before: NDArray[np.float64], after: NDArray[np.float64]) -> Record:
+    """The ranges of the channels; of some, from the widest to the narrowest one before, where there are many."""
+    if len(before) > _MOST_RANGES:
+        taken = np.linspace(0, len(before) - 1, _MOST_RANGES).round().astype(int)
+        places = np.argsort(-before, kind="stable")[taken]
+        before, after = before[places], after[places]
+    return {"before": plain(before), "after": plain(after)}

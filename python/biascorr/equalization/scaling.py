@@ -71,6 +71,8 @@ class ScaledChain:
     silent : ndarray, (C,), bool
         The channels through which something goes, but less than float32 resolves beside the strongest one. They are not
         scaled, and their weights in the first layer become 0.
+    ranges : sequence of (ndarray, ndarray), (O,) each, float64
+        For each layer, the greatest magnitude of each output channel's weights, before and after.
     """
 
     chain: Chain
@@ -78,6 +80,7 @@ class ScaledChain:
     bits: float
     limits: Sequence[str]
     silent: NDArray[np.bool_]
+    ranges: Sequence[tuple[Factors, Factors]]
 
 
 class _Scaled:
@@ -122,6 +125,15 @@ class _Scaled:
             found = channel_ranges(np.asarray(layer.weights), layer.layout, axis=axis, groups=layer.groups, factors=other)
             known = self._known[axis] = (other.copy(), found)
         return np.asarray(own * known[1])
+
+    def output_ranges(self) -> tuple[Factors, Factors]:
+        """The ranges of its output channels as they were, and as scaled so far."""
+        layer, weights = self.layer, np.asarray(self.layer.weights)
+        before, after = (
+            channel_ranges(weights, layer.layout, axis="O", groups=layer.groups, factors=factors)
+            for factors in (None, self.input)
+        )
+        return before, np.asarray(self.output * after)
 
     @property
     def weights(self) -> LazyArray:
@@ -284,6 +296,7 @@ class Scaler:
                 bits,
                 [name for link in chain.links for name in _limits_of(self._facts, link)],
                 silent,
+                [self._layers[layer.name].output_ranges() for layer in chain.layers],
             )
             for chain, bits, silent in zip(self._chains, self.bits, self._silent)
         ]

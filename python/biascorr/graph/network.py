@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -169,8 +170,11 @@ class BiasNetwork(Network, Protocol):
         which is not added again.
         """
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes the model, whole or not at all; an existing file is kept unless `force`."""
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+        """Writes the model, whole or not at all; an existing file is kept unless `force`.
+
+        The provenance is kept with it where the format has a place for text about a model, in place of any before.
+        """
 
 
 class EditableNetwork(BiasNetwork, Protocol):
@@ -223,8 +227,9 @@ def arithmetic_of(network: Network) -> str:
 
 def versions_of(network: Network) -> Mapping[str, str]:
     """The versions of Python, numpy and the packages that read and run it, by their names."""
-    packages = cast(Mapping[str, str], getattr(network, "versions", {}))
-    return {"python": platform.python_version(), "numpy": np.__version__, **packages}
+    packages = {name: sys.modules.get(name) for name in getattr(network, "packages", ())}
+    found = {name: str(getattr(package, "__version__", "unknown")) for name, package in packages.items() if package is not None}
+    return {"python": platform.python_version(), "numpy": np.__version__, **found}
 
 
 def input_ranges(network: Network) -> Mapping[str, tuple[float, float]]:

@@ -115,4 +115,4 @@ def _other(record: Record) -> tuple[str, str]:
 
 
 def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.1e}"
+    return "nan" if value is None else f"{value:.2g}"

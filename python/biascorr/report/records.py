@@ -5,12 +5,14 @@ A record is a dict of dict, list, str, int, float, bool and None with str keys. 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from biascorr import __version__
 from biascorr.graph.reasons import LayerReport, Reason
 
 Record: TypeAlias = dict[str, Any]
@@ -110,3 +112,14 @@ def _equalized_rows(record: Record) -> Iterable[Record]:
     done += [(each["name"], "left", None, _text(each["reasons"])) for each in record["left"]]
     for name, step, chain, note in done:
         yield {"name": name, "step": step, "chain": chain, "note": note}
+
+
+def provenance_text(*, method: str, data: str | None) -> str:
+    """What a file says of how it was made, as JSON: the version of this package, the method, a digest of the data.
+
+    Examples
+    --------
+    >>> provenance_text(method="mean", data=None)  # doctest: +ELLIPSIS
+    '{"version":"...","method":"mean","data":null}'
+    """
+    return json.dumps({"version": __version__, "method": method, "data": data}, separators=(",", ":"))

@@ -1,5 +1,6 @@
 """Keras models in files: what is no model, outputs that are written whole or not at all, statistics that go along."""
 
+import json
 import os
 import re
 import shutil
@@ -249,6 +250,17 @@ def test_an_existing_file_is_kept_unless_forced(correction, tmp_path):
     correction.save(str(path), force=True)
     same(keras.saving.load_model(path), correction.model)
     assert names_in(tmp_path) == ["out.keras"]
+
+
+def test_a_saved_model_says_how_it_was_made(correction, tmp_path):
+    correction.save(tmp_path / "out.keras")
+    with zipfile.ZipFile(tmp_path / "out.keras") as archive:
+        found = json.loads(archive.read(files.PROVENANCE))
+    assert found == {"version": biascorr.__version__, "method": correction.method, "data": correction.data_digest}
+    correct(tmp_path / "out.keras", X, method="iterative").save(tmp_path / "out.keras", force=True)
+    with zipfile.ZipFile(tmp_path / "out.keras") as archive:
+        assert archive.namelist().count(files.PROVENANCE) == 1
+        assert json.loads(archive.read(files.PROVENANCE))["method"] == "iterative"
 
 
 def test_a_model_may_be_overwritten_with_its_own_correction(saved, tmp_path):

@@ -142,7 +142,7 @@ def test_paths(tmp_path):
         content_of("fixture:classifier_float"), samples, quantized=content_of("fixture:classifier_int8"), threads=1
     )
     assert by_path.model == by_bytes.model
-    by_path.save(tmp_path / "out.tflite")
+    by_path.save(tmp_path / "out.tflite", provenance=False)
     assert (tmp_path / "out.tflite").read_bytes() == by_path.model
 
 

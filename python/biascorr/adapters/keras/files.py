@@ -21,6 +21,10 @@ FOLDED = "biascorr.json"
 """The member of a .keras file that keeps the statistics of batch normalizations that became part of layers."""
 
 
+PROVENANCE = "biascorr_provenance.json"
+"""The member of a .keras file that says how a model was made."""
+
+
 def load(model: Any, name: str) -> tuple[Any, str]:
     """A model, given itself or by the path of a file, and the statistics that are in that file.
 
@@ -110,7 +114,9 @@ def _check_layers(model: Any, name: str) -> None:
             ) from error
 
 
-def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
+def save(
+    model: Any, statistics: str, path: str | os.PathLike[str], *, force: bool = False, provenance: str | None = None
+) -> None:
     """Writes a .keras file, whole or not at all.
 
     Raises as :func:`biascorr.whole_file.whole_file`, and ValueError for a name with another suffix, and for a model that Keras
@@ -120,9 +126,11 @@ def save(model: Any, statistics: str, path: str | os.PathLike[str], *, force: bo
     with whole_file(path, force=force) as temporary:
         keras.saving.save_model(model, temporary)
         _check_written(temporary, model, path)
-        if json.loads(statistics):
-            with zipfile.ZipFile(temporary, "a") as archive:
-                archive.writestr(FOLDED, statistics)
+        members = {FOLDED: statistics if json.loads(statistics) else None, PROVENANCE: provenance}
+        for member, text in members.items():
+            if text is not None:
+                with zipfile.ZipFile(temporary, "a") as archive:
+                    archive.writestr(member, text)
 
 
 def _check_written(file: Path, model: Any, name: str | os.PathLike[str]) -> None:

@@ -56,6 +56,8 @@ class KerasNetwork:
         See :class:`biascorr.graph.operations.Facts`.
     """
 
+    packages = ("keras", "tensorflow")
+
     def __init__(
         self, source: Any, steps: Steps, functions: Functions, values: Values, statistics: Mapping[str, BatchNorm]
     ) -> None:
@@ -269,9 +271,12 @@ class KerasNetwork:
     def _calls(self) -> collections.Counter[str]:
         return collections.Counter(step.first for step in self._all.steps)
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes a .keras file, whole or not at all."""
-        files.save(self.model, text_of(self.model), path, force=force)
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+        """Writes a .keras file, whole or not at all.
+
+        Provenance is a member of it, :data:`biascorr.adapters.keras.files.PROVENANCE`.
+        """
+        files.save(self.model, text_of(self.model), path, force=force, provenance=provenance)
 
 
 def _linear(step: Step) -> Linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -36,6 +37,10 @@ PROTOBUF_LIMIT = 2**31 - 1
 
 _ALIGNMENT = 4096
 """Alignment of tensors in a file beside the model, so that they can be mapped into memory as they are."""
+
+
+PROVENANCE = "biascorr"
+"""The key of metadata that says how a model was made."""
 
 
 def load(model: Any, name: str) -> tuple[onnx.ModelProto, Values]:
@@ -235,6 +240,26 @@ def _described(tensor: onnx.TensorProto) -> ExternalDataInfo:
         return ExternalDataInfo(tensor)
     except ValueError as error:
         raise ValueError(f"external data that is described wrongly: {error}") from None
+
+
+@contextlib.contextmanager
+def with_provenance(model: onnx.ModelProto, text: str | None) -> Iterator[None]:
+    """A model has this provenance until the block ends, in place of any other; None: it is as it was.
+
+    Nothing else of it is touched, nor copied, as it may have gigabytes.
+    """
+    if text is None:
+        yield
+        return
+    before = onnx.ModelProto(metadata_props=model.metadata_props)
+    others = [entry for entry in before.metadata_props if entry.key != PROVENANCE]
+    del model.metadata_props[:]
+    model.metadata_props.extend([*others, onnx.StringStringEntryProto(key=PROVENANCE, value=text)])
+    try:
+        yield
+    finally:
+        del model.metadata_props[:]
+        model.metadata_props.extend(before.metadata_props)
 
 
 def save(model: onnx.ModelProto, values: Values, path: str | os.PathLike[str], *, force: bool = False) -> None:

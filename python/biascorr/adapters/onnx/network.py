@@ -65,6 +65,7 @@ class OnnxNetwork:
         The name that errors give the model.
     """
 
+    packages = ("onnx", "onnxruntime")
     arithmetic = "8-bit products may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
 
     def __init__(self, model: onnx.ModelProto, values: Values, name: str) -> None:
@@ -116,13 +117,15 @@ class OnnxNetwork:
             self._facts = facts_of(self._graph, self._nodes)
         return self._facts
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes the model, whole or not at all; with what was changed in :attr:`model` since."""
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+        """Writes the model, whole or not at all; with what was changed in :attr:`model` since.
+
+        Provenance is metadata, with the key :data:`biascorr.adapters.onnx.files.PROVENANCE`.
+        """
         check_suffix(path, Framework.ONNX)
-        if self._whole is None:
-            files.save(self._original.model, self._original.values, path, force=force)
-        else:
-            files.save(self._whole, Values(), path, force=force)
+        model, values = (self._original.model, self._original.values) if self._whole is None else (self._whole, Values())
+        with files.with_provenance(model, provenance):
+            files.save(model, values, path, force=force)
 
     def part(
         self, given: Feeds, wanted: Sequence[str], *, threads: int = 0, allocator: Allocator | None = None

@@ -30,6 +30,9 @@ LIMIT = 2**31
 _ALIGNMENT = 16
 """Bytes that the schema aligns buffers to, which the generated code does not."""
 
+PROVENANCE = "biascorr.json"
+"""The file that says how a model was made, in the archive of associated files that the format allows behind a model."""
+
 DAMAGED = (
     AssertionError, AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, struct.error
 )  # fmt: skip
@@ -275,11 +278,39 @@ def _finished(model: Any, buffers: Sequence[Any], size: int = 0) -> bytes:
     return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
 
-def save(content: bytes, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes a file, whole or not at all; raises as :func:`biascorr.whole_file.whole_file`."""
+def save(content: bytes, path: str | os.PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+    """Writes a file, whole or not at all; raises as :func:`biascorr.whole_file.whole_file`.
+
+    Provenance is put into the archive behind the model, in place of any before; there is one then, if there was none. All other
+    bytes stay. Where there is an archive that cannot be read, it has no provenance.
+    """
     check_suffix(path, Framework.TFLITE)
-    with whole_file(path, force=force) as temporary:
-        temporary.write_bytes(content)
+    others = None if provenance is None else _archived(content)
+    with whole_file(path, force=force) as temporary, temporary.open("wb") as file:
+        if provenance is None or others is None:
+            file.write(content)
+            return
+        start, comment, entries = others
+        file.write(memoryview(content)[:start])
+        with zipfile.ZipFile(file, "w") as archive:  # its entries say where they are in the whole file
+            archive.comment = comment
+            for entry, data in entries:
+                archive.writestr(entry, data)
+            archive.writestr(zipfile.ZipInfo(PROVENANCE), provenance)
+
+
+def _archived(content: bytes) -> tuple[int, bytes, list[tuple[zipfile.ZipInfo, bytes]]] | None:
+    """Where the archive behind a model starts, its comment and its files, but for provenance; None where it cannot be read."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            start = min((entry.header_offset for entry in entries), default=len(content))
+            kept = [(entry, archive.read(entry)) for entry in entries if entry.filename != PROVENANCE]
+            return start, archive.comment if entries else b"", kept
+    except zipfile.BadZipFile:
+        return len(content), b"", []
+    except _NO_ARCHIVE:
+        return None
 
 
 def place_of(content: bytes, index: int) -> int:
@@ -306,10 +337,13 @@ def _moved_archive(tail: bytes, start: int) -> bytes:
     """An archive whose entries say where they are in a file that it is put behind."""
     made = io.BytesIO()
     made.seek(start)
-    with zipfile.ZipFile(io.BytesIO(tail)) as archive, zipfile.ZipFile(made, "w") as moved:
-        moved.comment = archive.comment
-        for entry in archive.infolist():
-            moved.writestr(entry, archive.read(entry))
+    with zipfile.ZipFile(io.BytesIO(tail)) as archive:
+        entries = archive.infolist()
+        made.write(tail[: min((entry.header_offset for entry in entries), default=0)])
+        with zipfile.ZipFile(made, "w") as moved:
+            moved.comment = archive.comment
+            for entry in entries:
+                moved.writestr(entry, archive.read(entry))
     return bytes(made.getvalue()[start:])
 
 

@@ -41,6 +41,7 @@ class TfliteNetwork:
         What its inputs are called; as the signature of the model calls them where there are none.
     """
 
+    packages = ("ai_edge_litert",)
     keeps_batch_norms = False
 
     def __init__(
@@ -239,9 +240,12 @@ class TfliteNetwork:
             shares_weights=not graph.is_own(product.weights),
         )
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Writes a .tflite file, whole or not at all."""
-        files.save(self.model, path, force=force)
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+        """Writes a .tflite file, whole or not at all.
+
+        Provenance is a file in the archive behind the flatbuffer, :data:`biascorr.adapters.tflite.files.PROVENANCE`.
+        """
+        files.save(self.model, path, force=force, provenance=provenance)
 
 
 def _check_kinds(graph: Graph, name: str) -> None:
