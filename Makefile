@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
 .PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite quality-choice
-.PHONY: instructions memcheck lint format clean
+.PHONY: instructions memcheck docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,7 @@ build/wheelhouse: $(VENV)/installed
 	$(BIN)/python -m pip download --quiet --only-binary :all: --dest $@ "numpy>=1.24"
 	touch $@
 
-# Draws build/demo.png, or PICTURE=docs/demo.png: the README's. NETWORK=net.onnx DATA=samples.npz: your network.
+# Draws build/demo.png, or PICTURE=docs/images/demo.png: the README's. NETWORK=net.onnx DATA=samples.npz: your network.
 demo: $(VENV)/built $(VENV)/network
 	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
 
@@ -41,7 +41,7 @@ demo: $(VENV)/built $(VENV)/network
 demo-tflite: $(VENV)/built
 	$(BIN)/python examples/tflite_deployed.py $(NETWORK) $(QUANTIZED) $(DATA)
 
-KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/keras.md
+KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/how-to/keras.md
 
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
 	cargo test --quiet --no-default-features
@@ -100,6 +100,15 @@ memcheck:
 			done; \
 		done; \
 	done
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+# The pages, in build/site: warnings are errors, and nothing is fetched. SERVE=1 shows them in a browser as they are written.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/docs
+	$(BIN)/mkdocs $(if $(SERVE),serve,build --quiet --clean) --strict
 
 lint: $(VENV)/built
 	cargo fmt --check

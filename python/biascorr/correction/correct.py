@@ -48,7 +48,7 @@ _SCALED = ("empirical", "activation", "squared")
 _AUTO = (Choice("squared"), Choice("activation", 0.5), Choice("iterative"), Choice("mean"), Choice("activation"))
 """The candidates of `auto`, from cautious to bold: by the harm that they did to real networks where they were chosen wrongly.
 
-More of them win no more, by chance often less (measured, docs/models.md).
+More of them win no more, by chance often less (measured, docs/benchmarks/networks.md).
 """
 
 _UNCORRECTED = Choice("none")
