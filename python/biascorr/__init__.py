@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from biascorr.graph.operations import ActivationType
     from biascorr.graph.reasons import LayerReport
     from biascorr.inspection.compare import Comparison, compare
+    from biascorr.inspection.inspect import Inspection, inspect
 
 __all__ = [
     "ActivationType",
@@ -68,6 +69,7 @@ __all__ = [
     "EmpiricalBiasCorrector",
     "Equalization",
     "HighBiasFold",
+    "Inspection",
     "LayerReport",
     "MeanBiasCorrector",
     "NullBiasCorrector",
@@ -82,6 +84,7 @@ __all__ = [
     "fold_all_batch_norms",
     "fold_given_batch_norms",
     "get_num_threads",
+    "inspect",
     "prepare_input_mean",
     "set_num_threads",
     "show_config",
@@ -101,12 +104,14 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "CrossLayerScaling": "biascorr.equalization.classic",
         "Equalization": "biascorr.equalization.result",
         "HighBiasFold": "biascorr.equalization.classic",
+        "Inspection": "biascorr.inspection.inspect",
         "LayerReport": "biascorr.graph.reasons",
         "QuantParams": "biascorr.correction.quant_params",
         "compare": "biascorr.inspection.compare",
         "correct": "biascorr.correction.correct",
         "equalize": "biascorr.equalization.equalize",
         "equalize_model": "biascorr.equalization.classic",
+        "inspect": "biascorr.inspection.inspect",
         "find_all_convs_bn_with_activation": "biascorr.correction.classic",
         "fold_all_batch_norms": "biascorr.equalization.classic",
         "fold_given_batch_norms": "biascorr.equalization.classic",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -49,6 +50,31 @@ Constant: TypeAlias = NDArray[Any] | LazyArray
 """An array, or what becomes one by ``np.asarray``; shape and dtype are known without reading it."""
 
 
+@dataclass(frozen=True)
+class WeightFormat:
+    """How quantized weights are stored.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the codes: "int8", "uint4", "float8_e4m3fn".
+    scales : str
+        What has a scale of its own: "tensor", "channel" or "block".
+    block_size : int
+        Weights of a block; 0 where there are none.
+    """
+
+    dtype: str
+    scales: str
+    block_size: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        digits = re.search(r"\d+", self.dtype)
+        return int(digits[0]) if digits else 0
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A linear operator with constant weights: y = gain * (weights x input) + bias.
@@ -86,6 +112,8 @@ class Layer:
     call_of : str or None
         Name of the layer that this is a later call of, with the same weights and the same bias; None where it is the first
         call, or the only one.
+    weight_format : WeightFormat or None
+        How the weights are stored, where they are quantized and that is known.
     """
 
     name: str
@@ -104,6 +132,7 @@ class Layer:
     bias: NDArray[Any] | None = None
     shares_weights: bool = False
     call_of: str | None = None
+    weight_format: WeightFormat | None = None
 
     @property
     def first_call(self) -> str:

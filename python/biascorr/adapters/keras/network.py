@@ -35,6 +35,7 @@ from biascorr.graph.operations import (
     Role,
     SpatialEffect,
 )
+from biascorr.graph.origin import Origin
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.quantization import Quantization
 
@@ -93,6 +94,12 @@ class KerasNetwork:
         if self._statistics:
             keep_folded(model, steps_of(model), self._statistics)
         return model
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the model."""
+        outputs = [_input(name, tensor) for name, tensor in zip(self.outputs, self._source.outputs) if tensor.dtype != "string"]
+        return Origin("Keras", outputs=outputs)
 
     @property
     def order(self) -> Sequence[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike
@@ -35,13 +36,15 @@ from biascorr.adapters.onnx.operators import (
     subgraph_nodes,
     subgraphs,
 )
-from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer
+from biascorr.adapters.onnx.origin import all_nodes, format_of, producer_of, quantization_of, quantizer_of
+from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quantizer, range_of
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
 from biascorr.adapters.onnx.tensors import Values, is_foreign, whole_model
-from biascorr.graph.layer import Constant, Layer, LazyArray
+from biascorr.graph.layer import Constant, Layer, LazyArray, WeightFormat
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
+from biascorr.graph.origin import Origin
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.quantization import Quantization
 from biascorr.windows import TransposedWindow, Window
@@ -105,6 +108,21 @@ class OnnxNetwork:
         if self._whole is None:
             self._whole = whole_model(self._original.model, self._original.values)
         return self._whole
+
+    @functools.cached_property
+    def input_ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest value of inputs that are quantized before anything else, to one grid of integers."""
+        quantizers = {each.name: self._graph.only_reader(each.name) for each in self.inputs}
+        ranges = {name: range_of(self._graph, node) for name, node in quantizers.items() if node is not None}
+        return {name: found for name, found in ranges.items() if found is not None}
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the model, and who made it."""
+        model = self._original.model
+        nodes = list(all_nodes(model))
+        outputs = [_input(value) for value in model.graph.output if value.type.tensor_type.elem_type]
+        return Origin(format_of(model), quantization_of(nodes), quantizer_of(model, nodes), producer_of(model), outputs)
 
     @property
     def order(self) -> Sequence[str]:
@@ -333,6 +351,7 @@ class OnnxNetwork:
             weight_step=LazyArray((1, given["N"]), scales.dtype, lambda: steps_of_n_bits(given, graph.value(inputs[2]))),
             bias=bias.read(),
             shares_weights=graph.only_reader(inputs[1]) is not node,
+            weight_format=WeightFormat(f"uint{given['bits']}", "block", given["block_size"]),
         )
 
     def _found(
@@ -355,8 +374,16 @@ class OnnxNetwork:
             weight_step=self._weight_step(node.input[index], weights),
             bias=bias.read(),
             shares_weights=_shares_weights(node, self._graph),
+            weight_format=self._weight_format(node.input[index]),
             **more,
         )
+
+    def _weight_format(self, name: str) -> WeightFormat | None:
+        dequantizer = dequantizer_of(self._graph, name)
+        if dequantizer is None:
+            return None
+        scales = "block" if dequantizer.block_size else "channel" if dequantizer.step.size > 1 else "tensor"
+        return WeightFormat(self._graph.constant(dequantizer.quantized).dtype.name, scales, dequantizer.block_size)
 
     def _weight_step(self, name: str, weights: Constant) -> Constant | None:
         dequantizer = dequantizer_of(self._graph, name)

@@ -103,6 +103,19 @@ def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:
     return Dequantizer(node, step, zero_point, axis, block_size)
 
 
+def range_of(graph: Graph, node: onnx.NodeProto) -> tuple[float, float] | None:
+    """The least and the greatest value that a node moves to one grid of integers; None where it is no such quantizer."""
+    if operator_of(node) != "QuantizeLinear" or not all(map(graph.is_constant, filter(None, node.input[1:]))):
+        return None
+    step = graph.value(node.input[1])
+    zero_point = graph.value(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+    if step.size != 1 or zero_point.dtype.name not in _INTEGERS:
+        return None
+    limits = np.iinfo(zero_point.dtype)
+    low, high = (float((end - int(zero_point.item())) * step.item()) for end in (limits.min, limits.max))
+    return low, high
+
+
 def _type_of_codes(graph: Graph, name: str) -> np.dtype[Any]:
     """The type of values that have no zero point: what quantizes them knows it, or they are taken for int32."""
     if graph.is_constant(name):

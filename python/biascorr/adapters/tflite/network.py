@@ -16,12 +16,14 @@ from biascorr.adapters.tflite.bias import Bias
 from biascorr.adapters.tflite.edits import edited
 from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
 from biascorr.adapters.tflite.lowering import Lowered, Node
+from biascorr.adapters.tflite.origin import format_of, producer_of, quantization_of
 from biascorr.adapters.tflite.products import Product
 from biascorr.adapters.tflite.roles import kind_of, role_of
 from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of, grid_of_codes, has_codes
 from biascorr.graph.layer import Layer, LazyArray
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
+from biascorr.graph.origin import Origin
 from biascorr.graph.reasons import LayerReport
 from biascorr.quantization import Quantization
 
@@ -124,6 +126,15 @@ class TfliteNetwork:
     def model(self) -> bytes:
         """The file; made each time it is asked for."""
         return self._graph.written()
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the model, and who made it."""
+        model, lowered = self._graph.model, self._lowered
+        known = [index for index in lowered.outputs if dtype_of(lowered.tensors[index]) is not None]
+        outputs = [_input(lowered.names[index], lowered.tensors[index]) for index in known]
+        quantization, producer = quantization_of(model), producer_of(model)
+        return Origin(format_of(model), quantization, producer if quantization else None, producer, outputs)
 
     @property
     def order(self) -> Sequence[str]:
@@ -238,6 +249,7 @@ class TfliteNetwork:
             weight_step=product.step_of(graph),
             bias=None if bias is None else bias.astype(np.float32).reshape(-1, *[1] * (-1 - product.axis)),
             shares_weights=not graph.is_own(product.weights),
+            weight_format=product.format_of(graph),
         )
 
     def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:

@@ -16,7 +16,8 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from biascorr.adapters.tflite.graph import Graph, Operator, operators_of
-from biascorr.adapters.tflite.tensors import axes_of, dtype_of, grid_of, name_of, shape_of, type_name
+from biascorr.adapters.tflite.tensors import PACKED, axes_of, dtype_of, grid_of, name_of, shape_of, type_name
+from biascorr.graph.layer import WeightFormat
 from biascorr.graph.reasons import Reason, ReasonCode
 from biascorr.windows import TransposedWindow, Window
 
@@ -122,6 +123,16 @@ class Product:
             return grid.scale.reshape(1, 1, *self.shape[2:])
         axis = grid.axis + len(self.shape) - len(shape_of(graph.tensors[source]))
         return grid.scale.reshape([-1 if position == axis else 1 for position in range(len(self.shape))])
+
+    def format_of(self, graph: Graph) -> WeightFormat | None:
+        """How the weights are stored; None where they are real numbers."""
+        source = graph.source(self.weights)
+        grid = None if source is None else grid_of(graph.tensors[source])
+        if source is None or grid is None:
+            return None
+        tensor = graph.tensors[source]
+        dtype = f"int{PACKED[tensor.type]}" if tensor.type in PACKED else str(dtype_of(tensor))
+        return WeightFormat(dtype, "tensor" if len(grid.scale) == 1 else "channel")
 
 
 def option(operator: Operator, name: str) -> int:
