@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         fold_given_batch_norms,
     )
     from biascorr.equalization.equalize import equalize
+    from biascorr.equalization.fold import Folding, fold
     from biascorr.equalization.result import Equalization
     from biascorr.graph.batch_norms import ConvBnInfoType
     from biascorr.graph.operations import ActivationType
@@ -68,6 +69,7 @@ __all__ = [
     "CrossLayerScaling",
     "EmpiricalBiasCorrector",
     "Equalization",
+    "Folding",
     "HighBiasFold",
     "Inspection",
     "LayerReport",
@@ -81,6 +83,7 @@ __all__ = [
     "equalize_model",
     "fake_quantize",
     "find_all_convs_bn_with_activation",
+    "fold",
     "fold_all_batch_norms",
     "fold_given_batch_norms",
     "get_num_threads",
@@ -103,6 +106,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "Correction": "biascorr.correction.result",
         "CrossLayerScaling": "biascorr.equalization.classic",
         "Equalization": "biascorr.equalization.result",
+        "Folding": "biascorr.equalization.fold",
         "HighBiasFold": "biascorr.equalization.classic",
         "Inspection": "biascorr.inspection.inspect",
         "LayerReport": "biascorr.graph.reasons",
@@ -113,6 +117,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "equalize_model": "biascorr.equalization.classic",
         "inspect": "biascorr.inspection.inspect",
         "find_all_convs_bn_with_activation": "biascorr.correction.classic",
+        "fold": "biascorr.equalization.fold",
         "fold_all_batch_norms": "biascorr.equalization.classic",
         "fold_given_batch_norms": "biascorr.equalization.classic",
     }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from biascorr import __version__
 from biascorr.adapters.frameworks import Framework, framework_of_name
 from biascorr.adapters.loading import network_from_model, sizes_by_file
+from biascorr.arguments import paths_of
 from biascorr.calibration.data import Progress, check_amounts
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
@@ -287,6 +288,7 @@ def compare(
         _size_of(reference),
         notes,
         versions,
+        paths_of({"reference": reference, **{f"models[{name}]": model for name, model in named.items()}, "data": data}),
     )
 
 

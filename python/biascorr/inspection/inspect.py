@@ -22,6 +22,7 @@ import numpy as np
 
 from biascorr import __version__
 from biascorr.adapters.loading import check_same_framework, network_from_model, sizes_by_file
+from biascorr.arguments import paths_of
 from biascorr.channel_scale import channel_ranges
 from biascorr.correction.roles import check_roles, paired, with_inputs_of
 from biascorr.equalization.chains import chains_of, find_links
@@ -297,6 +298,7 @@ def inspect(model: Any, *, reference: Any = None) -> Inspection:
         sum(sizes_by_file(Path(model), "model").values()) if isinstance(model, (str, PathLike)) else None,
         notes,
         versions_of(network),
+        paths_of({"model": model, "reference": reference}),
     )
 
 
