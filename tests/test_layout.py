@@ -25,6 +25,7 @@ BELOW = {
 """What each folder may import besides itself, lowest first."""
 
 EXTRAS = {
+    "calibration": {"PIL"},
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},

@@ -31,6 +31,7 @@ from biascorr.quantization import BiasCorrectionType, Quantization, fake_quantiz
 from biascorr.statistics import ChannelMean, prepare_input_mean
 
 if TYPE_CHECKING:
+    from biascorr.calibration.images import images
     from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
     from biascorr.correction.correct import correct
     from biascorr.correction.quant_params import QuantParams
@@ -87,6 +88,7 @@ __all__ = [
     "fold_all_batch_norms",
     "fold_given_batch_norms",
     "get_num_threads",
+    "images",
     "inspect",
     "prepare_input_mean",
     "set_num_threads",
@@ -120,6 +122,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "fold": "biascorr.equalization.fold",
         "fold_all_batch_norms": "biascorr.equalization.classic",
         "fold_given_batch_norms": "biascorr.equalization.classic",
+        "images": "biascorr.calibration.images",
     }
 
     def __getattr__(name):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -123,3 +125,41 @@ def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returne
         return call
 
     return with_old_names
+
+
+def function_from_name(name: str, argument: str) -> Callable[..., Any]:
+    """The function that "module:function" names; modules in the current folder are found too.
+
+    Parameters
+    ----------
+    name : str
+        Of the module, with its packages, and of the function.
+    argument : str
+        What the error calls it.
+
+    Raises
+    ------
+    ValueError
+        The name is none; the module cannot be imported, or has no such function.
+
+    Examples
+    --------
+    >>> function_from_name("math:floor", "metric")
+    <built-in function floor>
+    >>> function_from_name("math:flor", "metric")
+    Traceback (most recent call last):
+    ...
+    ValueError: metric: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
+    """
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"{argument}: {name!r}, expected module:function")
+    if "" not in sys.path:
+        sys.path.append("")  # it stays: the module may import others when it is called
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module runs when it is imported, and may raise anything
+        raise ValueError(f"{argument}: {name!r} cannot be found: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{argument}: {name!r} is a {type(found).__name__}, expected a function")
+    return found  # type: ignore[no-any-return]

@@ -138,7 +138,7 @@ def test_wrong_numbers_of_threads(function, threads):
         function(two_layers(), samples(4, 3, 6, 6), threads=threads)
 
 
-@pytest.mark.parametrize("budget", [-1, 1.5, True, "2 G", "-1"])
+@pytest.mark.parametrize("budget", [-1, 1.5, True, "2 X", "2 iB", "two GB", "-1"])
 @pytest.mark.parametrize("function", [correct, equalize])
 def test_wrong_budgets(function, budget):
     with pytest.raises(ValueError, match=r"^memory_budget: .*, expected (an integer of at least 0, or None|bytes: .*)$"):

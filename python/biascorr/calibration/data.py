@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -17,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.arguments import checked_integer
+from biascorr.arguments import checked_integer, function_from_name
+from biascorr.calibration import remedies
 from biascorr.calibration.batching import Batchings, assumed, assumed_axes, fixed_size
 from biascorr.calibration.datasets import (
     ITERABLE,
@@ -30,14 +33,41 @@ from biascorr.calibration.datasets import (
     stacked,
     without_nesting,
 )
+from biascorr.calibration.images import ImageRows, Images
+from biascorr.calibration.remedies import ARRAYS, fits
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
-_SUFFIXES = (".npy", ".npz")
-
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+"""A module and a function in it."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the step, how much of it is done, and how much there is (None if unknown)."""
+
+
+def resolved(data: Any, name: str = "data") -> Any:
+    """What data is: where it is the text "module:function", and no path, what this function returns."""
+    if not isinstance(data, (str, PathLike)):
+        return data
+    text = os.fspath(data)
+    if not isinstance(text, str) or not _FUNCTION.fullmatch(text) or Path(text).exists():
+        return data
+    return data_from_name(text, name)
+
+
+def data_from_name(text: str, name: str = "data") -> Any:
+    """What the function returns that "module:function" names, to be used as data; modules in the current folder are found too.
+
+    Raises ValueError where there is no such function. What it raises is raised.
+
+    Examples
+    --------
+    >>> data_from_name("math:flor")
+    Traceback (most recent call last):
+    ...
+    ValueError: data: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
+    """
+    return function_from_name(text, name)()
 
 
 def number_of_batches(
@@ -47,6 +77,9 @@ def number_of_batches(
     data_set = data_set_from(data)
     if data_set is not None:
         return _number_in(data_set, inputs, batch_size, max_samples)
+    if isinstance(data, Images):
+        fixed = fixed_size(inputs, assumed_axes(inputs))
+        return math.ceil(min(len(data), _whole(max_samples, fixed) or len(data)) / (fixed or batch_size))
     count = _number_of_elements(data)
     return count if count is None or max_samples is None else min(count, max_samples)
 
@@ -126,7 +159,7 @@ def batches_from_data(
     ValueError
         A file cannot be read; names or shapes are not those of the inputs; an array has nan or inf.
     """
-    known = assumed(inputs)
+    data, known = resolved(data, name), assumed(inputs)
     return Limited(
         _named_batches(data, inputs, name, batch_size, max_samples),
         inputs,
@@ -215,6 +248,9 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
     data_set = data_set_from(data)
     if isinstance(data, (str, PathLike)):
         yield from _from_path(Path(data), inputs, name, batch_size)
+    elif isinstance(data, Images):
+        rows = data.read(_only_input(inputs, name), most=_whole(most, fixed_size(inputs, assumed_axes(inputs))), name=name)
+        yield from _samples({inputs[0].name: rows}, inputs, name, batch_size)
     elif _has_samples(data):
         yield from _samples(_by_name(data, inputs, name), inputs, name, batch_size)
     elif isinstance(data, tuple) and len(data) == len(inputs) + 1 and _ends_with_labels(data):
@@ -229,6 +265,15 @@ def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_siz
     else:
         call = ": call it, and give what it returns" if callable(data) else ""
         raise TypeError(f"{name}: {type(data).__name__}, expected an array, a mapping, an iterable of batches or a path{call}")
+
+
+def _only_input(inputs: Sequence[ModelInput], name: str) -> ModelInput:
+    if len(inputs) != 1:
+        names = ", ".join(each.name for each in inputs)
+        raise ValueError(
+            f"{name}: images, the model has {len(inputs)} inputs ({names}); give batches, mappings with all of them"
+        )
+    return inputs[0]
 
 
 def _whole(most: int | None, size: int) -> int | None:
@@ -350,7 +395,7 @@ def _array(values: Any, name: str) -> Any:
         raise TypeError(f"{name}: a ragged tensor, expected one whose rows have one length, e.g. x.to_tensor()")
     if hasattr(values, "dense_shape"):
         raise TypeError(f"{name}: a sparse tensor, expected a dense one, e.g. tf.sparse.to_dense(x)")
-    if isinstance(values, (np.ndarray, _Rows)):
+    if isinstance(values, (np.ndarray, _Rows, ImageRows)):
         return values
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -389,7 +434,7 @@ def _axis_of_samples(array: Any, model_input: ModelInput, axis: int | None) -> i
     """The axis along which an array is cut; None: not at all."""
     if not _has_rank(array, model_input):
         return 0
-    is_shared = axis is None and model_input.shape is not None and _fits(array.shape, model_input.shape)
+    is_shared = axis is None and model_input.shape is not None and fits(array.shape, model_input.shape)
     return None if is_shared else axis or 0
 
 
@@ -420,9 +465,9 @@ def _from_path(path: Path, inputs: Sequence[ModelInput], name: str, batch_size: 
 
 
 def _files(folder: Path, name: str = "data") -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix in ARRAYS)
     if not files:
-        raise ValueError(f"{name}: {folder}: there is no .npy or .npz file in this folder")
+        raise ValueError(f"{name}: {folder}: there is no .npy or .npz file in this folder{remedies.of_folder(folder)}")
     return files
 
 
@@ -443,8 +488,8 @@ def _read(path: Path, name: str) -> Any:
     """The rows of an .npy file, a dict of the arrays of an .npz file."""
     if not path.exists():
         raise FileNotFoundError(f"{name}: no such file: {path}")
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{name}: {path}: expected an .npy or .npz file, or a folder of them")
+    if path.suffix not in ARRAYS:
+        raise ValueError(f"{name}: {path}: expected an .npy or .npz file, or a folder of them{remedies.of_file(path)}")
     if not path.is_file():
         raise OSError(f"{name}: {path}: {kind_of(path)}")
     try:
@@ -512,10 +557,12 @@ class _Rows:
 def _fitting(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:
     label = f"{name}: input {expected.name}"
     if array.dtype != expected.dtype:
-        raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {_conversion(array, expected)}")
-    if expected.shape is not None and not _fits(array.shape, expected.shape):
+        raise TypeError(f"{label}: dtype {array.dtype}, the model takes {expected.dtype}; {remedies.of_dtype(array, expected)}")
+    if expected.shape is not None and not fits(array.shape, expected.shape):
         axes = ", ".join("any" if size is None else str(size) for size in expected.shape)
-        raise ValueError(f"{label}: shape {array.shape}, the model takes ({axes}){_turned(array.shape, expected.shape)}")
+        raise ValueError(
+            f"{label}: shape {array.shape}, the model takes ({axes}){remedies.of_shape(array.shape, expected.shape)}"
+        )
     return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
 
 
@@ -523,27 +570,3 @@ def _check_finite(feeds: Feeds, name: str) -> None:
     for key, array in feeds.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name}: input {key}: contains {'nan' if np.isnan(array).any() else 'inf'}")
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(b is None or a == b for a, b in zip(shape, expected))
-
-
-def _conversion(array: NDArray[Any], expected: ModelInput) -> str:
-    if array.dtype.kind in "OSU":
-        return "give arrays of numbers"
-    if array.dtype.kind in "iu" and expected.dtype.kind == "f":
-        return f"convert it as for training, e.g. (x / 255).astype(np.{expected.dtype})"
-    module = "np" if expected.dtype.isbuiltin == 1 else "ml_dtypes"
-    return f"convert it, e.g. x.astype({module}.{expected.dtype})"
-
-
-def _turned(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
-    """How an array becomes one of the expected shape: its channels moved, or an axis for samples added."""
-    if _fits((1, *shape), expected):
-        return "; x[None] adds the axis of samples"
-    rank = len(shape)
-    for order in ((0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)) if rank > 2 else ():
-        if _fits(tuple(shape[axis] for axis in order), expected):
-            return f"; x.transpose({', '.join(map(str, order))}) moves the channels there"
-    return ""

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from biascorr import _kernels
 from biascorr.calibration.batching import Batching, Batchings, assumed
-from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches
+from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches, resolved
 from biascorr.calibration.digest import Digest
+from biascorr.calibration.images import Images
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
@@ -188,9 +189,10 @@ class Samples:
         The latter comes after the former. Raises ValueError where there are none, or no end of them.
         """
         name, before = "validation" if validation else "data", self.batches
+        data = resolved(data, name)
         check_end(data, max_samples, name)
         total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
-        lasting = type(data) in (np.ndarray, dict, list, tuple)
+        lasting = type(data) in (np.ndarray, dict, list, tuple, Images)
         known = assumed(inputs)
         batchings = batchings or (lambda _: known)
         batches = batches_from_data(

@@ -32,7 +32,8 @@ _PREFIX = "biascorr-"
 
 _LOCK = ".lock"
 
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+"""Of bytes, in powers of 1000, or of 1024 with an i."""
 
 _SHARE = 0.5
 """Part of the free memory that is used where no budget is given; the rest is for the network that runs."""
@@ -51,11 +52,11 @@ def checked_budget(memory_budget: int | str | None) -> int:
 
 
 def bytes_from_text(text: str) -> int:
-    """The bytes that a text like "500MB" names. Raises ValueError where it names none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)?", text)
-    if found is None:
-        raise ValueError(f"memory_budget: {text!r}, expected bytes: 500000000, 500MB or 1.5GB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    """The bytes that a text like "500MB", "1.5 GB", "2g" or "512MiB" names. Raises ValueError where it names none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"memory_budget: {text!r}, expected bytes: 500000000, 500MB, 1.5GB or 512MiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[(found[2] or "").lower()])
 
 
 class Buffers:

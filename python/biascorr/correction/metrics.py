@@ -6,14 +6,14 @@ evaluate(run) -> float                 of the network that `run` runs: own input
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
+
+from biascorr.arguments import function_from_name
 
 Outputs: TypeAlias = Mapping[str, Any]
 """The outputs of a network by name."""
@@ -55,18 +55,7 @@ class Metric:
 
 def metric_from_name(name: str) -> Callable[..., Any]:
     """The function that "module:function" names; modules in the current folder are found too. Raises ValueError."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"metric: {name!r}, expected module:function")
-    if "" not in sys.path:
-        sys.path.append("")  # it stays: the module may import others when it is called
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module runs when it is imported, and may raise anything
-        raise ValueError(f"metric: {name!r} cannot be found: {error}") from error
-    if not callable(found):
-        raise ValueError(f"metric: {name!r} is a {type(found).__name__}, expected a function")
-    return found  # type: ignore[no-any-return]
+    return function_from_name(name, "metric")
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
