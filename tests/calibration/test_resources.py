@@ -9,7 +9,7 @@ import pytest
 
 from biascorr import correct, equalize
 from biascorr.calibration.resources import available_cpus, checked_threads, free_memory
-from biascorr.calibration.storage import checked_budget
+from biascorr.calibration.storage import bytes_from_text, checked_budget
 from networks import samples, two_layers
 
 GB = 1 << 30
@@ -143,3 +143,14 @@ def test_wrong_numbers_of_threads(function, threads):
 def test_wrong_budgets(function, budget):
     with pytest.raises(ValueError, match=r"^memory_budget: .*, expected (an integer of at least 0, or None|bytes: .*)$"):
         function(two_layers(), samples(4, 3, 6, 6), memory_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    {
+        "0": 0, "500000000": 500_000_000, "2GB": 2 * 10**9, "2 GB": 2 * 10**9, "2gb": 2 * 10**9, "1.5g": 15 * 10**8,
+        "512MiB": 512 << 20, "1 KiB": 1024, "3k": 3000, "1TB": 10**12, " 7 B ": 7,
+    }.items(),
+)  # fmt: skip
+def test_budgets_as_texts(text, expected):
+    assert bytes_from_text(text) == expected

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -44,6 +44,13 @@ class _Preset:
     std: tuple[float, ...] = (1.0,)
     color: ImageColor | None = None
     margin: float | None = None
+
+    def of_channels(self, color: str) -> tuple[float, NDArray[np.float32], NDArray[np.float32]]:
+        """The scale, the means and the deviations, in the order of the channels; their averages for gray."""
+        mean, std = (np.array(numbers, np.float32) for numbers in (self.mean, self.std))
+        if color == "gray":
+            return self.scale, mean.mean(keepdims=True), std.mean(keepdims=True)
+        return (self.scale, mean[::-1], std[::-1]) if color == "bgr" else (self.scale, mean, std)
 
 
 _PRESETS: dict[str, _Preset] = {
@@ -222,6 +229,10 @@ class Images:
     def note(self) -> str:
         """A line on the values that were last read."""
         return "" if self._rows is None else self._rows.note
+
+    def other_presets(self) -> dict[str, Callable[[NDArray[Any]], NDArray[Any]]]:
+        """What makes of the values that were last read those that each preset would give, by its name; none of integers."""
+        return {} if self._rows is None else self._rows.other_presets()
 
     def read(self, model_input: ModelInput, *, most: int | None = None, name: str = "data") -> ImageRows:
         """The images as rows of an array, as this input of a model takes them; nothing is decoded yet.
@@ -416,17 +427,13 @@ def _affine(
         if np.iinfo(dtype).max < np.iinfo(np.uint8).max:
             raise ValueError(f"{label}: takes {dtype}, pixels are 0 to 255; give a model that takes uint8 or floats")
         return None
-    of_preset = {"mean": preset.mean, "std": preset.std}
-    if color == "gray":
-        of_preset = {name: (sum(numbers) / len(numbers),) for name, numbers in of_preset.items()}
-    elif color == "bgr":
-        of_preset = {name: numbers[::-1] for name, numbers in of_preset.items()}
-    mean, std = (np.array(options.get(name, of_preset[name]), np.float32) for name in ("mean", "std"))
+    scale, *of_preset = preset.of_channels(color)
+    mean, std = (np.array(options.get(name, numbers), np.float32) for name, numbers in zip(("mean", "std"), of_preset))
     count = 1 if color == "gray" else 3
     for name, numbers in {"mean": mean, "std": std}.items():
         if numbers.size not in (1, count):
             raise ValueError(f"{label}: {name}: {numbers.size} numbers for {count} channel")
-    return options.get("scale", (preset.scale,))[0], mean, std
+    return options.get("scale", (scale,))[0], mean, std
 
 
 class ImageRows:
@@ -478,6 +485,20 @@ class ImageRows:
             return ""
         low, high, mean = (f"{value:.3g}" for value in (self._low, self._high, self._sum / self._images))
         return f"input {self._input}: {low} to {high}, mean {mean}, of {_count(self._images)}"
+
+    def other_presets(self) -> dict[str, Callable[[NDArray[Any]], NDArray[Any]]]:
+        """See :meth:`Images.other_presets`; channels stay in their order."""
+        affine, axis = self._steps.affine, -1 if self._steps.is_last else 1
+        if affine is None:
+            return {}
+
+        def change(preset: _Preset) -> Callable[[NDArray[Any]], NDArray[Any]]:
+            (scale, mean, std), (other_scale, other_mean, other_std) = affine, preset.of_channels(self._steps.color)
+            factor = np.moveaxis((std * other_scale / (scale * other_std)).reshape(1, 1, 1, -1), -1, axis)
+            added = np.moveaxis(((mean * other_scale / scale - other_mean) / other_std).reshape(1, 1, 1, -1), -1, axis)
+            return lambda array: (array * factor + added).astype(array.dtype)
+
+        return {name: change(preset) for name, preset in _PRESETS.items()}
 
     def _sample(self, file: Path) -> NDArray[Any]:
         try:

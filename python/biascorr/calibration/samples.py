@@ -95,6 +95,8 @@ class Samples:
 
     Attributes
     ----------
+    images : Images or None
+        The data, where it was images; not validation data.
     left_out : list of str
         The names of data of which there was more than was to be read, as far as is known.
     """
@@ -103,6 +105,7 @@ class Samples:
         self.storage = storage
         self.batches_read = 0
         self.left_out: list[str] = []
+        self.images: Images | None = None
         self._hold_out = hold_out
         self._seed = seed
         self._batching = batching or Batching({})
@@ -190,6 +193,7 @@ class Samples:
         """
         name, before = "validation" if validation else "data", self.batches
         data = resolved(data, name)
+        self.images = data if isinstance(data, Images) and not validation else self.images
         check_end(data, max_samples, name)
         total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
         lasting = type(data) in (np.ndarray, dict, list, tuple, Images)

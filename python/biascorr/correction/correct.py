@@ -20,6 +20,7 @@ from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.choosing import choose, finalists, is_safe
+from biascorr.correction.image_notes import image_notes
 from biascorr.correction.layer_errors import layer_errors
 from biascorr.correction.metrics import Metric
 from biascorr.correction.quant_params import QuantParams
@@ -234,7 +235,7 @@ def correct(
             read(validation, inputs, report_progress, validation=True)
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += samples_out_of_range(given or float_network, samples)
+        notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
         expected = FloatOutputs(float_network, samples, threads, user_metric)
         options = Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
         if given is not None:
