@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -34,15 +34,13 @@ from biascorr.calibration.datasets import (
     without_nesting,
 )
 from biascorr.calibration.images import ImageRows, Images
+from biascorr.calibration.progress import Progress as Progress
 from biascorr.calibration.remedies import ARRAYS, fits
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 """A module and a function in it."""
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with the step, how much of it is done, and how much there is (None if unknown)."""
 
 
 def resolved(data: Any, name: str = "data") -> Any:

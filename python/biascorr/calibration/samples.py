@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from biascorr import _kernels
 from biascorr.calibration.batching import Batching, Batchings, assumed
-from biascorr.calibration.data import Progress, batches_from_data, check_end, number_of_batches, resolved
+from biascorr.calibration.data import batches_from_data, check_end, number_of_batches, resolved
 from biascorr.calibration.digest import Digest
 from biascorr.calibration.images import Images
+from biascorr.calibration.progress import Progress
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums

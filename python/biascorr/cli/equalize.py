@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from biascorr.calibration.data import Progress
+from biascorr.calibration.progress import Progress
 from biascorr.cli.options import BatchSize, Force, MaxSamples, MemoryBudget, Output, Threads
 from biascorr.cli.printing import print_equalization
 from biascorr.cli.running import run

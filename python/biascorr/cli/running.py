@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from biascorr.adapters.loading import check_output_of, check_same_framework, sizes_by_file
-from biascorr.calibration.data import Progress
+from biascorr.calibration.progress import Progress
 from biascorr.calibration.storage import TemporaryFolder
 from biascorr.cli.signals import Signals, StoppedError, leave
 from biascorr.correction.result import Correction

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from biascorr.calibration.data import Progress
+from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
 from biascorr.correction.analytical import analytical_shift
@@ -37,6 +37,9 @@ _WORST = 5
 
 _LEAST_PART = 16
 """Batches that do so, at least."""
+
+SETUP = 4
+"""Batches in whose time a network is prepared, about."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class CandidateBuilder:
         The candidates that are going to be made; what they share is measured for all of them.
     samples : Samples
         The samples that networks run over.
-    progress : callable
-        See :data:`Progress`.
+    progress : callable or Work
+        What is told of all that is done; see :data:`Progress`.
     threads : int
         Threads that it may use.
     expected : FloatOutputs, optional
@@ -135,7 +138,7 @@ class CandidateBuilder:
         matches: Mapping[str, Match],
         choices: Sequence[Choice],
         samples: Samples,
-        progress: Progress,
+        progress: Progress | Work,
         *,
         threads: int,
         expected: FloatOutputs | None = None,
@@ -145,7 +148,7 @@ class CandidateBuilder:
         self.quantized = quantized
         self._matches = matches
         self._samples = samples
-        self._progress = progress
+        self._work = Work.of(progress)
         self._threads = threads
         self._expected = expected
         self._norms = norms
@@ -163,6 +166,11 @@ class CandidateBuilder:
     def has_layers(self) -> bool:
         """Whether there is anything to correct."""
         return bool(self._layers)
+
+    @property
+    def measured_batches(self) -> int:
+        """Batches that the float network has been measured over."""
+        return self._reference_batches
 
     def uncorrected(self, choice: Choice) -> Candidate:
         """The network as it is."""
@@ -218,11 +226,11 @@ class CandidateBuilder:
         sweep = self._sweep(self.quantized, self._layers, method.wanted)
         unknown = layers_across_stages(sweep.stages) - shifts.keys()
         if unknown:
-            pooled = self._correct(Candidate(choice), sweep, method, shifts, f"{choice.label}, layers called again")
+            pooled = self._correct(Candidate(choice), sweep, method, shifts, f"{self._work.label}, layers called again")
             shifts |= {name: shift for name, shift in pooled.by_layer().items() if name in unknown}
             sweep = self._sweep(self.quantized, self._layers, method.wanted)
         candidate = Candidate(choice)
-        self._correct(candidate, sweep, method, shifts, choice.label)
+        self._correct(candidate, sweep, method, shifts, self._work.label)
         return self._scored(candidate)
 
     def _correct(
@@ -230,10 +238,11 @@ class CandidateBuilder:
     ) -> PooledShifts:
         """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
         pooled = PooledShifts()
-        with self._beside(sweep, method) as paired:
-            for done, stage in enumerate(sweep.stages, start=1):
+        units = len(self._batches) + SETUP
+        with self._beside(sweep, method) as paired, self._work.doing(candidate.choice.method, units, label) as advance:
+            for number, stage in enumerate(sweep.stages):
                 if paired is not None:
-                    paired.measure(done - 1)
+                    paired.measure(number)
                 for layer, shift, positions in self._shifts_of(sweep, stage, method, known, paired):
                     pooled.add(layer, shift, positions)
                 for layer in stage.layers:
@@ -244,7 +253,7 @@ class CandidateBuilder:
                     change = self._corrected(candidate, layer, found)
                     if change is not None:
                         sweep.shift(layer, change)
-                self._progress(label, done, len(sweep.stages))
+                advance(1 / len(sweep.stages))
         sweep.finish()
         return pooled
 
@@ -338,9 +347,10 @@ class CandidateBuilder:
         shards = local_shards(self.reference, self._samples, self._threads, batches)
         sweep = Sweep(self.reference, layers, shards, Wanted(activated=activated), depth=DEPTH)
         found: dict[str, Measured] = {}
-        for done, stage in enumerate(sweep.stages, start=1):
-            found |= sweep.measure(stage)
-            self._progress("float network", done, len(sweep.stages))
+        with self._work.doing("layers", len(batches) + SETUP, "float network") as advance:
+            for stage in sweep.stages:
+                found |= sweep.measure(stage)
+                advance(1 / len(sweep.stages))
         sweep.finish()
         return {name: found[match.reference.name] for name, match in self._matches.items()}
 
@@ -349,10 +359,11 @@ class CandidateBuilder:
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
         sweep = self._sweep(self.quantized, self._layers, method.wanted, depth=DEPTH)
         pooled = PooledShifts()
-        for done, stage in enumerate(sweep.stages, start=1):
-            for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
-                pooled.add(layer, shift, positions)
-            self._progress("quantized network", done, len(sweep.stages))
+        with self._work.doing("mean", len(self._batches) + SETUP) as advance:
+            for stage in sweep.stages:
+                for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
+                    pooled.add(layer, shift, positions)
+                advance(1 / len(sweep.stages))
         sweep.finish()
         return pooled.by_layer()
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.arguments import checked_integer, paths_of, renamed
-from biascorr.calibration.data import Progress, check_amounts
+from biascorr.calibration.data import check_amounts
+from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -23,6 +24,7 @@ from biascorr.correction.choosing import choose, finalists, is_safe
 from biascorr.correction.image_notes import image_notes
 from biascorr.correction.layer_errors import layer_errors
 from biascorr.correction.metrics import Metric
+from biascorr.correction.planning import work_left
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.result import Correction
 from biascorr.correction.returning import deployed
@@ -157,7 +159,8 @@ def correct(
     threads : int, optional
         Threads that run the model and the statistics, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional
-        Called with the step, how much of it is done, and how much there is (None if unknown).
+        Called with the step, how much of all the work is done, and how much there is: 1000; None while nobody knows how many
+        samples there are, when those that were read are counted.
 
     Returns
     -------
@@ -225,24 +228,27 @@ def correct(
     wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
-        report_progress = progress or (lambda *_: None)
+        work = Work(progress)
         inputs = (given or float_network).inputs
         batchings = BatchingFinder(float_network, inputs, storage, threads)
         read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         if data is not None:
-            read(data, inputs, report_progress)
+            read(data, inputs, work)
         if validation is not None:
-            read(validation, inputs, report_progress, validation=True)
+            read(validation, inputs, work, validation=True)
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
-        expected = FloatOutputs(float_network, samples, threads, user_metric)
-        options = Options(wanted, samples, report_progress, threads, expected, method == "auto", new_biases == "add", excluded)
+        expected = FloatOutputs(float_network, samples, threads, user_metric, work)
+        options = Options(wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded)
+        later = [Choice("activation")] if method == "auto" else []
+        work.plan(work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize))
         if given is not None:
             equalization, builder = None, builder_of(options, float_network, given, pair.matches)
             attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
         else:
             equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
+            options = replace(options, attempts=1 + (equalization is not None and equalization.is_anything_done))
         result = best_of(options, attempts, given, equalization, notes)
     files = paths_of({"reference": reference, "quantized": quantized, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
@@ -276,8 +282,10 @@ def best_of(
     candidates, best, chosen = _chosen(options, attempts if first is None else itertools.chain([first], attempts))
     taken, more_notes = _refitted(options, best, candidates[0], chosen)
     network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
-    found = deployed(given, candidates[0], network, taken, expected)
-    notes += [*_notes(best, candidates[0], samples, expected.random_outputs()), *more_notes, *found.notes]
+    with options.work.step("the corrected model as its runtime runs it"):
+        found = deployed(given, candidates[0], network, taken, expected)
+        random = expected.random_outputs()
+    notes += [*_notes(best, candidates[0], samples, random), *more_notes, *found.notes]
     if found.is_worse and not options.is_auto:
         before, after = found.scores.values()
         notes.append(f"{best.choice.label} made the outputs worse as the runtime runs it: {before} before, {after} after")
@@ -313,7 +321,7 @@ class Options:
     ----------
     wanted : sequence of Choice
         The candidates to make.
-    samples, progress, threads
+    samples, work, threads
         See :class:`CandidateBuilder`.
     expected : FloatOutputs
         The float outputs that candidates are scored against.
@@ -323,16 +331,19 @@ class Options:
         Whether layers without a bias get one.
     excluded : set of str
         The layers that are not corrected, by the names of their first calls.
+    attempts : int
+        The attempts that there are.
     """
 
     wanted: Sequence[Choice]
     samples: Samples
-    progress: Progress
+    work: Work
     threads: int
     expected: FloatOutputs
     is_auto: bool
     adds_biases: bool
     excluded: Set[str]
+    attempts: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,8 +401,8 @@ def _simulated_attempts(
 ) -> tuple[Equalization | None, Iterator[Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "reference", "simulated quantization")
-    samples, progress = options.samples, options.progress
-    equalization = equalized(reference, samples, progress, options.threads) if equalize else None
+    samples = options.samples
+    equalization = equalized(reference, samples, options.work, options.threads) if equalize else None
     networks = {False: reference}
     if equalization is not None and equalization.is_anything_done:
         networks[True] = equalization.network
@@ -421,7 +432,7 @@ def builder_of(options: Options, reference: Network, measured: BiasNetwork, matc
         },
         options.wanted,
         options.samples,
-        options.progress,
+        options.work,
         threads=options.threads,
         expected=options.expected,
     )
@@ -431,8 +442,8 @@ def _chosen(options: Options, attempts: Iterable[Attempt]) -> tuple[list[Candida
     """The candidates of all attempts, the uncorrected one first; the one that is taken, and its attempt, the only one kept."""
     candidates: list[Candidate] = []
     taken: tuple[Candidate, Attempt] | None = None
-    for attempt in attempts:
-        made = _candidates(options, attempt)
+    for number, attempt in enumerate(attempts):
+        made = _candidates(options, attempt, number)
         candidates += made
         best = choose(candidates) if options.is_auto else candidates[-1]
         if taken is None or any(best is each for each in made):
@@ -441,26 +452,45 @@ def _chosen(options: Options, attempts: Iterable[Attempt]) -> tuple[list[Candida
     return candidates, *taken
 
 
-def _candidates(options: Options, attempt: Attempt) -> list[Candidate]:
+def _candidates(options: Options, attempt: Attempt, number: int) -> list[Candidate]:
     """The candidates of an attempt, the uncorrected one first, all but the best of many fitted to a part of the samples."""
-    builder, is_equalized = attempt.builder, attempt.is_equalized
-    before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
-    if not attempt.is_corrected or not builder.has_layers:
-        return [before]
+    builder, is_equalized, work = attempt.builder, attempt.is_equalized, options.work
     extra = [Choice("analytical")] if options.is_auto and builder.analytical_shifts() else []
     choices = [replace(choice, is_equalized=is_equalized) for choice in (*options.wanted, *extra)]
-    part = builder.part if options.is_auto and before.score is not NOT_SCORED else None
-    candidates = [before, *(builder.candidate(choice, part) for choice in choices)]
-    for best in finalists(candidates) if part is not None else []:
-        candidates[candidates.index(best)] = builder.candidate(best.choice)
+    part = builder.part if options.is_auto else None
+    left = functools.partial(work_left, options.samples, builder, is_deployed=attempt.network is builder.quantized)
+    later = [] if part is None else [Choice("activation")]
+    work.plan(left(first=choices, second=later * 2, refitted=later, times=options.attempts - number))
+    with work.step("uncorrected model"):
+        before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
+    if not attempt.is_corrected or not builder.has_layers:
+        return [before]
+    part = None if before.score is NOT_SCORED else part
+    candidates = [before]
+    for k, choice in enumerate(choices):
+        of = f"candidate {number * len(choices) + k + 1} of {options.attempts * len(choices)}: " if options.is_auto else ""
+        with work.step(f"{of}{choice}"):
+            candidates.append(builder.candidate(choice, part))
+    best = finalists(candidates) if part is not None else []
+    if number == options.attempts - 1:
+        work.plan(left(second=[each.choice for each in best], refitted=[each.choice for each in best[:1]]))
+    for k, each in enumerate(best):
+        with work.step(f"finalist {k + 1} of {len(best)}: {each.choice}"):
+            candidates[candidates.index(each)] = builder.candidate(each.choice)
     return candidates
 
 
 def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Attempt) -> tuple[Candidate, list[str]]:
     """The candidate that was chosen, fitted to held-out samples too where that is safe; a note where it is not."""
+    builder, work = chosen.builder, options.work
+    left = functools.partial(work_left, options.samples, builder, is_deployed=chosen.network is builder.quantized)
     if not options.is_auto or not best.shifts or not options.samples.held_out_batches:
+        work.plan(left())
         return best, []
-    refitted = replace(chosen.builder.candidate(best.choice, with_held_out=True), is_refitted=True)
+    work.plan(left(refitted=[best.choice]))
+    with work.step(f"{best.choice}, fitted to all samples"):
+        refitted = replace(builder.candidate(best.choice, with_held_out=True), is_refitted=True)
+    work.plan(left())
     if is_safe(refitted, best, before):
         return refitted, []
     label, without = best.choice.label, best.score
@@ -541,7 +571,8 @@ def _layer_errors(options: Options, attempt: Attempt, taken: Candidate) -> dict[
     networks = [builder.quantized, *([builder.quantized.with_shifts(taken.shifts)] if taken.shifts else [])]
     layers = {name: match.reference.name for name, match in attempt.matches.items()}
     batches = samples.scored_batches or samples.fitted_batches
-    found = layer_errors(builder.reference, networks, layers, samples, batches, options.threads)
+    with options.work.step("errors of layers"):
+        found = layer_errors(builder.reference, networks, layers, samples, batches, options.threads, options.work)
     return {name: (sqnr, found[-1][name]) for name, sqnr in found[0].items()}
 
 

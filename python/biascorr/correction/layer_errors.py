@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.calibration.progress import Work
 from biascorr.calibration.samples import Samples
 from biascorr.graph.network import Network
 from biascorr.sweep.measurements import Wanted
@@ -28,6 +29,7 @@ def layer_errors(
     samples: Samples,
     batches: Sequence[int],
     threads: int,
+    work: Work,
 ) -> list[dict[str, float | None]]:
     """The SQNR of each layer of some networks in dB, by name; None where outputs cannot be compared.
 
@@ -45,18 +47,24 @@ def layer_errors(
         Those of which the first ones are run.
     threads : int
         Threads that run the networks.
+    work : Work
+        What is told of batches that are done.
     """
-    expected = _values(reference, set(layers.values()), samples, batches, threads)
-    found = (_values(network, set(layers), samples, batches, threads) for network in networks)
+    expected = _values(reference, set(layers.values()), samples, batches, threads, work)
+    found = (_values(network, set(layers), samples, batches, threads, work) for network in networks)
     return [{name: _sqnr(expected[layers[name]], values[name]) for name in values} for values in found]
 
 
-def _values(network: Network, names: set[str], samples: Samples, batches: Sequence[int], threads: int) -> LayerValues:
+def _values(
+    network: Network, names: set[str], samples: Samples, batches: Sequence[int], threads: int, work: Work
+) -> LayerValues:
     layers = [layer for layer in network.layers if layer.name in names]
     shards = local_shards(network, samples, threads, batches[:_BATCHES])
     sweep, found = Sweep(network, layers, shards, Wanted(outputs=False, values=True), depth=DEPTH), LayerValues()
-    for stage in sweep.stages:
-        found |= sweep.values(stage)
+    with work.doing("errors", len(batches[:_BATCHES])) as advance:
+        for stage in sweep.stages:
+            found |= sweep.values(stage)
+            advance(1 / len(sweep.stages))
     sweep.finish()
     return found
 

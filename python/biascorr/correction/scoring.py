@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.calibration.progress import Work
 from biascorr.calibration.samples import Samples
 from biascorr.correction.metrics import Metric, Run
 from biascorr.graph.network import BiasNetwork, Feeds, Network
@@ -373,13 +374,18 @@ class FloatOutputs:
         Threads that run networks.
     metric : Metric, optional
         The user's own, which decides in place of the other measures.
+    work : Work, optional
+        What is told of batches that are done.
     """
 
-    def __init__(self, network: Network, samples: Samples, threads: int, metric: Metric | None = None) -> None:
+    def __init__(
+        self, network: Network, samples: Samples, threads: int, metric: Metric | None = None, work: Work | None = None
+    ) -> None:
         self._network = network
         self._samples = samples
         self._threads = threads
         self._metric = metric
+        self._work = Work.of(work)
         self._batches = samples.scored_batches
         self._is_known = False
 
@@ -388,8 +394,11 @@ class FloatOutputs:
         if not self._batches:
             return NOT_SCORED
         if not self._is_known:
-            self.keep(self._run(self._network, self._batches))
-        return self._score(network, self._run(network, self._batches), lambda feeds: network.part(feeds, network.outputs))
+            with self._work.step("float outputs"):
+                self.keep(self._run(self._network, self._batches))
+        return self._score(
+            network, self._run(network, self._batches, "score"), lambda feeds: network.part(feeds, network.outputs)
+        )
 
     def keep(self, outputs: Iterable[tuple[int, Feeds]]) -> None:
         """Keeps what the float network gives out for each batch, which then need not run."""
@@ -406,7 +415,8 @@ class FloatOutputs:
         """The score of a model as its own runtime runs it."""
         run = network.deployed(threads=self._threads)
         batches = zip(self._batches, self._samples.feeds(self._batches))
-        return self._score(network, ((batch, run(feeds)) for batch, feeds in batches), lambda _: run)
+        outputs = ((batch, run(feeds)) for batch, feeds in batches)
+        return self._score(network, self._work.each(outputs, "deployed", len(self._batches)), lambda _: run)
 
     def agreement(self, network: BiasNetwork) -> float:
         """How near the outputs that are measured come to those that its own runtime computes without optimizations, in dB.
@@ -429,8 +439,8 @@ class FloatOutputs:
         errors = self.errors({name: name for name in self._network.outputs}, again)
         return [name for name, sqnr in errors.outputs.items() if sqnr < _REPEATED]
 
-    def _run(self, network: Network, batches: Sequence[int]) -> Iterator[tuple[int, Feeds]]:
-        return outputs_of(network, self._samples, batches, self._threads)
+    def _run(self, network: Network, batches: Sequence[int], kind: str = "float") -> Iterator[tuple[int, Feeds]]:
+        return self._work.each(outputs_of(network, self._samples, batches, self._threads), kind, len(batches))
 
     def _score(
         self, network: Network, outputs: Iterable[tuple[int, Feeds]], prepare: Callable[[Feeds], Callable[[Feeds], Any]]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
 from biascorr.arguments import paths_of, renamed
-from biascorr.calibration.data import Progress, check_amounts
+from biascorr.calibration.data import check_amounts
+from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -37,6 +38,9 @@ _ROUNDING = 1e-4
 _ROUNDINGS = 8
 """Steps of a coarser type that rounding explains."""
 
+
+_SWEEPS = 20
+"""Sweeps over all layers, about."""
 
 EQUALIZE_FIRST = "equalize the float model, then quantize it"
 
@@ -82,7 +86,8 @@ def equalize(
     threads : int, optional
         Threads that run the model, at least 1. None: one for each CPU that this process may use.
     progress : callable, optional
-        Called with the step, how much of it is done, and how much there is (None if unknown).
+        Called with the step, how much of all the work is done, and how much there is: 1000; None while nobody knows how many
+        samples there are, when those that were read are counted.
 
     Returns
     -------
@@ -120,13 +125,12 @@ def equalize(
     check_iterations(iterations)
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
-    network = require_edits(network_from_model(reference, "reference"), "reference", "equalization")
-    report = progress or (lambda *_: None)
+    network, work = require_edits(network_from_model(reference, "reference"), "reference", "equalization"), Work(progress)
     with Storage(budget) as storage:
         samples = Samples(storage)
         if data is not None:
-            samples.read(data, network.inputs, report, batch_size=batch_size, max_samples=max_samples)
-        result = equalized(network, samples, report, threads, iterations=iterations, replace_relu6=replace_relu6)
+            samples.read(data, network.inputs, work, batch_size=batch_size, max_samples=max_samples)
+        result = equalized(network, samples, work, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=3)
     files = paths_of({"reference": reference, "data": data})
@@ -136,7 +140,7 @@ def equalize(
 def equalized(
     network: EditableNetwork,
     samples: Samples,
-    progress: Progress,
+    progress: Progress | Work,
     threads: int = 0,
     *,
     iterations: int | None = None,
@@ -144,12 +148,15 @@ def equalized(
 ) -> Equalization:
     """See :func:`equalize`; of a network, which is not changed."""
     require_float(network, "reference", EQUALIZE_FIRST)
-    meter = _Meter(network, samples, progress, threads)
+    work = Work.of(progress)
+    work.expect({"float": (3 if samples.data_batches else 0) * len(samples.data_batches), "scaling": _SWEEPS})
+    meter = _Meter(network, samples, work, threads)
     network, folds, left = fold_batch_norms(network)
     meter.measure("batch norm fold", network, bool(folds))
     network, replaced = _with_relu(network) if replace_relu6 else (network, [])
     meter.measure("ReLU6 to ReLU", network, bool(replaced))
-    network, chains, unscaled = scale(network, iterations, lambda done, total: progress("scaling", done, total))
+    with work.doing("scaling", _SWEEPS, "scaling") as advance:
+        network, chains, unscaled = scale(network, iterations, lambda *_: advance(1 / _SWEEPS))
     meter.measure("scaling", network, bool(chains))
     network, high_biases, kept = fold_high_biases(network, batches=samples.feeds, threads=threads)
     meter.measure("high-bias fold", network, bool(high_biases))
@@ -176,10 +183,10 @@ def _rounding(network: Network) -> float:
 class _Meter:
     """Measures how far outputs have moved from those of the given network."""
 
-    def __init__(self, network: Network, samples: Samples, progress: Progress, threads: int) -> None:
+    def __init__(self, network: Network, samples: Samples, work: Work, threads: int) -> None:
         self._samples = samples
         self._batches = samples.data_batches
-        self._progress = progress
+        self._work = work
         self._threads = threads
         self._largest: dict[str, float] = {}
         self.changes: dict[str, OutputChange] = {}
@@ -208,10 +215,10 @@ class _Meter:
 
     def _outputs(self, network: Network, step: str) -> Iterator[tuple[int, Feeds]]:
         compute: Callable[[Feeds], Feeds] | None = None
-        for done, (batch, feeds) in enumerate(zip(self._batches, self._samples.feeds(self._batches)), start=1):
+        batches = zip(self._batches, self._samples.feeds(self._batches))
+        for batch, feeds in self._work.each(batches, "float", len(self._batches), step):
             compute = compute or network.part(feeds, network.outputs, threads=self._threads)
             yield batch, compute(feeds)
-            self._progress(step, done, len(self._batches))
 
 
 def _largest(array: NDArray[Any]) -> float:

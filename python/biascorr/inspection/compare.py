@@ -23,7 +23,8 @@ from biascorr import __version__
 from biascorr.adapters.frameworks import Framework, framework_of_name
 from biascorr.adapters.loading import network_from_model, sizes_by_file
 from biascorr.arguments import paths_of
-from biascorr.calibration.data import Progress, check_amounts
+from biascorr.calibration.data import check_amounts
+from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -217,7 +218,8 @@ def compare(
         Threads that run a model, at least 1; TFLite models run by one, as is the default of their runtime. None: one for each
         CPU that this process may use.
     progress : callable, optional
-        Called with the step, how much of it is done, and how much there is (None if unknown).
+        Called with the step, how much of all the work is done, and how much there is: 1000; None while nobody knows how many
+        samples there are, when those that were read are counted.
 
     Returns
     -------
@@ -249,7 +251,7 @@ def compare(
     """
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
-    named, report = _named(models), progress or (lambda *_: None)
+    named, work = _named(models), Work(progress)
     network = require_biases(network_from_model(_model_of(reference), "reference"), "reference")
     pairs, versions = [], dict(versions_of(network))
     for name, model in named.items():
@@ -262,15 +264,16 @@ def compare(
     with Storage(budget) as storage:
         samples = Samples(storage)
         batchings = BatchingFinder(network, inputs, storage, threads)
-        samples.read(data, inputs, report, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
+        samples.read(data, inputs, work, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         samples.score_all()
+        work.plan({"running": (1 + len(named)) * len(samples.scored_batches)})
         expected = FloatOutputs(network, samples, threads)
-        ours = _Timed(network, samples, threads, report, _name_of(reference) or "reference")
+        ours = _Timed(network, samples, threads, work, _name_of(reference) or "reference")
         expected.keep(ours.outputs())
         random = expected.random_outputs(ours.again)
         ours.forget()
         found = [
-            _compared(expected, network, _Timed(_loaded(name, model), samples, threads, report, name, each), model)
+            _compared(expected, network, _Timed(_loaded(name, model), samples, threads, work, name, each), model)
             for (name, model), each in zip(named.items(), pairs)
         ]
     notes = [f"not all samples were read, {max_samples} at most (max_samples)"] if samples.left_out else []
@@ -339,8 +342,8 @@ class _Timed:
         What it runs over.
     threads : int
         Threads that run it.
-    progress : callable
-        See :data:`Progress`.
+    work : Work
+        What is told of batches that are done.
     name : str
         Its name.
     inputs : mapping from str to ModelInput, optional
@@ -357,7 +360,7 @@ class _Timed:
         network: BiasNetwork,
         samples: Samples,
         threads: int,
-        progress: Progress,
+        work: Work,
         name: str,
         inputs: Mapping[str, ModelInput] | None = None,
     ) -> None:
@@ -365,7 +368,7 @@ class _Timed:
         self.name = name
         self.seconds = 0.0
         self._samples = samples
-        self._progress = progress
+        self._work = work
         self._names = {key: each.name for key, each in (inputs or {}).items()}
         self._run: Callable[[Feeds], dict[str, Any]] | None = network.deployed(threads=threads)
 
@@ -373,12 +376,12 @@ class _Timed:
         """The outputs of all batches; runs the first one twice, as runtimes prepare much at the first run."""
         batches = self._samples.scored_batches
         self._computed(next(self._samples.feeds(batches[:1])))
-        for done, (batch, feeds) in enumerate(zip(batches, self._samples.feeds(batches)), start=1):
+        runs = zip(batches, self._samples.feeds(batches))
+        for batch, feeds in self._work.each(runs, "running", len(batches), f"running {self.name}"):
             start = time.perf_counter()
             computed = self._computed(feeds)
             self.seconds += time.perf_counter() - start
             yield batch, computed
-            self._progress(f"running {self.name}", done, len(batches))
 
     def again(self, batches: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """The outputs of some batches, not counted."""
