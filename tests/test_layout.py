@@ -25,6 +25,7 @@ BELOW = {
 """What each folder may import besides itself, lowest first."""
 
 EXTRAS = {
+    ".": {"typing_extensions"},  # which type checkers bring; it is not imported
     "calibration": {"PIL"},
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},

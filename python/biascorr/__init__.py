@@ -133,7 +133,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         return value
 
     def __dir__():
-        return sorted({*globals(), *__all__})
+        return sorted({*(name for name in globals() if name.startswith("__")), *__all__})
 
 
 def show_config() -> None:

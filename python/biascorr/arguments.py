@@ -9,12 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-P = ParamSpec("P")
-Returned = TypeVar("Returned")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def checked_integer(name: str, value: Any, least: int, most: int | None = None, *, otherwise: str = "") -> int:
@@ -73,7 +72,7 @@ def paths_of(given: Mapping[str, Any]) -> dict[str, str] | None:
     return {name: path if isinstance(path, str) else os.fsdecode(path) for name, path in paths.items()} or None
 
 
-def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returned]]:
+def renamed(**old: str) -> Callable[[Function], Function]:
     """Has a function take parameters by their old names too, as keywords.
 
     Parameters
@@ -108,11 +107,11 @@ def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returne
     TypeError: name_of() takes either 'reference' or 'model', its old name, not both
     """
 
-    def with_old_names(function: Callable[P, Returned]) -> Callable[P, Returned]:
+    def with_old_names(function: Function) -> Function:
         positions = {name: position for position, name in enumerate(inspect.signature(function).parameters)}
 
         @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Returned:
+        def call(*args: Any, **kwargs: Any) -> Any:
             for name in old.keys() & kwargs:
                 new = old[name]
                 if new in kwargs or len(args) > positions[new]:
@@ -122,7 +121,7 @@ def renamed(**old: str) -> Callable[[Callable[P, Returned]], Callable[P, Returne
                 kwargs[new] = kwargs.pop(name)
             return function(*args, **kwargs)
 
-        return call
+        return cast(Function, call)
 
     return with_old_names
 

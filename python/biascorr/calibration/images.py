@@ -14,16 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.graph.network import ModelInput
-
-ImageLayout: TypeAlias = Literal["NCHW", "NHWC"]
-ImageColor: TypeAlias = Literal["rgb", "bgr", "gray"]
-ImagePreset: TypeAlias = Literal["imagenet", "imagenet-caffe", "minus-one-to-one", "zero-to-one"]
+from biascorr.typing import ImageColor, ImageLayout, ImagePreset
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Of the files that are images, in lower case."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from biascorr.correction import correct as correction
 from biascorr.correction.metrics import metric_from_name
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.result import Correction
+from biascorr.typing import Method, NewBiases
 
 _WEIGHT_BITS = 8
 
@@ -99,12 +100,12 @@ def correct(
             reference,
             data,
             quantized=quantized,
-            method=method,
+            method=cast(Method, method),
             strength=strength,
             shrunk=shrunk,
             equalize=equalize,
             fold=fold,
-            new_biases=new_biases,
+            new_biases=cast(NewBiases, new_biases),
             only=only or None,
             exclude=exclude or (),
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import get_args
 
 import numpy as np
 
@@ -40,10 +40,11 @@ from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.sweep.independence import BatchingFinder
+from biascorr.typing import Data, Method, Model, ModelFile, NewBiases
 
-METHODS = ("auto", "mean", "iterative", "empirical", "activation", "squared", "analytical", "hybrid")
+METHODS: tuple[Method, ...] = get_args(Method)
 
-NEW_BIASES = ("add", "skip")
+NEW_BIASES: tuple[NewBiases, ...] = get_args(NewBiases)
 
 _SCALED = ("empirical", "activation", "squared")
 """Methods whose shifts can be scaled."""
@@ -65,28 +66,28 @@ _FEW = 8
 
 @renamed(model="reference")
 def correct(
-    reference: Any,
-    data: Any = None,
+    reference: Model | ModelFile,
+    data: Data | None = None,
     *,
-    quantized: Any = None,
-    method: str = "auto",
+    quantized: Model | ModelFile | None = None,
+    method: Method = "auto",
     strength: float = 1.0,
     shrunk: bool = False,
     quant_params: QuantParams | None = None,
     equalize: bool = False,
     fold: bool = False,
-    new_biases: str = "add",
+    new_biases: NewBiases = "add",
     only: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     batch_size: int = 1,
     max_samples: int | None = 300,
-    validation: Any = None,
+    validation: Data | None = None,
     seed: int = 0,
     metric: Callable[..., float] | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Correction:
+) -> Correction[Model]:
     """Corrects the biases of a quantized model, so that its outputs come nearer to those of the float model.
 
     Parameters

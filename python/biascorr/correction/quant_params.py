@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from biascorr.arguments import checked_integer
 from biascorr.graph.layer import Layer
 from biascorr.quantization import QUANT_MODES, Quantization, fake_quantize
+from biascorr.typing import QuantMode, RoundMode
 
-ROUND_MODES = ("nearest", "stochastic")
+ROUND_MODES: tuple[RoundMode, ...] = get_args(RoundMode)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class QuantParams:
     ('head',)
     """
 
-    quant_mode: str = "tf_enhanced"
-    round_mode: str = "nearest"
+    quant_mode: QuantMode = "tf_enhanced"
+    round_mode: RoundMode = "nearest"
     use_cuda: bool = True
     ops_to_ignore: Iterable[str] | None = None
     _: KW_ONLY

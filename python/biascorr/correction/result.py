@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Generic
 
 from biascorr import __version__
 from biascorr.correction.candidates import Choice
@@ -15,10 +15,11 @@ from biascorr.graph.network import BiasNetwork, versions_of
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.report.records import Record, layer_record, plain, provenance_text
 from biascorr.report.reported import Reported
+from biascorr.typing import Model_co
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correction(Reported):
+class Correction(Reported, Generic[Model_co]):
     """A corrected model and its report.
 
     Parameters
@@ -102,9 +103,9 @@ class Correction(Reported):
         return ReasonCode.NOT_BETTER() if ReasonCode.NOT_BETTER() in reasons else max(reasons, key=reasons.count)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model_co:
         """The corrected model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model
+        return self.network.model  # type: ignore[no-any-return]
 
     def to_dict(self) -> Record:
         return {

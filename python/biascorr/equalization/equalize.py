@@ -31,6 +31,7 @@ from biascorr.equalization.scaling import check_iterations, scale
 from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits, require_float
 from biascorr.graph.operations import Activation, ActivationType
 from biascorr.graph.reasons import ReasonCode
+from biascorr.typing import Data, Model, ModelFile
 
 _ROUNDING = 1e-4
 """Relative change of an output that rounding to float32 explains."""
@@ -47,8 +48,8 @@ EQUALIZE_FIRST = "equalize the float model, then quantize it"
 
 @renamed(model="reference")
 def equalize(
-    reference: Any,
-    data: Any = None,
+    reference: Model | ModelFile,
+    data: Data | None = None,
     *,
     iterations: int | None = None,
     replace_relu6: bool = False,
@@ -57,7 +58,7 @@ def equalize(
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Equalization:
+) -> Equalization[Model]:
     """Scales channels between layers so that each layer's channels have even ranges, which quantization loses less of.
 
     Batch normalizations are folded into layers; each channel between two layers is scaled so that its weights have the same

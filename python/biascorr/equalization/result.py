@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from biascorr.graph.network import EditableNetwork, versions_of
 from biascorr.graph.reasons import Reason, text_of
 from biascorr.report.records import Record, plain, provenance_text, reason_record
 from biascorr.report.reported import Reported
+from biascorr.typing import Model_co
 
 _MOST_RANGES = 64
 """Channels whose ranges are in a record."""
@@ -45,7 +46,7 @@ class OutputChange:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Equalization(Reported):
+class Equalization(Reported, Generic[Model_co]):
     """An equalized float model and what was done to it.
 
     Parameters
@@ -88,9 +89,9 @@ class Equalization(Reported):
     command: str | None = None
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model_co:
         """The equalized model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model
+        return self.network.model  # type: ignore[no-any-return]
 
     @property
     def left(self) -> dict[str, str]:

@@ -36,6 +36,7 @@ from biascorr.inspection.inputs import are_transposed, merged_inputs, paired_inp
 from biascorr.report.records import Record, plain
 from biascorr.report.reported import Reported
 from biascorr.sweep.independence import BatchingFinder
+from biascorr.typing import Data
 
 _Outputs = Iterable[tuple[int, Feeds]]
 
@@ -185,7 +186,7 @@ class Comparison(Reported):
 def compare(
     reference: Any,
     models: Any,
-    data: Any,
+    data: Data,
     *,
     batch_size: int = 1,
     max_samples: int | None = 300,
