@@ -18,7 +18,7 @@ Pair = tuple[float | None, float | None]
 """A number before and after; None where it is not known."""
 
 _WIDTH, _HEIGHT = 760, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 14, 40
 _PER_LAYER = 4.0
 """Pixels of a layer at least, so that thousands of them are a chart that scrolls."""
 
@@ -27,8 +27,6 @@ _DOTS = 160
 """More layers than this are lines without dots."""
 
 _MOST_SAMPLES = 120
-_DECADES = 5.0
-"""Powers of ten below the largest value that a logarithmic axis goes down to."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,15 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         """The pixel of a value, within its ends."""
-        place = (math.log10(value) if value > 0 else self.low) if self.is_log else value
+        place: float = (math.log10(value) if value > 0 else self.low) if self.is_log else value
         share = (min(max(place, self.low), self.high) - self.low) / ((self.high - self.low) or 1.0)
         return self.start + share * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
         """Round values, about so many."""
         if self.is_log:
-            step = max(1, math.ceil((self.high - self.low) / count))
-            return [10.0**power for power in range(math.ceil(self.low), math.floor(self.high) + 1, step)]
+            every = max(1, math.ceil((self.high - self.low) / count))
+            return [10.0**power for power in range(math.ceil(self.low), math.floor(self.high) + 1, every)]
         step = _round_step((self.high - self.low) / count)
         first = math.ceil(self.low / step - 1e-9)
         return [place * step for place in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -81,11 +79,11 @@ def linear(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(math.floor(low / step) * step, math.ceil(high / step) * step, start, end)
 
 
-def logarithmic(values: Sequence[float], start: float, end: float) -> Axis:
-    """An axis of whole decades with room for the largest of these values, and those not too far below."""
+def logarithmic(values: Sequence[float], start: float, end: float, decades: int = 5) -> Axis:
+    """An axis of whole decades with room for the largest of these values, and for those so many decades below at most."""
     logs = [math.log10(value) for value in values if value > 0] or [0.0]
     high = math.ceil(max(logs))
-    low = max(float(math.floor(min(logs))), high - _DECADES)
+    low = max(math.floor(min(logs)), high - decades)
     return Axis(low, high if high > low else low + 1, start, end, True)
 
 
@@ -253,10 +251,10 @@ def shifts_chart(names: Sequence[str], pairs: Sequence[Pair], name: str = "shift
     return str(chart)
 
 
-def gain_chart(mean: float, error: float, low: float, high: float, is_taken: bool, label: str, name: str) -> str:
+def gain_chart(mean: float, error: float, ends: tuple[float, float], is_taken: bool, label: str, name: str) -> str:
     """A gain with its standard error, on the axis that all gains of a table share; its left end, or a line in it, is 0."""
     chart = Chart(name, label, "The dot is the mean, the line one standard error to both sides.", 240, 26)
-    x = Axis(min(low, 0.0), max(high, 0.0), 8, 232)
+    x = Axis(min(*ends, 0.0), max(*ends, 0.0), 8, 232)
     kind = "after" if is_taken else "other"
     chart.line(x(0), 2, x(0), 24, "zero")
     chart.line(x(0), 13, x(mean), 13, f"stem {kind}")
@@ -276,9 +274,7 @@ def ranges_chart(names: Sequence[str], ranges: Sequence[tuple[Sequence[float], S
     y = logarithmic([value for pair in ranges for part in pair for value in part], chart.height - _BOTTOM, _TOP)
     chart.horizontal(y, "max |weight| of a channel")
     x = Axis(-0.5, len(names) - 0.5, _LEFT, chart.width - _RIGHT)
-    chart.numbers(
-        x, len(names), "scaled layer: numbers as in the table below; a bar is all its channels, the line in it half of them"
-    )
+    chart.numbers(x, len(names), "scaled layer, numbers as in the table of scaled layers")
     step = (x.end - x.start) / max(len(names), 1)
     bar = min(9.0, step * 0.3)
     for k, (layer, pair) in enumerate(zip(names, ranges)):
@@ -288,10 +284,11 @@ def ranges_chart(names: Sequence[str], ranges: Sequence[tuple[Sequence[float], S
         for part, kind, side in zip(pair, ("before", "after"), (-1, 1)):
             ordered = sorted(value for value in part if value > 0)
             if ordered:
-                left, top = x(k) + side * bar * 0.6 - bar / 2, y(ordered[-1])
-                chart.box(left, top, bar, max(2.0, y(ordered[0]) - top), f"bar {kind}")
-                middle = y(ordered[len(ordered) // 2])
-                chart.line(left, middle, left + bar, middle, "median")
+                least, low, middle, high, most = (y(ordered[round(q * (len(ordered) - 1))]) for q in (0, 0.1, 0.5, 0.9, 1))
+                place = x(k) + side * bar * 0.6
+                chart.line(place, least, place, most, f"whisker {kind}")
+                chart.box(place - bar / 2, high, bar, max(2.0, low - high), f"bar {kind}")
+                chart.line(place - bar / 2, middle, place + bar / 2, middle, "median")
         chart.close()
     return str(chart)
 
@@ -300,7 +297,7 @@ def channels_chart(before: Sequence[float], after: Sequence[float], label: str, 
     """The ranges of the channels of one layer, from the widest to the narrowest one before, on a logarithmic axis."""
     chart = Chart(name, label, "Each point is an output channel, from the widest to the narrowest one before.", 240, 96)
     order = sorted(range(len(before)), key=lambda k: -before[k])
-    y = logarithmic([*before, *after], 84, 8)
+    y = logarithmic([*before, *after], 84, 8, decades=3)
     x = Axis(0, max(1, len(order) - 1), 42, 234)
     for value in (10.0**y.low, 10.0**y.high):
         chart.line(42, y(value), 234, y(value), "grid")

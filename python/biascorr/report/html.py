@@ -30,10 +30,10 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 _LONGEST_NAME = 96
 _LONGEST_TEXT = 2000
-_MOST_WORST = 15
-"""Channels that the page names: those with the largest shifts of all."""
+_MOST_WORST = 10
+"""Layers whose worst channels the page names."""
 
-_MOST_CHAINS = 6
+_MOST_CHAINS = 3
 """Chains whose channels are drawn: those that gained most."""
 
 
@@ -148,8 +148,8 @@ def _candidates(record: Record) -> list[dict[str, Any]]:
         if _is_whole(gained):
             row["gain"] = gain(gained["mean"], gained["error"])
             label = f"Gain of {row['label']}: {row['gain']}"
-            chart = charts.gain_chart(gained["mean"], gained["error"], min(ends), max(ends), each["is_taken"], label, f"gain{k}")
-            row["chart"] = Markup(chart)
+            interval = gained["mean"], gained["error"]
+            row["chart"] = Markup(charts.gain_chart(*interval, (min(ends), max(ends)), each["is_taken"], label, f"gain{k}"))
         rows.append(row)
     return rows
 
@@ -159,14 +159,13 @@ def _is_whole(gained: Mapping[str, float | None]) -> bool:
 
 
 def _worst(layers: Sequence[Record]) -> list[dict[str, Any]]:
-    """The channels with the largest shifts of all layers."""
+    """The layers whose channels have the largest shifts of all, with these channels."""
     found = [
-        {"layer": layer["name"], "number": number, **each}
+        {"number": number, "name": layer["name"], "channels": layer["worst_channels"]}
         for number, layer in enumerate(layers, start=1)
-        for each in layer["worst_channels"]
-        if each["shift"] is not None
+        if layer["worst_channels"] and layer["worst_channels"][0]["shift"] is not None
     ]
-    found.sort(key=lambda each: -abs(each["shift"]))
+    found.sort(key=lambda each: -abs(each["channels"][0]["shift"]))
     return found[:_MOST_WORST]
 
 

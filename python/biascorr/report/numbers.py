@@ -7,6 +7,9 @@ NONE = "\N{EN DASH}"
 
 _MINUS = "\N{MINUS SIGN}"
 
+_SMALL = 0.01
+"""Round numbers below this have a power of ten."""
+
 
 def decibels(value: float | None) -> str:
     """With two digits.
@@ -66,4 +69,5 @@ def round_number(value: float) -> str:
     >>> round_number(1e6), round_number(0.25), round_number(0.0)
     ('1e6', '0.25', '0')
     """
-    return f"{value:.5g}".replace("e-0", "e-").replace("e+0", "e").replace("-", _MINUS)
+    text = f"{value:.0e}" if 0 < abs(value) < _SMALL else f"{value:.5g}"
+    return text.replace("e-0", "e-").replace("e+0", "e").replace("-", _MINUS)
