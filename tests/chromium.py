@@ -93,7 +93,8 @@ def chromium() -> Iterator[Chromium]:
     to_read, its_output = os.pipe()
     its_input, to_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        command = ["sh", "-c", f'exec "$@" 3<&{its_input} 4>&{its_output}', "sh", PATH, *_OPTIONS, f"--user-data-dir={folder}"]
+        redirect = f'exec "$@" 3<&{its_input} 4>&{its_output}'  # sh knows no file descriptors above 9
+        command = ["bash", "-c", redirect, "bash", PATH, *_OPTIONS, f"--user-data-dir={folder}"]
         process = subprocess.Popen(command, pass_fds=(its_input, its_output), stderr=subprocess.DEVNULL)
         for each in (its_input, its_output):
             os.close(each)

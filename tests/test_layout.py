@@ -30,7 +30,7 @@ EXTRAS = {
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
-    "report": {"rich", "jinja2", "matplotlib", "pandas"},
+    "report": {"rich", "jinja2", "markupsafe", "matplotlib", "pandas"},
     "cli": {"typer", "rich"},
 }
 """What each folder may import of what an extra brings."""

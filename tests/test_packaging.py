@@ -48,7 +48,12 @@ def wheel(tmp_path_factory):
 def test_wheel_is_abi3_and_has_types_and_licence(wheel):
     assert "cp310-abi3" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("biascorr/py.typed", "biascorr/_kernels.pyi", "biascorr/_kernels.abi3.so"):
+    for name in (
+        "biascorr/py.typed",
+        "biascorr/_kernels.pyi",
+        "biascorr/_kernels.abi3.so",
+        "biascorr/report/templates/page.css",
+    ):
         assert name in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
