@@ -1,12 +1,18 @@
 """What results say of themselves: text, JSON, rows."""
 
+import io
 import json
+import re
+import sys
 
 import numpy as np
 import onnx.parser
 import pytest
 
+import report_records
 from biascorr import QuantParams, correct, equalize
+from biascorr.report.notebook import excerpt
+from biascorr.report.plots import figure
 
 RELU_NETWORK = """
 <ir_version: 8, opset_import: ["" : 17]> network (float[N,1] x) => (float[N,1] y)
@@ -105,3 +111,72 @@ def test_ranges_of_many_channels_are_some_of_them():
     assert len(first["before"]) == len(first["after"]) == 64
     assert first["before"] == sorted(first["before"], reverse=True)
     assert (first["before"][0], first["before"][-1]) == (factors.max(), factors.min())
+
+
+def test_a_data_frame_has_a_row_for_each_layer(correction):
+    pandas = pytest.importorskip("pandas")
+    frame = correction.to_dataframe()
+    assert list(frame["name"]) == [layer.name for layer in correction.report]
+    kinds = {"channels": "Int64", "shift_before": "float64", "sqnr_after": "float64"}
+    assert {column: str(frame[column].dtype) for column in kinds} == kinds
+    assert "worst_channels" not in frame
+    assert pandas.api.types.is_string_dtype(frame["reasons"]) or isinstance(frame["reasons"].dtype, pandas.CategoricalDtype)
+
+
+def test_a_data_frame_of_an_equalization_says_what_was_done_to_each_layer(equalization):
+    pytest.importorskip("pandas")
+    frame = equalization.to_dataframe()
+    assert list(frame["step"][frame["name"] == "a"]) == ["scaled"]
+    assert list(frame.columns) == ["name", "step", "chain", "note"]
+
+
+def test_a_data_frame_needs_pandas(correction, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="a data frame needs pandas: pip install pandas"):
+        correction.to_dataframe()
+
+
+def test_a_notebook_shows_a_small_table(result):
+    found = result._repr_html_()
+    assert found.startswith("<div>")
+    assert found.endswith("</div>")
+    assert "<table>" in found
+    assert len(found) < 10_000
+
+
+def test_names_in_a_notebook_are_text():
+    record = report_records.equalization(60)
+    found = excerpt(record)
+    assert "<script" not in found
+    assert "<img" not in found
+    assert "<p>and 62 more</p>" in found
+    assert "<script" not in excerpt(
+        report_records.correction(3, scores=[report_records.score("<script>", np.ones(3), None, True)])
+    )
+
+
+def test_a_plot_has_all_layers_and_candidates(correction):
+    pytest.importorskip("matplotlib")
+    layers, scores = correction.plot().axes
+    assert [len(line.get_xdata()) for line in layers.lines] == [len(correction.report)] * 2
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["uncorrected", *list(correction.scores)[1:]]
+
+
+@pytest.mark.parametrize(
+    "record", [report_records.correction(60), report_records.correction(0, scores=[]), report_records.equalization(60)]
+)
+def test_plots_of_any_record_can_be_drawn(record):
+    pytest.importorskip("matplotlib")
+    made = io.BytesIO()
+    figure(record | {"method": "$\\nothing"}).savefig(made, format="svg")
+    assert made.getvalue()
+
+
+def test_plots_and_pages_name_what_they_need(correction, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "jinja2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "biascorr.report.html", raising=False)
+    with pytest.raises(ImportError, match=re.escape('a plot needs matplotlib.figure: pip install "biascorr[report]"')):
+        correction.plot()
+    with pytest.raises(ImportError, match=re.escape('needs jinja2: pip install "biascorr[report]"')):
+        correction.save_report(tmp_path / "out.html")

@@ -14,12 +14,12 @@ from biascorr.equalization.result import Equalization
 from biascorr.graph.network import BiasNetwork, versions_of
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.report.records import Record, layer_record, plain, provenance_text
-from biascorr.report.reported import Reported
+from biascorr.report.reported import Plotted
 from biascorr.typing import Model_co
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correction(Reported, Generic[Model_co]):
+class Correction(Plotted, Generic[Model_co]):
     """A corrected model and its report.
 
     Parameters

@@ -19,7 +19,7 @@ from biascorr.graph.layer import without_later_calls
 from biascorr.graph.network import EditableNetwork, versions_of
 from biascorr.graph.reasons import Reason, text_of
 from biascorr.report.records import Record, plain, provenance_text, reason_record
-from biascorr.report.reported import Reported
+from biascorr.report.reported import Plotted
 from biascorr.typing import Model_co
 
 _MOST_RANGES = 64
@@ -46,7 +46,7 @@ class OutputChange:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Equalization(Reported, Generic[Model_co]):
+class Equalization(Plotted, Generic[Model_co]):
     """An equalized float model and what was done to it.
 
     Parameters

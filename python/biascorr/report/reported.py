@@ -12,6 +12,7 @@ from biascorr.report.records import Record, rows
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 _WIDTH = 80
 """Columns of a summary."""
@@ -81,3 +82,25 @@ class Reported:
         from biascorr.report.notebook import excerpt
 
         return excerpt(self.to_dict())
+
+
+class Plotted(Reported):
+    """A result that can be drawn, too."""
+
+    def plot(self) -> Figure:
+        """A figure: of a correction, the SQNR of each layer before and after it and the scores of all candidates; of an
+        equalization, the ranges of the channels of each scaled layer before and after it.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Its method `savefig` writes it; a notebook shows it.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed (``pip install "biascorr[report]"``).
+        """
+        from biascorr.report.plots import figure
+
+        return figure(self.to_dict())
