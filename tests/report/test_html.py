@@ -138,7 +138,9 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 def test_any_result_has_a_page(tmp_path):
     comparison = compare(two_layers(), {HOSTILE[0]: two_layers()}, np.ones((2, 3, 6, 6), np.float32))
     comparison.save_report(tmp_path / "out.html")
-    Page((tmp_path / "out.html").read_text(encoding="utf-8"))
+    found = " ".join(Page((tmp_path / "out.html").read_text(encoding="utf-8")).text)
+    assert "Outputs of models" in found
+    assert HOSTILE[0] in found
 
 
 @pytest.mark.parametrize("low", [-1e9, -3.2, 0.0, 1e-9, 12.0])

@@ -201,16 +201,34 @@ def _channels_chart(ranges: Record, name: str) -> Markup:
 
 
 def _other(record: Record) -> dict[str, Any]:
-    """Tables of any record: of each list of dicts, and of each dict."""
-    lists = {key: value for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    """Tables of any record: of each list of dicts, those in them apart; all else as facts."""
     tables = {}
-    for key, rows in lists.items():
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        tables[key] = {"columns": columns, "rows": [[_text_of(row.get(column)) for column in columns] for row in rows]}
-    return {
-        "tables": tables,
-        "facts": {key: _text_of(value) for key, value in record.items() if key not in (*lists, *_REPRODUCED)},
-    }
+    for key, value in record.items():
+        if _is_table(value) and key not in _REPRODUCED:
+            nested = {column for row in value for column in row if _is_table(row[column]) and "text" not in row[column][0]}
+            tables[key] = _table([{name: each for name, each in row.items() if name not in nested} for row in value])
+            for column in sorted(nested):
+                rows = [{key.removesuffix("s"): row.get("name"), **each} for row in value for each in row.get(column) or ()]
+                tables[f"{column} of {key}"] = _table(rows)
+    facts = {key: _text_of(value) for key, value in record.items() if key not in (*tables, *_REPRODUCED)}
+    return {"tables": tables, "facts": {key: text for key, text in facts.items() if text}}
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _table(rows: Sequence[Record]) -> dict[str, Any]:
+    """The columns that say anything, and whether each has numbers alone."""
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [name for name in names if any(row.get(name) not in (None, [], "") for row in rows)]
+    numbers = [all(_is_number(row.get(column)) for row in rows) for column in columns]
+    cells = [[_text_of(row.get(column)) for column in columns] for row in rows]
+    return {"columns": columns, "numbers": numbers, "rows": cells}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 _REPRODUCED = {"kind", "biascorr", "notes", "versions", "files", "command", "data_digest"}
@@ -218,10 +236,12 @@ _REPRODUCED = {"kind", "biascorr", "notes", "versions", "files", "command", "dat
 
 
 def _text_of(value: Any) -> str:
-    if value is None:
-        return NONE
-    if isinstance(value, float):
-        return number(value)
+    if value is None or isinstance(value, bool):
+        return {None: NONE, True: "yes", False: "no"}[value]
+    if isinstance(value, (int, float)):
+        return number(value) if isinstance(value, float) else f"{value:,}"
     if isinstance(value, dict):
         return str(value["text"]) if "text" in value else ", ".join(f"{key} {_text_of(each)}" for key, each in value.items())
-    return "; ".join(map(_text_of, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ("; " if _is_table(value) else ", ").join(map(_text_of, value))
+    return str(value)

@@ -98,7 +98,8 @@ def _comparison(record: Record) -> tuple[str, str]:
     models = record["models"]
     best = max((each for each in models if each.get("sqnr") is not None), key=lambda each: float(each["sqnr"]), default=None)
     nearest = "not scored" if best is None else f"nearest: {elided(best['name'])}, {best['sqnr']:.2f} dB"
-    return f"Comparison: {counted(len(models), 'model')} with the float one", nearest
+    reference = elided(record.get("reference", {}).get("name", "a reference"))
+    return f"Comparison: {counted(len(models), 'model')} with {reference}", nearest
 
 
 def _inspection(record: Record) -> tuple[str, str]:

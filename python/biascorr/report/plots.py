@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BEFORE, _AFTER, _OTHER = "#b4530a", "#1a5fd0", "#59616c"
+_LAYERS, _ROOM, _CANDIDATE = 3.6, 1.0, 0.25
+"""Inches of the height of a figure."""
+
 _HALF = 0.4
 """Of the width of a layer: where its bars are."""
 
@@ -24,7 +27,8 @@ def figure(record: Record) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f'a plot needs {error.name}: pip install "biascorr[report]"') from error
-    made = Figure(figsize=(10, 6), layout="constrained")
+    candidates = len(record.get("scores", ()))
+    made = Figure(figsize=(10, _LAYERS + _ROOM + _CANDIDATE * candidates), layout="constrained")
     draw = {"correction": _correction, "equalization": _equalization}[record["kind"]]
     draw(record, made)
     made.suptitle(_plain(two_lines(record)[0]))
@@ -33,7 +37,7 @@ def figure(record: Record) -> Figure:
 
 def _correction(record: Record, made: Figure) -> None:
     """SQNR of each layer before and after; below, the scores of the candidates."""
-    layers, scores = made.subplots(2, 1, height_ratios=(3, 2))
+    layers, scores = made.subplots(2, 1, height_ratios=(_LAYERS, _ROOM + _CANDIDATE * len(record["scores"])))
     numbers = range(1, len(record["layers"]) + 1)
     for key, label, color, style in (("sqnr_before", "before", _BEFORE, "--"), ("sqnr_after", "after", _AFTER, "-")):
         values = [_or_nan(layer[key]) for layer in record["layers"]]
