@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from biascorr.correction.classic import BiasCorrection, BiasCorrectionParams, find_all_convs_bn_with_activation
     from biascorr.correction.correct import correct
     from biascorr.correction.quant_params import QuantParams
+    from biascorr.correction.quantize import quantize
     from biascorr.correction.result import Correction
     from biascorr.equalization.classic import (
         ClsSetInfo,
@@ -91,6 +92,7 @@ __all__ = [
     "images",
     "inspect",
     "prepare_input_mean",
+    "quantize",
     "set_num_threads",
     "show_config",
 ]
@@ -117,6 +119,7 @@ if not TYPE_CHECKING:  # hidden, or type checkers would take any name for an att
         "correct": "biascorr.correction.correct",
         "equalize": "biascorr.equalization.equalize",
         "equalize_model": "biascorr.equalization.classic",
+        "quantize": "biascorr.correction.quantize",
         "inspect": "biascorr.inspection.inspect",
         "find_all_convs_bn_with_activation": "biascorr.correction.classic",
         "fold": "biascorr.equalization.fold",

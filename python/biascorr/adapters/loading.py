@@ -37,7 +37,7 @@ def network_from_model(model: Any, name: str) -> Network:
     """
     if is_network(model):
         return cast(Network, model)
-    framework = _framework_of(model, name)
+    framework = framework_of(model, name)
     if framework is Framework.TFLITE:
         with _needed(_LITERT):
             from biascorr.adapters.tflite.network import TfliteNetwork
@@ -55,7 +55,7 @@ def network_from_model(model: Any, name: str) -> Network:
 
 def sizes_by_file(path: Path, name: str) -> dict[Path, int]:
     """The files that a model is in, with the bytes that it has in each. Raises as :func:`network_from_model`."""
-    if _framework_of(path, name) is not Framework.ONNX:
+    if framework_of(path, name) is not Framework.ONNX:
         return {path: path.stat().st_size if path.is_file() else 0}
     with _needed(_ONNX):
         from biascorr.adapters.onnx import files
@@ -67,7 +67,7 @@ def check_output_of(model: Path, output: Path, name: str) -> None:
 
     Raises TypeError as :func:`network_from_model` too.
     """
-    check_suffix(output, _framework_of(model, name))
+    check_suffix(output, framework_of(model, name))
 
 
 def check_same_framework(reference: Any, quantized: Any) -> None:
@@ -82,13 +82,13 @@ def check_same_framework(reference: Any, quantized: Any) -> None:
 
 def _identified(model: Any, name: str) -> Framework | None:
     """The framework of a model, where something says it."""
-    found = _framework_of(model, name)
+    found = framework_of(model, name)
     if found is not Framework.ONNX or isinstance(model, (bytes, bytearray)) or type(model).__module__.startswith("onnx"):
         return found
     return framework_of_name(model) if isinstance(model, (str, os.PathLike)) else None
 
 
-def _framework_of(model: Any, name: str) -> Framework:
+def framework_of(model: Any, name: str) -> Framework:
     """The framework of a model, or of its path; ONNX where nothing says. Raises TypeError for other models of TensorFlow."""
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)

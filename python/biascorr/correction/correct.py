@@ -226,7 +226,7 @@ def correct(
     pair = _to_simulate(float_network, params, fold, equalize) if given is None else paired(float_network, given)
     float_network, notes = pair.reference, [*notes, *pair.notes]
     excluded = excluded_layers(given or float_network, only, exclude)
-    wanted = [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
+    wanted = wanted_choices(method, strength, shrunk)
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
         work = Work(progress)
@@ -364,6 +364,8 @@ class Attempt:
         Whether the float network was equalized before.
     is_corrected : bool
         Whether candidates other than the uncorrected one are made.
+    is_optional : bool
+        Whether a method asked for by name is taken from an earlier attempt, unless it is surely better in this one.
     """
 
     network: BiasNetwork
@@ -371,6 +373,7 @@ class Attempt:
     builder: CandidateBuilder
     is_equalized: bool = False
     is_corrected: bool = True
+    is_optional: bool = False
 
 
 def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bool) -> Pair:
@@ -446,11 +449,17 @@ def _chosen(options: Options, attempts: Iterable[Attempt]) -> tuple[list[Candida
     for number, attempt in enumerate(attempts):
         made = _candidates(options, attempt, number)
         candidates += made
-        best = choose(candidates) if options.is_auto else candidates[-1]
+        best = choose(candidates) if options.is_auto else _named(made[-1], taken and taken[0], attempt.is_optional)
         if taken is None or any(best is each for each in made):
             taken = best, attempt
     assert taken is not None
     return candidates, *taken
+
+
+def _named(found: Candidate, before: Candidate | None, is_optional: bool) -> Candidate:
+    """The candidate of a method asked for by name: that of an earlier attempt, where this one is optional and not better."""
+    stays = before is not None and is_optional and not found.score.is_better_than(before.score)
+    return before if before is not None and stays else found
 
 
 def _candidates(options: Options, attempt: Attempt, number: int) -> list[Candidate]:
@@ -499,6 +508,11 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
         f"not fitted again to all samples, which was not surely as good: {label} has {without} without the held-out ones, "
         f"{refitted.score} with them"
     ]
+
+
+def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
+    """The candidates to make for a method: that one, or those of "auto"."""
+    return [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
 
 
 def check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:

@@ -109,6 +109,12 @@ class OnnxNetwork:
             self._whole = whole_model(self._original.model, self._original.values)
         return self._whole
 
+    def taken_apart(self) -> tuple[onnx.ModelProto, Values]:
+        """A copy of the model without its large tensors, and the values of these."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._original.model)
+        return model, Values(self._original.values)
+
     @functools.cached_property
     def input_ranges(self) -> dict[str, tuple[float, float]]:
         """The least and the greatest value of inputs that are quantized before anything else, to one grid of integers."""

@@ -1,0 +1,306 @@
+"""`quantize`: a float ONNX model in, the best int8 model that is found out, and a report.
+
+    float -> pre-processing -> quantize_static -> candidates of correction
+    float -> equalization -> pre-processing -> quantize_static -> candidates of correction
+
+All candidates are scored against the float model as it was given, on the same held-out samples; one of the equalized model is
+taken where it is surely better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from biascorr.adapters.frameworks import Framework
+from biascorr.adapters.loading import framework_of, network_from_model
+from biascorr.arguments import checked_integer, paths_of
+from biascorr.calibration.data import check_amounts
+from biascorr.calibration.progress import Progress, Work
+from biascorr.calibration.resources import checked_threads
+from biascorr.calibration.samples import Samples
+from biascorr.calibration.storage import Storage, TemporaryFolder, checked_budget
+from biascorr.correction.candidates import Choice
+from biascorr.correction.correct import (
+    Attempt,
+    Options,
+    best_of,
+    builder_of,
+    check_options,
+    samples_out_of_range,
+    wanted_choices,
+)
+from biascorr.correction.image_notes import image_notes
+from biascorr.correction.metrics import Metric
+from biascorr.correction.planning import work_left
+from biascorr.correction.result import Correction
+from biascorr.correction.roles import paired
+from biascorr.correction.scoring import FloatOutputs
+from biascorr.correction.selection import excluded_layers
+from biascorr.equalization.equalize import equalized
+from biascorr.equalization.result import Equalization
+from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits, require_float
+from biascorr.sweep.independence import BatchingFinder
+
+if TYPE_CHECKING:
+    from biascorr.adapters.onnx.static_quantization import StaticQuantization
+
+TYPES = ("int8", "uint8", "int16", "uint16")
+"""The types of quantized weights and activations."""
+
+CALIBRATIONS = ("minmax", "entropy", "percentile")
+"""How the ranges of activations are found."""
+
+OP_TYPES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Clip")
+"""Operators that are quantized by default: those with weights, and activations that runtimes fuse with them.
+
+More of them are no faster by much, and cost accuracy (measured, docs/benchmarks.md).
+"""
+
+_OTHERS = {
+    Framework.TFLITE: "tf.lite.TFLiteConverter quantizes the model that this file was converted from",
+    Framework.KERAS: "tf.lite.TFLiteConverter quantizes it",
+}
+"""What quantizes models of other frameworks."""
+
+
+def quantize(
+    reference: Any,
+    data: Any,
+    *,
+    per_channel: bool = True,
+    weight_type: str = "int8",
+    activation_type: str = "int8",
+    calibration: str = "minmax",
+    op_types: Sequence[str] | None = None,
+    reduce_range: bool = False,
+    equalize: bool = True,
+    method: str = "auto",
+    strength: float = 1.0,
+    shrunk: bool = False,
+    new_biases: str = "add",
+    only: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    batch_size: int = 1,
+    max_samples: int | None = 300,
+    validation: Any = None,
+    seed: int = 0,
+    metric: Callable[..., float] | None = None,
+    memory_budget: int | str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Correction:
+    """Quantizes a float ONNX model with onnxruntime and corrects its biases, equalized before where that scores better.
+
+    The model is prepared as onnxruntime's `quant_pre_process` does it, quantized by its `quantize_static` in QDQ format, and
+    corrected as :func:`biascorr.correct` does it; the float model that matches is found on the way.
+
+    Parameters
+    ----------
+    reference : path, bytes or onnx.ModelProto
+        The float model, ONNX.
+    data : array, mapping, iterable, CalibrationDataReader or path
+        Calibration samples, as :func:`biascorr.correct` takes them. The ranges of activations are those of all of them; those
+        that are held out are not corrected by, but for the last fit.
+    per_channel : bool
+        Whether weights have a scale for each output channel, else one in all.
+    weight_type, activation_type : str
+        "int8", "uint8", "int16" or "uint16".
+    calibration : str
+        How the range of a tensor is found: "minmax", from the least to the greatest value; "entropy", what loses least
+        information; "percentile", without the 0.001 % on either side.
+    op_types : sequence of str, optional
+        The operators that are quantized, such as "Conv"; an empty sequence: all that onnxruntime can quantize. None: those with
+        weights, and Relu and Clip, which runtimes fuse with them.
+    reduce_range : bool
+        Whether weights have 7 bits, for CPUs whose products of 8 bits saturate: x86 without VNNI.
+    equalize : bool
+        Whether the model is also quantized equalized, as :func:`biascorr.equalize` does it, and that is returned where it is
+        surely better.
+    method, strength, shrunk, new_biases, only, exclude
+        How biases are corrected, and which; see :func:`biascorr.correct`.
+    batch_size, max_samples, validation, seed, metric, memory_budget, threads, progress
+        See :func:`biascorr.correct`.
+
+    Returns
+    -------
+    Correction
+        The quantized and corrected model and a report: the score of "none" is that of the quantized model before it was
+        corrected, `choice.is_equalized` and `equalization` say whether it was equalized, and what that did. The model and files
+        given are not changed.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, OSError, RuntimeError
+        As :func:`biascorr.correct`.
+    TypeError
+        The model is not ONNX, or the data is of a kind that is not understood.
+    ValueError
+        An option has a value that is not allowed; the model is invalid, quantized already, or onnxruntime cannot quantize it;
+        the data does not fit.
+
+    Notes
+    -----
+    onnxruntime is kept quiet while it works: what it prints is hidden, and its log is silent, for the whole process.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     network (float[N,2] x) => (float[N,2] y) <float[2,2] w = {0.1, 0.2, 0.3, 0.4}> { [layer] y = MatMul(x, w) }''')
+    >>> samples = np.random.default_rng(0).uniform(-1, 1, (32, 2)).astype(np.float32)
+    >>> correction = quantize(model, samples)
+    >>> sorted({node.op_type for node in correction.model.graph.node})
+    ['Add', 'DequantizeLinear', 'MatMul', 'QuantizeLinear']
+    """
+    started = time.perf_counter()
+    _check_options(weight_type, activation_type, calibration, op_types)
+    check_options(method, strength, shrunk, new_biases, has_data=True)
+    check_amounts(batch_size, max_samples)
+    checked_integer("seed", seed, 0)
+    budget, threads = checked_budget(memory_budget), checked_threads(threads)
+    user_metric = None if metric is None else Metric(metric)
+    network = _loaded(reference)
+    from biascorr.adapters.onnx.static_quantization import StaticQuantization
+
+    operators = OP_TYPES if op_types is None else tuple(op_types)
+    settings = StaticQuantization(per_channel, weight_type, activation_type, calibration, operators, reduce_range)
+    work, wanted = Work(progress), wanted_choices(method, strength, shrunk)
+    with Storage(budget) as storage:
+        samples = Samples(storage, hold_out=method == "auto", seed=seed)
+        batchings = BatchingFinder(network, network.inputs, storage, threads)
+        read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
+        read(data, network.inputs, work)
+        if validation is not None:
+            read(validation, network.inputs, work, validation=True)
+        samples.choose_scored()
+        later = [Choice("activation")] if method == "auto" else []
+        left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
+        work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
+        first = _Quantized.of(network, samples, work, settings)
+        notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
+        notes += [_said(settings), *first.notes, *image_notes(network, samples), *samples_out_of_range(first.network, samples)]
+        equalization = (
+            equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
+        )
+        is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
+        expected = FloatOutputs(network, samples, threads, user_metric, work)
+        excluded = excluded_layers(first.network, only, exclude)
+        options = Options(
+            wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded, attempts=1 + is_scaled
+        )
+        attempts = _attempts(options, first, equalization if is_scaled else None, settings)
+        result = best_of(options, attempts, first.network, equalization, notes)
+    files = paths_of({"reference": reference, "data": data, "validation": validation})
+    return replace(result, seconds=time.perf_counter() - started, files=files)
+
+
+_CALIBRATING = "calibrating"
+"""The kind of work that is a run for the ranges of activations."""
+
+
+def _check_options(weight_type: str, activation_type: str, calibration: str, op_types: Sequence[str] | None) -> None:
+    for name, value, allowed in (
+        ("weight_type", weight_type, TYPES),
+        ("activation_type", activation_type, TYPES),
+        ("calibration", calibration, CALIBRATIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: {value!r}, expected one of {', '.join(allowed)}")
+    if isinstance(op_types, str):
+        raise TypeError(f"op_types: {op_types!r}, expected a sequence of operators: [{op_types!r}]")
+
+
+def _loaded(reference: Any) -> Network:
+    """The float network. Raises TypeError where it is of another framework than ONNX."""
+    framework = framework_of(reference, "reference")
+    if framework in _OTHERS:
+        raise TypeError(
+            f"reference: a model of {framework.name.lower()}, expected ONNX: {_OTHERS[framework]}; then give both models to "
+            "correct (biascorr correct)"
+        )
+    network = network_from_model(reference, "reference")
+    require_float(network, "reference", "give the float model; what is quantized already is for correct (biascorr correct)")
+    return network
+
+
+def _said(settings: StaticQuantization) -> str:
+    """A note on how the model was quantized."""
+    import onnxruntime
+
+    scales = "per channel" if settings.per_channel else "per tensor"
+    bits = ", of 7 bits" if settings.reduce_range else ""
+    return (
+        f"quantized by onnxruntime {onnxruntime.__version__}: {settings.weight_type} weights {scales}{bits}, "
+        f"{settings.activation_type} activations by {settings.calibration}, {', '.join(settings.op_types) or 'all operators'}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantized:
+    """A network that onnxruntime quantized.
+
+    Parameters
+    ----------
+    reference : Network
+        The float network as it was prepared.
+    network : BiasNetwork
+        The quantized one.
+    matches, notes
+        See :class:`biascorr.correction.roles.Pair`.
+    """
+
+    reference: Network
+    network: BiasNetwork
+    matches: Any
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, network: Network, samples: Samples, work: Work, settings: StaticQuantization) -> _Quantized:
+        """Quantizes a float network by all samples that may be fitted."""
+        from biascorr.adapters.onnx.network import OnnxNetwork
+        from biascorr.adapters.onnx.static_quantization import statically_quantized
+
+        assert isinstance(network, OnnxNetwork)
+        batches = samples.data_batches
+        with work.doing(_CALIBRATING, len(batches), "quantizing") as advance, _folder() as folder:
+
+            def feeds() -> Iterator[Any]:
+                for each in samples.feeds(batches):
+                    yield each
+                    advance(1 / len(batches))
+
+            prepared, quantized = statically_quantized(network, feeds, len(batches), settings, folder.path)
+        if not any(layer.weight_step is not None for layer in quantized.layers):
+            raise ValueError(
+                f"op_types: {', '.join(settings.op_types) or 'all'}, expected operators of layers: none of the model's was "
+                f"quantized; it has {', '.join(sorted({layer.op for layer in network.layers})) or 'no layers'}"
+            )
+        pair = paired(prepared, quantized)
+        return cls(pair.reference, require_biases(quantized, "quantized"), pair.matches, pair.notes)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[TemporaryFolder]:
+    folder = TemporaryFolder()
+    try:
+        yield folder
+    finally:
+        folder.cleanup()
+
+
+def _attempts(
+    options: Options, first: _Quantized, equalization: Equalization | None, settings: StaticQuantization
+) -> Iterator[Attempt]:
+    """With the float network as it is, and equalized where that scales anything."""
+    builder = builder_of(options, first.reference, first.network, first.matches)
+    yield Attempt(first.network, first.matches, builder)
+    if equalization is not None:
+        other = _Quantized.of(equalization.network, options.samples, options.work, settings)
+        builder = builder_of(options, other.reference, other.network, other.matches)
+        yield Attempt(other.network, other.matches, builder, is_equalized=True, is_optional=True)
