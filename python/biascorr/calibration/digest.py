@@ -32,7 +32,7 @@ class Digest:
 
     def __init__(self) -> None:
         self._inputs: dict[str, Any] = {}
-        self._kinds: dict[str, str] = {}
+        self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._shared: dict[str, bytes] = {}
 
     def update(self, feeds: Feeds, axes: Axes) -> None:
@@ -41,12 +41,13 @@ class Digest:
             axis = axes.get(name)
             if name in axes and axis is None and not self._is_new(name, array):
                 continue
-            samples = array[None] if axis is None or axis >= array.ndim else np.moveaxis(array, axis, 0)
-            found = self._inputs.setdefault(name, hashlib.sha256())
-            kind = f"{samples.dtype} {samples.shape[1:]}\n"
+            samples = _apart(array, axis)
+            if name not in self._inputs:
+                self._inputs[name] = hashlib.sha256()
+            found, kind = self._inputs[name], (samples.dtype, samples.shape[1:])
             if self._kinds.get(name) != kind:
                 self._kinds[name] = kind
-                found.update(kind.encode())
+                found.update(f"{kind[0]} {kind[1]}\n".encode())
             found.update(_bytes_of(samples))
 
     def _is_new(self, name: str, array: NDArray[Any]) -> bool:
@@ -61,6 +62,13 @@ class Digest:
         for name, found in sorted(self._inputs.items()):
             whole.update(f"{name!r}\n".encode(errors="surrogatepass") + found.digest())
         return whole.hexdigest() if self._inputs else None
+
+
+def _apart(array: NDArray[Any], axis: int | None) -> NDArray[Any]:
+    """With the samples along the first axis."""
+    if axis is None or axis >= array.ndim:
+        return array[None]
+    return array if axis == 0 else np.moveaxis(array, axis, 0)
 
 
 def _bytes_of(array: NDArray[Any]) -> Any:
