@@ -43,7 +43,7 @@ from biascorr.correction.scoring import FloatOutputs
 from biascorr.correction.selection import excluded_layers
 from biascorr.equalization.equalize import equalized
 from biascorr.equalization.result import Equalization
-from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits, require_float
+from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits, require_float, versions_of
 from biascorr.sweep.independence import BatchingFinder
 
 if TYPE_CHECKING:
@@ -184,7 +184,12 @@ def quantize(
         work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
         first = _Quantized.of(network, samples, work, settings)
         notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += [_said(settings), *first.notes, *image_notes(network, samples), *samples_out_of_range(first.network, samples)]
+        notes += [
+            _said(settings, network),
+            *first.notes,
+            *image_notes(network, samples),
+            *samples_out_of_range(first.network, samples),
+        ]
         equalization = (
             equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
         )
@@ -229,14 +234,12 @@ def _loaded(reference: Any) -> Network:
     return network
 
 
-def _said(settings: StaticQuantization) -> str:
+def _said(settings: StaticQuantization, network: Network) -> str:
     """A note on how the model was quantized."""
-    import onnxruntime
-
     scales = "per channel" if settings.per_channel else "per tensor"
     bits = ", of 7 bits" if settings.reduce_range else ""
     return (
-        f"quantized by onnxruntime {onnxruntime.__version__}: {settings.weight_type} weights {scales}{bits}, "
+        f"quantized by onnxruntime {versions_of(network)['onnxruntime']}: {settings.weight_type} weights {scales}{bits}, "
         f"{settings.activation_type} activations by {settings.calibration}, {', '.join(settings.op_types) or 'all operators'}"
     )
 
