@@ -108,6 +108,17 @@ class Correction(Plotted, Generic[Model_co]):
         return self.network.model  # type: ignore[no-any-return]
 
     def to_dict(self) -> Record:
+        """The record of the correction: dicts, lists, text, numbers, bool and None, as JSON can hold them.
+
+        Returns
+        -------
+        dict
+            What is above, by the same names; `layers` are those of `report`, each with its `reasons` (`code`, `arguments` and
+            `text`) and its `worst_channels` (`channel` and `shift`); `scores` and `deployed` have an entry for each candidate:
+            its `sqnr`, `divergence`, `metric`, `sqnr_of_samples`, its `gains` over the uncorrected one (`mean` and `error`),
+            and whether it `is_taken`. Besides, the version of this package (`biascorr`) and of others (`versions`). Numbers
+            that are not finite are None.
+        """
         return {
             "kind": "correction",
             "biascorr": __version__,

@@ -109,6 +109,17 @@ class Equalization(Plotted, Generic[Model_co]):
         return list(self.changes.values())[-1] if self.changes else None
 
     def to_dict(self) -> Record:
+        """The record of the equalization: dicts, lists, text, numbers, bool and None, as JSON can hold them.
+
+        Returns
+        -------
+        dict
+            What is above, by the same names; each of the `chains` has its `layers`, the `bits` it gained, its smallest and
+            largest of all `factors`, how many activations got `bounds` for each channel, and the `ranges` of the channels of
+            each layer, `before` and `after`: of 64 of them, where there are more. Layers and batch normalizations that were
+            `left` as they are have their `reasons`. Besides, the `layer_count` of the model, the version of this package
+            (`biascorr`) and of others (`versions`). Numbers that are not finite are None.
+        """
         return {
             "kind": "equalization",
             "biascorr": __version__,
