@@ -6,10 +6,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from biascorr import QuantParams, correct
 from biascorr.inspection.compare import compare
 from biascorr.report import charts
 from biascorr.report.html import page, save_page
-from networks import two_layers
+from networks import quantized, two_layers
 from report_records import HOSTILE, correction, equalization, name_of
 
 VOID = {"meta", "line", "circle", "rect", "path", "img", "br"}
@@ -133,6 +134,17 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="no such folder"):
         save_page(correction(2), tmp_path / "none" / "out.html")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_have_pages(tmp_path):
+    x = np.random.default_rng(0).normal(size=(24, 3, 6, 6)).astype(np.float32)
+    equalized = correct(two_layers(), x, quant_params=QuantParams(weight_bits=4), equalize=True)
+    given = correct(two_layers(), x, quantized=quantized(two_layers(), [{"x": x[:1]}]))
+    for number, result in enumerate((equalized, given, equalized.equalization)):
+        result.save_report(tmp_path / f"{number}.html")
+        found = Page((tmp_path / f"{number}.html").read_text(encoding="utf-8"))
+        assert "svg" in found.tags
+        assert "first" in {text.strip() for text in found.text}
 
 
 def test_any_result_has_a_page(tmp_path):
