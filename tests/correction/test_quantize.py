@@ -9,6 +9,7 @@ import pytest
 
 import biascorr
 from biascorr import correct, quantize
+from biascorr.correction.scoring import Score
 from networks import as_constant_nodes, batch_norm, batch_norm_constants, biases, model_from_text, samples, two_layers, weights
 from tflite_fixtures import path_of
 
@@ -55,7 +56,7 @@ def test_it_scores_as_correct_does_with_the_prepared_model(tmp_path, data):
 
     from networks import Reader
 
-    found = quantize(two_layers(), data, method="mean", equalize=False)
+    found = quantize(two_layers(), data, method="mean", equalize=False, reduce_range=False)
     path = tmp_path / "q.onnx"
     kinds = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     operators = ["Conv", "Gemm", "Relu"]
@@ -147,6 +148,18 @@ def test_other_frameworks_and_quantized_models_are_refused(result, data):
         quantize(path_of("classifier_float"), data)
     with pytest.raises(ValueError, match="has quantized weights; give the float model"):
         quantize(result.model, data)
+
+
+def test_weights_have_7_bits_where_8_saturate(monkeypatch, data):
+    monkeypatch.setattr("biascorr.correction.quantize._SATURATED", -1000.0)  # as if it were so on any CPU
+    monkeypatch.setattr(Score, "is_better_than", lambda *_: False)
+    assert "of 7 bits" not in quantize(two_layers(), data, equalize=False, method="mean").notes[0]
+    monkeypatch.setattr(Score, "is_better_than", lambda *_: True)
+    tried = quantize(two_layers(), data, equalize=False, method="mean")
+    assert "of 7 bits" in tried.notes[0]
+    assert tried.notes[1].startswith("weights have 7 bits (reduce_range), which gives ")
+    codes = next(onnx.numpy_helper.to_array(each) for each in tried.model.graph.initializer if len(each.dims) == 4)
+    assert np.abs(codes).max() <= 64
 
 
 def test_nothing_of_onnxruntime_stays(data, monkeypatch, tmp_path):

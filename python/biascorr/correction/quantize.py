@@ -77,7 +77,7 @@ def quantize(
     activation_type: str = "int8",
     calibration: str = "minmax",
     op_types: Sequence[str] | None = None,
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
     equalize: bool = True,
     method: str = "auto",
     strength: float = 1.0,
@@ -116,8 +116,9 @@ def quantize(
     op_types : sequence of str, optional
         The operators that are quantized, such as "Conv"; an empty sequence: all that onnxruntime can quantize. None: those with
         weights, and Relu and Clip, which runtimes fuse with them.
-    reduce_range : bool
-        Whether weights have 7 bits, for CPUs whose products of 8 bits saturate: x86 without VNNI.
+    reduce_range : bool, optional
+        Whether weights have 7 bits, for CPUs whose products of 8 bits saturate: x86 without VNNI. None: where that is surely
+        better on this CPU, which is tried where 8 bits lose more as they are run than in exact arithmetic.
     equalize : bool
         Whether the model is also quantized equalized, as :func:`biascorr.equalize` does it, and that is returned where it is
         surely better.
@@ -169,7 +170,7 @@ def quantize(
     from biascorr.adapters.onnx.static_quantization import StaticQuantization
 
     operators = OP_TYPES if op_types is None else tuple(op_types)
-    settings = StaticQuantization(per_channel, weight_type, activation_type, calibration, operators, reduce_range)
+    settings = StaticQuantization(per_channel, weight_type, activation_type, calibration, operators, bool(reduce_range))
     work, wanted = Work(progress), wanted_choices(method, strength, shrunk)
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
@@ -182,10 +183,16 @@ def quantize(
         later = [Choice("activation")] if method == "auto" else []
         left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
         work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
-        first = _Quantized.of(network, samples, work, settings)
+        expected = FloatOutputs(network, samples, threads, user_metric, work)
+        first, remarks = _Quantized.of(network, samples, work, settings), list[str]()
+        if reduce_range is None and not settings.is_wide:
+            with work.step("quantized model as its runtime runs it"):
+                first, remarks = _without_saturation(first, network, expected, samples, work)
+        settings = first.settings
         notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [
             _said(settings, network),
+            *remarks,
             *first.notes,
             *image_notes(network, samples),
             *samples_out_of_range(first.network, samples),
@@ -194,7 +201,6 @@ def quantize(
             equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
         )
         is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
-        expected = FloatOutputs(network, samples, threads, user_metric, work)
         excluded = excluded_layers(first.network, only, exclude)
         options = Options(
             wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded, attempts=1 + is_scaled
@@ -204,6 +210,9 @@ def quantize(
     files = paths_of({"reference": reference, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
 
+
+_SATURATED = 1.0
+"""dB that a runtime's own arithmetic may cost without weights of 7 bits being tried."""
 
 _CALIBRATING = "calibrating"
 """The kind of work that is a run for the ranges of activations."""
@@ -256,12 +265,15 @@ class _Quantized:
         The quantized one.
     matches, notes
         See :class:`biascorr.correction.roles.Pair`.
+    settings : StaticQuantization
+        How it was quantized.
     """
 
     reference: Network
     network: BiasNetwork
     matches: Any
     notes: tuple[str, ...]
+    settings: StaticQuantization
 
     @classmethod
     def of(cls, network: Network, samples: Samples, work: Work, settings: StaticQuantization) -> _Quantized:
@@ -285,7 +297,24 @@ class _Quantized:
                 f"quantized; it has {', '.join(sorted({layer.op for layer in network.layers})) or 'no layers'}"
             )
         pair = paired(prepared, quantized)
-        return cls(pair.reference, require_biases(quantized, "quantized"), pair.matches, pair.notes)
+        return cls(pair.reference, require_biases(quantized, "quantized"), pair.matches, pair.notes, settings)
+
+
+def _without_saturation(
+    first: _Quantized, network: Network, expected: FloatOutputs, samples: Samples, work: Work
+) -> tuple[_Quantized, list[str]]:
+    """With weights of 7 bits, where that is surely better as this CPU runs it; a note on that."""
+    exact, found = expected.score(first.network), expected.score_deployed(first.network)
+    if not exact.sqnr - found.sqnr > _SATURATED:
+        return first, []
+    reduced = _Quantized.of(network, samples, work, replace(first.settings, reduce_range=True))
+    better = expected.score_deployed(reduced.network)
+    if not better.is_better_than(found):
+        return first, []
+    return reduced, [
+        f"weights have 7 bits (reduce_range), which gives {better} on this CPU, before any correction: with 8 bits, whose "
+        f"products saturate there, the model gives {found}, in exact arithmetic {exact}"
+    ]
 
 
 @contextlib.contextmanager

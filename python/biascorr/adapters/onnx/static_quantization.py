@@ -80,6 +80,11 @@ class StaticQuantization:
     op_types: Sequence[str] = field(default=())
     reduce_range: bool = False
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether anything has 16 bits."""
+        return "16" in self.weight_type + self.activation_type
+
 
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
     """Batches, all of them or one after the other."""
@@ -209,15 +214,16 @@ def _has_tensor(node: onnx.NodeProto) -> bool:
 
 def _with_opset(model: onnx.ModelProto, values: Values, options: StaticQuantization) -> tuple[onnx.ModelProto, Values]:
     """In an opset that has what is wanted. Raises ValueError where it cannot be converted."""
-    is_wide = "16" in options.weight_type + options.activation_type
-    needed = _WIDE_OPSET if is_wide else _PER_CHANNEL_OPSET if options.per_channel else 0
+    needed = _WIDE_OPSET if options.is_wide else _PER_CHANNEL_OPSET if options.per_channel else 0
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), needed)
     if opset >= needed:
         return model, values
     try:
         return onnx.version_converter.convert_version(whole_model(model, values), needed), Values()
     except Exception as error:  # of C++
-        what, other = ("16 bits", "8 bits") if is_wide else ("a scale per channel", "per_channel=False (--no-per-channel)")
+        what, other = (
+            ("16 bits", "8 bits") if options.is_wide else ("a scale per channel", "per_channel=False (--no-per-channel)")
+        )
         raise ValueError(
             f"reference: {what} needs opset {needed}, it has {opset}, and cannot be converted: {error}; export it with opset "
             f"{needed}, or quantize with {other}"
