@@ -183,6 +183,10 @@ def quantize(
         later = [Choice("activation")] if method == "auto" else []
         left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
         work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
+        equalization = (
+            equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
+        )
+        is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
         expected = FloatOutputs(network, samples, threads, user_metric, work)
         first, remarks = _Quantized.of(network, samples, work, settings), list[str]()
         if reduce_range is None and not settings.is_wide:
@@ -197,10 +201,6 @@ def quantize(
             *image_notes(network, samples),
             *samples_out_of_range(first.network, samples),
         ]
-        equalization = (
-            equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
-        )
-        is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
         excluded = excluded_layers(first.network, only, exclude)
         options = Options(
             wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded, attempts=1 + is_scaled
