@@ -23,6 +23,9 @@ _PER_LAYER = 4.0
 """Pixels of a layer at least, so that thousands of them are a chart that scrolls."""
 
 _WIDEST = 8000
+_MOST_STEPS = 7
+"""Steps from tick to tick along an axis."""
+
 _DOTS = 160
 """More layers than this are lines without dots."""
 
@@ -55,12 +58,12 @@ class Axis:
         share = (min(max(place, self.low), self.high) - self.low) / ((self.high - self.low) or 1.0)
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        """Round values, about so many."""
+    def ticks(self) -> list[float]:
+        """A few round values."""
         if self.is_log:
-            every = max(1, math.ceil((self.high - self.low) / count))
+            every = max(1, math.ceil((self.high - self.low) / _MOST_STEPS))
             return [10.0**power for power in range(math.ceil(self.low), math.floor(self.high) + 1, every)]
-        step = _round_step((self.high - self.low) / count)
+        step = _round_step((self.high - self.low) / _MOST_STEPS)
         first = math.ceil(self.low / step - 1e-9)
         return [place * step for place in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -75,7 +78,7 @@ def linear(values: Sequence[float], start: float, end: float) -> Axis:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low == high:
         low, high = low - 1.0, high + 1.0
-    step = _round_step((high - low) / 5)
+    step = _round_step((high - low) / (_MOST_STEPS - 2))  # the ends are rounded by two of them at most
     return Axis(math.floor(low / step) * step, math.ceil(high / step) * step, start, end)
 
 
