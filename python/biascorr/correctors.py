@@ -19,6 +19,7 @@ from biascorr.quantization import Quantization, check_channels, fake_quantize, w
 from biascorr.statistics import clipped_normal_mean
 
 _LAYOUT_OF_RANK = {2: "IO", 3: "WIO", 4: "HWIO", 5: "HWIGO", 6: "DHWIGO"}
+_INTEGERS = "iub"
 _BOUNDS = {None: (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 
 
@@ -45,6 +46,9 @@ class BiasCorrector(abc.ABC):
 class NullBiasCorrector(BiasCorrector):
     """Leaves every bias alone."""
 
+    def __repr__(self) -> str:
+        return "NullBiasCorrector()"
+
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> None:  # noqa: ARG002
         """None."""
         return
@@ -60,7 +64,8 @@ class MeanBiasCorrector(BiasCorrector):
         channel, which is exact under padding. It is copied.
     groups : int
         How many groups the O axis counts, as TensorFlow, ONNX and torch store grouped convolutions. In a layout that starts
-        with I (transposed convolution, e.g. "IOHW") the I axis counts them.
+        with I (transposed convolution, e.g. "IOHW") the I axis counts them. In a layout with an axis C they may be left out, or
+        be its length.
     layout : str, optional
         Names the axes of the weights, each letter once: O or M output channels, I input channels, G or C groups, D, H, W
         space. "OIHW" is ONNX and torch, "IOHW" transposed, "OI" a torch linear layer, "HWCM" Keras depthwise. By default it
@@ -92,6 +97,10 @@ class MeanBiasCorrector(BiasCorrector):
         self._groups = groups
         self._layout = layout
 
+    def __repr__(self) -> str:
+        options = f", groups={self._groups}" * (self._groups != 1) + f", layout={self._layout!r}" * (self._layout is not None)
+        return f"{type(self).__name__}(<input_mean of shape {self._mean.shape}>{options})"
+
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:
         """The correction, accumulated in float64; differences of float32 weights, exact near equality, are float32.
 
@@ -110,7 +119,7 @@ class MeanBiasCorrector(BiasCorrector):
         Raises
         ------
         TypeError
-            The weights are not of real numbers.
+            The weights are not of real numbers, or one of them are integers and the others are not.
         ValueError
             The shapes of the weights differ; the layout has unknown letters or another rank; the groups do not divide the
             channels; the mean has another shape than the weights call for.
@@ -119,7 +128,10 @@ class MeanBiasCorrector(BiasCorrector):
             weights = reference.native(weights, "weights")
         layout = self._layout_of(weights) if self._layout is None else self._layout
         wide = weights.dtype.char in "dg"  # float64, longdouble
-        return _kernels.weight_error(weights, fake_quantized_weights, self._mean, self._groups, layout, wide)
+        if type(fake_quantized_weights) is np.ndarray and fake_quantized_weights.dtype.kind in _INTEGERS:
+            _check_dequantized(fake_quantized_weights, weights)
+        groups = self._groups if self._groups == 1 else self._counted_groups(weights, layout)
+        return _kernels.weight_error(weights, fake_quantized_weights, self._mean, groups, layout, wide)
 
     def calculate_from_quantization(
         self, weights: Any, quantization: Quantization, *, axis: int | None = None, block_size: int | None = None
@@ -157,30 +169,46 @@ class MeanBiasCorrector(BiasCorrector):
         """
         weights = reference.native(weights, "weights")
         layout = self._layout_of(weights) if self._layout is None else self._layout
+        groups = self._counted_groups(weights, layout)
         if block_size is not None and axis is None:
             if "I" not in layout:
                 raise ValueError(f"block_size: {block_size}, but layout {layout!r} has no axis I; name the axis")
             axis = layout.index("I")
         scale, zero_point, strides, blocks = weight_grids(quantization, weights.shape, axis, block_size)
-        divides = blocks is None or (weights.shape[blocks[0]] % blocks[1] == 0 and self._groups == 1)
+        divides = blocks is None or (weights.shape[blocks[0]] % blocks[1] == 0 and groups == 1)
         if weights.dtype in (np.float32, np.float64) and divides:
             grids = scale, zero_point, quantization.bits, strides, blocks
-            return _kernels.weight_error_from_grids(weights, grids, self._mean, self._groups, layout)
+            return _kernels.weight_error_from_grids(weights, grids, self._mean, groups, layout)
         if strides is None:  # a grid for each weight
             zeros = self.calculate(weights, weights)  # refuses what does not fit before channels are counted
             check_channels(scale, zero_point, len(zeros))
             if weights.size == 0:
                 return zeros
-            channels = reference.output_channels(weights.shape, self._groups, layout)
+            channels = reference.output_channels(weights.shape, groups, layout)
             scale, zero_point = (np.broadcast_to(x[channels] if x.size > 1 else x, weights.shape) for x in (scale, zero_point))
             quantization, axis, block_size = Quantization(scale, zero_point, quantization.bits), 0, 1
         return self.calculate(weights, fake_quantize(weights, quantization, axis=axis or 0, block_size=block_size))
+
+    def _counted_groups(self, weights: NDArray[Any], layout: str) -> int:
+        """The groups that the O or I axis counts; 1 where they have an axis C of their own, of that length."""
+        axis = layout.find("C")
+        has_them = axis >= 0 and weights.ndim == len(layout) and weights.shape[axis] == self._groups
+        return 1 if has_them else self._groups
 
     @staticmethod
     def _layout_of(weights: NDArray[Any]) -> str:
         if weights.ndim not in _LAYOUT_OF_RANK:
             raise ValueError(f"weights: {weights.ndim} axes, expected 2 to 6, or a layout")
         return _LAYOUT_OF_RANK[weights.ndim]
+
+
+def _check_dequantized(quantized: NDArray[Any], weights: NDArray[Any]) -> None:
+    """Raises TypeError where integers stand beside real weights: most likely they are steps of the grid."""
+    if weights.dtype.kind not in _INTEGERS:
+        raise TypeError(
+            f"fake_quantized_weights: {quantized.dtype}, expected real units as the weights ({weights.dtype}): "
+            "dequantize them first, e.g. quantization.dequantize(fake_quantized_weights)"
+        )
 
 
 class AnalyticalBiasCorrector(MeanBiasCorrector):
@@ -246,6 +274,9 @@ class EmpiricalBiasCorrector(BiasCorrector):
             raise ValueError(f"reference_mean, quantized_mean: shapes {shapes[0]} and {shapes[1]}, expected one equal axis")
         wide = any(mean.dtype == np.float64 for mean in means)
         self._correction = np.subtract(*means, dtype=np.float64).astype(np.float64 if wide else np.float32)
+
+    def __repr__(self) -> str:
+        return f"EmpiricalBiasCorrector(<means of {len(self._correction)} channels>)"
 
     def calculate(self, weights: Any, fake_quantized_weights: Any) -> NDArray[Any]:  # noqa: ARG002
         """reference_mean - quantized_mean, whatever the weights: float64 if either mean is, else float32."""

@@ -367,8 +367,15 @@ def affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[n
 
 def _affine_parameters(quantization: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The same, one value per block included."""
-    scale = np.asarray(quantization.scale, dtype=np.float64)
-    zero_point = np.asarray(quantization.zero_point, dtype=np.float64)
+    try:
+        scale = np.asarray(quantization.scale, dtype=np.float64)
+        zero_point = np.asarray(quantization.zero_point, dtype=np.float64)
+    except AttributeError:
+        found = repr(quantization) if isinstance(quantization, (int, float)) else type(quantization).__name__
+        raise TypeError(
+            f"quantization: {found}, expected Quantization(scale, zero_point), whose scale is in steps per unit; "
+            "Quantization.from_step(step, zero_point) takes a step, as ONNX, TFLite and torch store it"
+        ) from None
     if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"scale: {scale}, expected positive and finite")
     if not (np.isfinite(zero_point) & (np.rint(zero_point) == zero_point) & (np.abs(zero_point) <= _LARGEST)).all():

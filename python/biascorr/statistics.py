@@ -11,6 +11,7 @@ samples is applied once, at the end.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,6 +86,15 @@ class ChannelMean:
     def count(self) -> int:
         """Positions averaged over, of all samples together."""
         return self._count
+
+    def __repr__(self) -> str:
+        seen = f"{self._channels} channels, {_number(self._samples, 'sample')}, {_number(self._count, 'position')}"
+        return f"<ChannelMean along axis {self._channel_axis}: {'nothing yet' if self._channels is None else seen}>"
+
+    @property
+    def has_integers_alone(self) -> bool:
+        """Whether all samples so far were integers."""
+        return self._sums.integers is not None and self._sums.reals is None
 
     def update(self, sample: Any) -> None:
         """Adds one sample, (N, *S, C) in quantized steps or real units.
@@ -169,6 +179,11 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
         A sample is 0-dimensional, has no elements, or has another number of channels than the first; there are no samples; the
         quantization is invalid or has another number of channels.
 
+    Warns
+    -----
+    UserWarning
+        The scale is below 1, and all means are beyond the range of the integers: likely it is a step, not steps per unit.
+
     Notes
     -----
     Each position weighs the same. Integers are summed exactly. nan and inf propagate as in numpy.
@@ -178,15 +193,43 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     >>> prepare_input_mean([np.array([[[[0, 10], [2, 20]]]]), np.array([[[[4, 30]]]])], None)
     array([ 2., 20.], dtype=float32)
     """
+    if isinstance(calibration_input, np.ndarray):
+        calibration_input = [calibration_input]
     if type(calibration_input) is list or type(calibration_input) is tuple:
         scale, zero_point = _affine(quantization)
-        return _kernels.channel_mean(calibration_input, -1, scale, zero_point)
-    if isinstance(calibration_input, np.ndarray):
-        return prepare_input_mean([calibration_input], quantization)
-    mean = ChannelMean()
+        mean = _kernels.channel_mean(calibration_input, -1, scale, zero_point)
+        if quantization is not None and (scale if type(scale) is float else scale[0]) < _FEW_STEPS:
+            _warn_of_a_step(mean, quantization, all(_is_integer(sample) for sample in calibration_input))
+        return mean
+    means = ChannelMean()
     for sample in _one_by_one(calibration_input):
-        mean.update(sample)
-    return mean.mean(quantization)
+        means.update(sample)
+    mean = means.mean(quantization)
+    if quantization is not None:
+        _warn_of_a_step(mean, quantization, means.has_integers_alone)
+    return mean
+
+
+_FEW_STEPS = 1.0
+"""Steps per unit, below which a scale may be meant as a step: what 8 bits hold reaches beyond 128 then."""
+
+
+def _is_integer(sample: Any) -> bool:
+    return isinstance(sample, np.ndarray) and sample.dtype.kind in "iu"
+
+
+def _warn_of_a_step(mean: NDArray[Any], quantization: Any, are_integers: bool) -> None:
+    """Warns where all means, but those of silent channels, are beyond the integers themselves: the scale likely is a step."""
+    bits = getattr(quantization, "bits", 8)
+    audible = mean[mean != 0]
+    is_small = np.max(quantization.scale) < _FEW_STEPS
+    if is_small and are_integers and audible.size and (np.abs(audible) > 2**bits).all():
+        scale, zero_point = (np.asarray(value).tolist() for value in (quantization.scale, quantization.zero_point))
+        warnings.warn(
+            f"quantization: scale {scale}: all means are beyond {2**bits}, the range of {bits} bits; a scale is in steps per "
+            f"unit: if this is a step, as ONNX, TFLite and torch store it, use Quantization.from_step({scale}, {zero_point})",
+            stacklevel=3,
+        )
 
 
 def _one_by_one(samples: Iterable[Any]) -> Iterable[Any]:
@@ -232,6 +275,10 @@ class TapMean:
         """Output positions averaged over, of all samples together."""
         return self._outputs
 
+    def __repr__(self) -> str:
+        seen = f"{self._channels} channels, {_number(self._outputs, 'output position')}"
+        return f"<TapMean of {self._window}: {'nothing yet' if self._channels is None else seen}>"
+
     def update(self, sample: Any) -> None:
         """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size.
 
@@ -270,6 +317,10 @@ class TapMean:
             scale, zero_point = _scale_and_zero_point(quantization, mean.shape[-1])
             mean = (mean - zero_point * (self._seen / self._outputs)) / scale
         return _rounded(mean, self._sums.dtype)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _rounded(mean: NDArray[np.float64], dtype: type[np.floating[Any]]) -> NDArray[Any]:
