@@ -8,12 +8,18 @@ The share that is reported never falls back, whatever turns out to be more than 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LOGGER = logging.getLogger("biascorr")
+"""Steps with their seconds and what was found at INFO, parts of steps at DEBUG."""
+
+LOGGER.addHandler(logging.NullHandler())
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with the step, how much of all the work is done, and how much there is: 1000; None while nobody knows how many samples
@@ -95,7 +101,9 @@ class Work:
         """What is done inside is this step; steps may be inside of others."""
         before, self._label = self._label, label
         self._report()
+        start = self._clock()
         yield
+        LOGGER.info("%s: %.2f s", label, self._clock() - start)
         self._label = before
 
     @contextmanager
@@ -111,7 +119,9 @@ class Work:
             self._report()
 
         self._report()
+        start = self._clock()
         yield advance
+        LOGGER.debug("%s%s: %.3f s", kind, f" ({self._label})" * (self._label not in ("", kind)), self._clock() - start)
         self._note(kind, 0.0)
         self._left[kind] = max(0.0, end)
         self._label, self._kind = outer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from biascorr.calibration.batching import Batching, Batchings, assumed
 from biascorr.calibration.data import batches_from_data, check_end, number_of_batches, resolved
 from biascorr.calibration.digest import Digest
 from biascorr.calibration.images import Images
-from biascorr.calibration.progress import Progress
+from biascorr.calibration.progress import LOGGER, Progress
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
@@ -192,7 +193,7 @@ class Samples:
 
         The latter comes after the former. Raises ValueError where there are none, or no end of them.
         """
-        name, before = "validation" if validation else "data", self.batches
+        name, before, started = "validation" if validation else "data", self.batches, time.perf_counter()
         data = resolved(data, name)
         self.images = data if isinstance(data, Images) and not validation else self.images
         check_end(data, max_samples, name)
@@ -212,6 +213,8 @@ class Samples:
         if self.batches == before:
             raise ValueError(f"{name}: no samples, at least one is needed")
         self.batches_read = len(self.data_batches)
+        read = self.batches - before, sum(self.sizes[before:])
+        LOGGER.info("%s: read %d batches of %d samples: %.2f s", name, *read, time.perf_counter() - started)
         if batches.left_any:
             self.left_out.append(name)
 

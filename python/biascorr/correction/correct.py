@@ -15,7 +15,7 @@ import numpy as np
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.arguments import checked_integer, paths_of, renamed
 from biascorr.calibration.data import check_amounts
-from biascorr.calibration.progress import Progress, Work
+from biascorr.calibration.progress import LOGGER, Progress, Work
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -295,6 +295,10 @@ def best_of(
             f"in the runtime's own arithmetic, {best.choice} is not surely better than the uncorrected model, which is returned"
         )
         network, taken, chosen = first.network, candidates[0], first
+    for each in candidates:
+        LOGGER.info("candidate %s: %s", each.choice, each.score)
+    for note in notes:
+        LOGGER.info("note: %s", note)
     errors = _layer_errors(options, chosen, taken) if samples.batches else {}
     return Correction(
         network,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from biascorr.adapters.loading import network_from_model
 from biascorr.arguments import paths_of, renamed
 from biascorr.calibration.data import check_amounts
-from biascorr.calibration.progress import Progress, Work
+from biascorr.calibration.progress import LOGGER, Progress, Work
 from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
@@ -134,6 +134,8 @@ def equalize(
         result = equalized(network, samples, work, threads, iterations=iterations, replace_relu6=replace_relu6)
     if result.change is not None and not result.change.relative <= _rounding(network):
         warnings.warn(f"the float outputs moved by up to {result.change}", stacklevel=3)
+    for step, change in result.changes.items():
+        LOGGER.info("%s: outputs moved by up to %s", step, change)
     files = paths_of({"reference": reference, "data": data})
     return replace(result, seconds=time.perf_counter() - started, files=files, data_digest=samples.digest)
 
