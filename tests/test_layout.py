@@ -31,7 +31,7 @@ EXTRAS = {
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "pandas"},
-    "cli": {"typer", "rich"},
+    "cli": {"typer", "rich", "tomli"},
 }
 """What each folder may import of what an extra brings."""
 

@@ -1,11 +1,8 @@
 """The command line as a user runs it: what is written and printed, every mistake as one line, nothing left behind."""
 
-import contextlib
+import itertools
 import os
-import pty
 import re
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,120 +14,14 @@ import pytest
 import biascorr
 from biascorr import QuantParams
 from biascorr.cli import options, running
-from networks import (
-    biases,
-    gated_network,
-    gated_samples,
-    model_from_text,
-    quantized,
-    samples,
-    two_layers,
-    weights,
-    with_constants,
-)
+from command_line import COMMAND, GIVEN, assert_one_error, environment, names_in, run, start
+from networks import biases, gated_network, gated_samples, model_from_text, samples, two_layers, weights, with_constants
 
-COMMAND = Path(sys.executable).with_name("biascorr")
 X = samples(4, 3, 6, 6)
 
 
-def environment(**variables):
-    return os.environ | {"COLUMNS": "200", "TERM": "xterm"} | variables
-
-
-def run(*arguments, cwd, limit=None, **variables):
-    """The command with its output; `limit` is the size in bytes that a file may have."""
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(**variables),
-        preexec_fn=limit_files if limit else None,
-    )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A folder with good and bad models and samples; tests do not change it."""
-    folder = tmp_path_factory.mktemp("inputs")
-    models = folder / "models"
-    data = folder / "data"
-    models.mkdir()
-    data.mkdir()
-    model = two_layers()
-    whole = model.SerializeToString()
-    (models / "float.onnx").write_bytes(whole)
-    onnx.save(quantized(model, [{"x": X}]), models / "quantized.onnx")
-    onnx.save(with_constants(model, w1=weights(4, 3, 5, 5)), models / "other.onnx")
-    (models / "empty.onnx").write_bytes(b"")
-    (models / "text.onnx").write_text("not a model\n" * 50)
-    (models / "model.tflite").write_bytes(b"\x1c\x00\x00\x00TFL3" + bytes(50))
-    (models / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
-    external = {"save_as_external_data": True, "size_threshold": 0}
-    onnx.save(two_layers(), models / "missing_data.onnx", location="gone.data", **external)
-    (models / "gone.data").unlink()
-    onnx.save(two_layers(), models / "outside_data.onnx", location="outside.data", **external)
-    (models / "outside.data").rename(folder / "outside.data")
-    (models / "outside.data").symlink_to(folder / "outside.data")
-    del model.graph.node[0].input[1:]
-    onnx.save(model, models / "no_weights.onnx")
-
-    np.savez(data / "good.npz", x=X)
-    np.save(data / "good.npy", X)
-    np.savez(data / "name.npz", z=X)
-    np.savez(data / "shape.npz", x=X[:, :2])
-    np.savez(data / "dtype.npz", x=X.astype(np.float64))
-    np.savez(data / "nan.npz", x=np.full_like(X, np.nan))
-    np.savez(data / "none.npz", x=X[:0])
-    np.savez(data / "objects.npz", x=np.array([X, None], object))
-    (data / "table.csv").write_text("1, 2, 3")
-    raw = (data / "good.npz").read_bytes()
-    (data / "truncated.npz").write_bytes(raw[:-100])
-    np.savez_compressed(data / "damaged.npz", x=X)
-    raw = bytearray((data / "damaged.npz").read_bytes())
-    middle = len(raw) // 2
-    raw[middle : middle + 20] = b"\xff" * 20
-    (data / "damaged.npz").write_bytes(raw)
-    (data / "empty").mkdir()
-    (data / "batches").mkdir()
-    for k in range(4):
-        np.save(data / "batches" / f"{k}.npy", X[k : k + 1])
-    return folder
-
-
-@pytest.fixture
-def folder(inputs, tmp_path):
-    """An empty folder with links to the inputs."""
-    for name in ("models", "data"):
-        (tmp_path / name).symlink_to(inputs / name)
-    return tmp_path
-
-
-FLOAT = "; a float model: quantize it now"
-
-GIVEN = ["data", "models"]
 COMMANDS = ["correct", "equalize"]
 both_commands = pytest.mark.parametrize("command", COMMANDS)
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def assert_one_error(done, status=1):
-    """One line says what is wrong, the last one."""
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert [line.startswith("error: ") for line in lines].count(True) == 1
-    assert lines[-1].startswith("error: ")
-    assert len(lines[-1]) > len("error: ")
 
 
 GOOD = {
@@ -145,7 +36,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_corrected_model_is_written_and_the_report_printed(name, folder):
-    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
+    done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", "--verbose", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert names_in(folder) == [*GIVEN, "out.onnx"]
     options = {
@@ -158,10 +49,12 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
     assert (folder / "out.onnx").read_bytes() == (folder / "expected.onnx").read_bytes()
     for layer in correction.report:
         row = next(line for line in done.stdout.splitlines() if layer.name in line)
-        numbers = (f"{layer.shift_before:.3g}", f"{layer.sqnr_before:.1f}", f"{layer.sqnr_after:.1f}")
-        for value in (layer.op, layer.method, layer.channels, *numbers):
+        shift = "" if layer.shift_before is None else f"{layer.shift_before:.3g}"
+        for value in (layer.op, layer.method or "", layer.channels, shift, f"{layer.sqnr_after:.1f}"):
             assert str(value) in row
-    assert f"out.onnx: 3 of 3 layers corrected by {correction.method} from 4 samples" in done.stdout
+    corrected = sum(layer.method is not None for layer in correction.report)
+    method = "uncorrected" if correction.method == "none" else correction.method
+    assert re.search(rf" samples?, {method}, {corrected} of 3 layers, [\d.]+ s -> out.onnx", done.stdout.splitlines()[-1])
     assert "Traceback" not in done.stderr
 
 
@@ -169,12 +62,13 @@ def test_corrected_model_is_written_and_the_report_printed(name, folder):
 def test_scores_and_notes_are_printed(name, folder):
     done = run("correct", "models/float.onnx", *GOOD[name], "-o", "out.onnx", cwd=folder)
     correction = biascorr.correct(two_layers(), X, **({} if name == "npz" else {"method": "empirical", "strength": 0.5}))
-    _, table = done.stdout.split("outputs against the float ones")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    _, table = done.stdout.split("outputs beside those of the float model")
     scores = {"uncorrected" if name == "none" else name: score for name, score in correction.scores.items()}
-    taken = {correction.method: "taken"}
+    rows = [re.split("  +", line.strip()) for line in table.splitlines()[2 : 2 + len(scores)]]
     gains = {name: str(score.gains_over(scores["uncorrected"])["sqnr"]) for name, score in scores.items()} | {"uncorrected": ""}
-    assert rows == [[name, f"{score.sqnr:.2f}", gains[name], taken.get(name, "")] for name, score in scores.items()]
+    found = [[cell for cell in (name, f"{score.sqnr:.2f}", gains[name]) if cell] for name, score in scores.items()]
+    assert [row[: len(cells)] for row, cells in zip(rows, found)] == found
+    assert [row[0] for row in rows if row[-1] == "taken"] == [correction.method]
     assert rows[0][0] == "uncorrected"
     assert [line for line in table.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in correction.notes]
     assert "too few" in table
@@ -204,9 +98,8 @@ def test_model_that_no_correction_makes_better_is_written_as_it_came(gated, fold
     assert done.returncode == 0, done.stderr
     (taken,) = (line for line in done.stdout.splitlines() if "taken" in line)
     assert "uncorrected" in taken
-    (row,) = (line for line in done.stdout.splitlines() if "layer" in line and "Gemm" in line)
-    assert "left as it is" in row
-    assert "out.onnx: 0 of 1 layers corrected from 12 samples" in done.stdout
+    assert "1  no correction made the outputs better  layer" in done.stdout
+    assert "uncorrected, 0 of 1 layer, " in done.stdout.splitlines()[-1]
     assert onnx.load(folder / "out.onnx") == gated_network()
 
 
@@ -221,10 +114,9 @@ def test_report_says_why_a_layer_is_left_alone(folder):
     onnx.save(with_constants(two_layers(), w2=np.zeros((6, 4, 3, 3), np.float32)), folder / "zeros.onnx")
     done = run("correct", "zeros.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if "second" in line)
-    assert "left as it is" in row
-    assert "weights are not quantized" in row
-    assert "2 of 3 layers corrected" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if "weights are not quantized" in line)
+    assert row.split() == ["1", "weights", "are", "not", "quantized", "second"]
+    assert "2 of 3 layers" in done.stdout
 
 
 def test_report_shows_names_of_layers_as_they_are(folder):
@@ -247,7 +139,7 @@ def test_output_that_cannot_encode_a_name_is_no_failure(command, folder):
     model.graph.node[0].name = "层"
     onnx.save(model, folder / "named.onnx")
     arguments = (command, "named.onnx", "--data", "data/good.npz", "-o", "out.onnx")
-    done = run(*arguments, cwd=folder, PYTHONIOENCODING="ascii")
+    done = start(*arguments, cwd=folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "second" in done.stdout
 
@@ -260,7 +152,7 @@ def test_names_reach_the_terminal_without_control_characters(command, folder):
     done = run(command, "named.onnx", "--data", "data/good.npz", "-o", "out\x1b[1m.onnx", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert r"first\x1b[31m\x07\n\u202e\x9b2J" in done.stdout or command == "equalize"
-    assert r"out\x1b[1m.onnx: " in done.stdout
+    assert r" -> out\x1b[1m.onnx" in done.stdout
     failed = run(command, "gone\x1b[1m\x9b.onnx", "--data", "data/good.npz", "-o", "other.onnx", cwd=folder)
     assert_one_error(failed)
     assert r"gone\x1b[1m\x9b.onnx" in failed.stderr
@@ -274,7 +166,7 @@ def test_names_of_files_that_are_no_text(command, folder):
     onnx.save(two_layers(), str(folder / model))
     done = run(command, model, "--data", "data/good.npz", "-o", output, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert r"out\udcfe.onnx: " in done.stdout
+    assert r" -> out\udcfe.onnx" in done.stdout
     assert (folder / output).is_file()
     again = run(command, model, "--data", "data/good.npz", "-o", output, cwd=folder)
     assert_one_error(again)
@@ -297,12 +189,6 @@ def test_a_reader_that_leaves_is_no_failure(command, folder):
 def test_progress_is_shown_to_a_terminal_alone(command, folder):
     done = run(command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
     assert done.stderr == ""
-
-
-def test_method_that_there_is_not_is_named_without_data(folder):
-    done = run("correct", "models/float.onnx", "--method", "magic", "-o", "out.onnx", cwd=folder)
-    assert_one_error(done)
-    assert "method: 'magic', expected one of auto, mean, " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -357,7 +243,7 @@ def test_full_disk_leaves_no_output_and_no_temporary_file(existing, command, fol
     if existing:
         (folder / "out.onnx").write_bytes(b"precious")
     arguments = (command, "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--force")
-    done = run(*arguments, cwd=folder, limit=600, PYTHONDONTWRITEBYTECODE="1")
+    done = start(*arguments, cwd=folder, limit=600, PYTHONDONTWRITEBYTECODE="1")
     assert_one_error(done)
     assert names_in(folder) == GIVEN + ["out.onnx"] * existing
     assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
@@ -401,13 +287,8 @@ BAD_INPUTS = [
         ("models/float.onnx", "data/good.npz", ("--quantized", f"models/{name}"), message)
         for name, message in BAD_QUANTIZED.items()
     ],
-    ("models/float.onnx", "data/good.npz", ("--method", "magic"), "method: 'magic', expected one of auto, "),
     ("models/float.onnx", "data/good.npz", ("--method", "empirical", "--strength", "1.5"), "strength: 1.5"),
     ("models/float.onnx", "data/good.npz", ("--strength", "0.5"), "strength: 0.5, expected 1 with method 'auto'"),
-    *[
-        ("models/float.onnx", "data/good.npz", ("--quantized", "models/quantized.onnx", *option), "not with --quantized")
-        for option in (("--weight-bits", "4"), ("--per-channel",), ("--equalize",))
-    ],
 ]
 BAD_INPUTS = [("correct", *each) for each in BAD_INPUTS] + [
     ("equalize", "models/truncated.onnx", "data/good.npz", (), "not an ONNX model, or a truncated one"),
@@ -478,7 +359,7 @@ def test_bad_usage(name, folder):
     assert names_in(folder) == GIVEN
 
 
-@pytest.mark.parametrize("budget", ["x", "", "-1", "1.5.5", "2 G", "2gb", "nan", "1e9", "GB"])
+@pytest.mark.parametrize("budget", ["x", "", "-1", "1.5.5", "nan", "1e9", "GB"])
 def test_memory_budget_that_is_no_number_of_bytes(budget, folder):
     arguments = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", f"--memory-budget={budget}")
     done = run(*arguments, cwd=folder)
@@ -523,199 +404,8 @@ def test_help(arguments, tmp_path):
     assert done.stderr == ""
 
 
-def read_until(terminal, pattern):
-    """What a process shows on a terminal, until it shows a pattern or ends."""
-    shown = b""
-    with contextlib.suppress(OSError):  # the process has ended
-        while not re.search(pattern, shown) and (part := os.read(terminal, 4096)):
-            shown += part
-    return shown
-
-
-def spilled(folder):
-    """The folders of activations beyond the budget."""
-    return list(folder.glob("biascorr-*/biascorr-*"))
-
-
-def left_in(folder):
-    """What should be gone; onnxruntime keeps a file of its own beside it."""
-    return list(folder.glob("biascorr-*"))
-
-
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -signal.SIGKILL)]
-ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("number", "status", "existing", "command"),
-    [
-        *((*each, False, "correct") for each in SIGNALS),
-        (signal.SIGINT, 130, True, "correct"),
-        (signal.SIGINT, 130, True, "equalize"),
-    ],
-)
-def test_signal_during_a_run_leaves_no_output_and_no_temporary_file(
-    number, status, existing, command, folder, tmp_path_factory
-):
-    many = np.lib.format.open_memmap(folder / "many.npy", "w+", np.float32, (300_000, 3, 6, 6))
-    del many  # a sparse file of zeros
-    if existing:
-        (folder / "out.onnx").write_bytes(b"precious")
-    before = names_in(folder)
-    ours, theirs = pty.openpty()
-    arguments = [command, "models/float.onnx", "--data", "many.npy", "-o", "out.onnx", "--force", "--memory-budget", "1MB"]
-    arguments += ["--max-samples", "300000"]
-    temporary = tmp_path_factory.mktemp("temporary")
-    process = subprocess.Popen(
-        [COMMAND, *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        env=environment(TMPDIR=str(temporary)),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    os.close(theirs)
-    try:
-        shown = read_until(ours, rb"[1-9]\d*/")
-        while not spilled(temporary):
-            shown += os.read(ours, 4096)
-        process.send_signal(number)
-        shown += read_until(ours, rb"\0")
-        printed, _ = process.communicate()
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-    assert process.returncode == status, shown
-    assert b"Traceback" not in shown
-    assert printed == b""
-    lines = [f"error: {ENDED[number]}, nothing was written".encode()] if number in ENDED else []
-    assert re.findall(rb"error: [^\r\n]*", shown) == lines
-    assert names_in(folder) == before
-    assert number is signal.SIGKILL or left_in(temporary) == []
-    assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
-
-
-SIGNALLING = """
-import os, pkgutil, sys
-from biascorr.__main__ import main
-
-def signal_after(number, place):
-    owner, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    plain = getattr(owner, name)
-
-    def called(*arguments, **options):
-        setattr(owner, name, plain)
-        result = plain(*arguments, **options)
-        os.kill(os.getpid(), number)
-        return result
-
-    setattr(owner, name, called)
-
-signal_after(int(sys.argv.pop(1)), sys.argv.pop(1))
-main()
-"""
-"""Runs the command; a signal comes right after the first call of a function."""
-
-MOMENTS = {
-    "the command starts": ("typer.Typer", "nothing was written"),
-    "a folder is made": ("tempfile.mkdtemp", "nothing was written"),
-    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
-    "the output is in its place": ("pathlib.Path.hardlink_to", "but out.onnx is written"),
-    "the report is made": ("biascorr.report.terminal.table_from_report", "but out.onnx is written"),
-}
-
-
-def run_and_signal(number, place, folder, *, answer, command="correct", **variables):
-    """The command with its output; `answer` is how the process that starts it answers the signal."""
-    arguments = (command, "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", "--memory-budget", "1kB")
-    return subprocess.run(
-        [sys.executable, "-c", SIGNALLING, str(int(number)), place, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment(**variables),
-        preexec_fn=lambda: signal.signal(number, answer),
-        timeout=60,
-    )
-
-
-@pytest.mark.parametrize("number", ENDED)
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_signal_at_a_bad_moment(moment, number, folder, tmp_path_factory):
-    place, state = MOMENTS[moment]
-    temporary = tmp_path_factory.mktemp("temporary")
-    done = run_and_signal(number, place, folder, answer=signal.SIG_DFL, TMPDIR=str(temporary))
-    assert done.returncode == 128 + number, done.stderr
-    assert done.stderr.splitlines() == [f"error: {ENDED[number]}, {state}"]
-    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
-    assert left_in(temporary) == []
-
-
-@pytest.mark.parametrize("number", ENDED)
-def test_signal_that_another_thread_takes_is_noticed_soon(number, folder):
-    code = """
-import signal, sys, threading, time
-from biascorr.__main__ import main
-from biascorr.correction import correct
-
-def endless(*_):
-    signal.pthread_kill(threading.get_ident(), number)
-    time.sleep(60)
-
-number = int(sys.argv.pop())
-correct.check_options = endless
-main()
-"""
-    arguments = ["correct", "models/float.onnx", "--data", "data/good.npy", "-o", "out.onnx", str(int(number))]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, cwd=folder, timeout=30
-    )
-    assert done.returncode == 128 + number
-    assert done.stderr == f"error: {ENDED[number]}, nothing was written\n"
-    assert names_in(folder) == GIVEN
-
-
-@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "biascorr"]], ids=["script", "module"])
-@pytest.mark.parametrize("number", ENDED)
-def test_signal_while_packages_are_imported_is_one_line(number, command, folder):
-    (folder / "numpy.py").write_text("import os, time\nos.kill(os.getpid(), int(os.environ['NUMBER']))\ntime.sleep(30)\n")
-    variables = {"PYTHONPATH": str(folder), "NUMBER": str(int(number))}
-    done = subprocess.run(
-        [*command, "--version"], check=False, capture_output=True, text=True, env=environment(**variables), timeout=30
-    )
-    assert done.returncode == 128 + number
-    assert done.stderr == f"error: {ENDED[number]}, nothing was written\n"
-
-
-EQUALIZING = {
-    "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
-    "the report is made": ("biascorr.report.terminal.table_from_chains", "but out.onnx is written"),
-}
-
-
-@pytest.mark.parametrize("moment", EQUALIZING)
-def test_interrupt_of_equalization_at_a_bad_moment(moment, folder, tmp_path_factory):
-    place, state = EQUALIZING[moment]
-    temporary = tmp_path_factory.mktemp("temporary")
-    done = run_and_signal(signal.SIGINT, place, folder, answer=signal.SIG_DFL, command="equalize", TMPDIR=str(temporary))
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: interrupted, {state}"
-    assert names_in(folder) == GIVEN + ["out.onnx"] * state.startswith("but")
-    assert left_in(temporary) == []
-
-
-def test_interrupt_that_is_ignored_where_the_command_starts_stays_so(folder):
-    done = run_and_signal(signal.SIGINT, "rich.progress.Progress.start", folder, answer=signal.SIG_IGN)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "out.onnx").is_file()
-
-
 def test_command_needs_no_writable_home(folder):
-    done = run("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder, HOME="/nonexistent")
+    done = start("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder, HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
 
 
@@ -758,39 +448,40 @@ def layered_network(*, clipped=False):
 
 def rows_below(title, text):
     """The cells of the table with this title, without its headings."""
-    lines = text[text.index(title) :].splitlines()
-    end = next(number for number, line in enumerate(lines) if line.startswith("└"))
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[:end] if line.startswith("│")]
+    lines = text[text.index(title) :].splitlines()[2:]
+    return [re.split("  +", line.strip()) for line in itertools.takewhile(lambda line: "  " in line, lines)]
 
 
-def printed_chain(chain, absorptions=()):
+def printed_chain(chain):
     """The row of a chain of two layers."""
     (factors,) = chain.factors
-    absorbed = "".join(f"{each.folded.max():.3g}" for each in absorptions)
     names = " -> ".join(layer.name for layer in chain.chain.layers)
-    return [names, f"{factors.min():.3g}..{factors.max():.3g}", f"{chain.bits:.2f}", str(len(chain.limits) or ""), absorbed]
+    bounds = [str(len(chain.limits))] if chain.limits else []
+    return [names, f"{factors.min():.3g}..{factors.max():.3g}", f"{chain.bits:.2f}", *bounds]
 
 
 def test_equalized_model_is_written_and_what_was_done_printed(folder):
     onnx.save(layered_network(), folder / "layered.onnx")
-    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", cwd=folder)
+    done = run("equalize", "layered.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--no-provenance", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert names_in(folder) == sorted([*GIVEN, "layered.onnx", "out.onnx"])
     equalization = biascorr.equalize(folder / "layered.onnx", X)
     assert onnx.load(folder / "out.onnx") == equalization.model
     first, second = equalization.chains
-    assert rows_below("layers scaled together", done.stdout) == [
-        printed_chain(first, equalization.high_biases),
-        printed_chain(second),
-    ]
+    assert rows_below("layers scaled together", done.stdout) == [printed_chain(first), printed_chain(second)]
+    assert (
+        f"high biases of 1 layer folded into the next ones, up to {equalization.high_biases[0].folded.max():.3g}" in done.stdout
+    )
     assert equalization.high_biases[0].first == "first"
-    assert rows_below("left as it is", done.stdout) == [
+    assert rows_below("left as they are", done.stdout) == [
         ["3", "... reads its output, after which a scaled channel is not the same", "third, side_1, ..."]
     ]
     assert rows_below("change of the float outputs", done.stdout) == [
         [step, f"{change.absolute:.3g}", f"{change.relative:.1e}"] for step, change in equalization.changes.items()
     ]
-    assert done.stdout.splitlines()[-1] == "out.onnx: 1 batch normalizations folded, 3 of 5 layers scaled"
+    assert re.fullmatch(
+        r"3 of 5 layers scaled, 1 batch normalization folded, [\d.]+ s -> out.onnx", done.stdout.splitlines()[-1]
+    )
     assert "moved" not in done.stderr
 
 
@@ -818,7 +509,7 @@ def test_no_more_samples_are_read_than_asked_for(command, folder):
     assert (done.returncode, done.stderr) == (1, "error: x.npy[6:8]: input x: contains nan\n")
     done = run(*arguments, "--max-samples", "7", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert command == "equalize" or "from 7 samples" in done.stdout
+    assert command == "equalize" or "of 7 samples" in done.stdout
     assert run(*arguments, "--max-samples", "0", cwd=folder).returncode == 2
 
 
@@ -831,7 +522,7 @@ def test_validation_data_and_seed(folder):
     )
     for each in (done, seeded, other):
         assert each.returncode == 0, each.stderr
-        assert "from 18 samples" in each.stdout
+        assert "of 18 samples" in each.stdout
         assert "note: data: not all samples were read, 18 at most (max_samples)" in each.stdout
     assert "scored on 5 held-out samples" in other.stdout
     assert done.stdout != seeded.stdout
@@ -846,7 +537,7 @@ def test_channels_that_were_silenced_are_counted(folder):
     onnx.save(with_constants(layered_network(), w1=faint), folder / "layered.onnx")
     done = run("equalize", "layered.onnx", "-o", "out.onnx", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "note: 1 channels pass on nothing, their weights became 0" in done.stdout.splitlines()
+    assert "note: 1 channel passes on nothing, whose weights became 0" in done.stdout.splitlines()
 
 
 @pytest.mark.filterwarnings("ignore:the float outputs moved")
@@ -870,13 +561,11 @@ EQUALIZED = {
 def test_equalization_as_asked_for_without_data(name, folder):
     options, meant = EQUALIZED[name]
     onnx.save(layered_network(clipped=True), folder / "layered.onnx")
-    done = run("equalize", "layered.onnx", "-o", "out.onnx", *options, cwd=folder)
+    done = run("equalize", "layered.onnx", "-o", "out.onnx", "--no-provenance", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     equalization = biascorr.equalize(folder / "layered.onnx", **meant)
     assert onnx.load(folder / "out.onnx") == equalization.model
-    assert rows_below("layers scaled together", done.stdout)[0] == printed_chain(
-        equalization.chains[0], equalization.high_biases
-    )
+    assert rows_below("layers scaled together", done.stdout)[0] == printed_chain(equalization.chains[0])
     assert equalization.chains[0].limits == ([] if "replace_relu6" in meant else ["act"])
     assert ("note: 1 ReLU6 became ReLU" in done.stdout.splitlines()) == ("replace_relu6" in meant)
     assert "change of the float outputs: not measured, no --data" in done.stdout.splitlines()
@@ -888,7 +577,7 @@ def test_model_with_nothing_to_equalize_is_written_as_it_came(folder):
     done = run("equalize", "gated.onnx", "--data", "gated.npy", "-o", "out.onnx", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "not measured" not in done.stdout
-    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 1 layers scaled"
+    assert done.stdout.splitlines()[-1].startswith("0 of 1 layer scaled, 0 batch normalizations folded, ")
     assert onnx.load(folder / "out.onnx") == gated_network()
 
 
@@ -898,7 +587,7 @@ def test_model_without_layers_may_have_a_relu6_to_replace(folder):
     done = run("equalize", "clip.onnx", "--data", "data/good.npz", "-o", "out.onnx", "--replace-relu6", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in rows_below("change of the float outputs", done.stdout)] == ["ReLU6 to ReLU"]
-    assert done.stdout.splitlines()[-1] == "out.onnx: 0 batch normalizations folded, 0 of 0 layers scaled"
+    assert done.stdout.splitlines()[-1].startswith("0 of 0 layers scaled, 0 batch normalizations folded, ")
 
 
 def test_correction_of_an_equalized_model(folder):
@@ -911,20 +600,21 @@ def test_correction_of_an_equalized_model(folder):
     correction.save(folder / "expected.onnx")
     assert (folder / "out.onnx").read_bytes() == (folder / "expected.onnx").read_bytes()
     assert [row[0] for row in rows_below("layers scaled together", done.stdout)] == ["first -> second", "second -> third"]
-    tried = [row[0] for row in rows_below("outputs against", done.stdout)]
+    tried = [row[0] for row in rows_below("outputs beside", done.stdout)]
     assert tried == ["uncorrected" if name == "none" else name for name in correction.scores]
     method = correction.choice.label
     assert method != "none"
     assert correction.choice.is_equalized
     corrected = sum(layer.method is not None for layer in correction.report)
-    line = f"out.onnx: {corrected} of 5 layers corrected by {method} from 4 samples, equalized"
-    assert done.stdout.splitlines()[-1] == line + FLOAT
+    last = done.stdout.splitlines()[-1]
+    assert f", equalized, {method}, {corrected} of 5 layers, " in last
+    assert last.endswith("-> out.onnx; a float model, quantize it now")
 
 
 def test_model_that_equalization_makes_no_better_is_written_as_it_came(gated, folder):
     done = run(*gated, "--equalize", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "out.onnx: 0 of 1 layers corrected from 12 samples, not equalized" + FLOAT
+    assert "uncorrected, 0 of 1 layer, " in done.stdout.splitlines()[-1]
     assert onnx.load(folder / "out.onnx") == gated_network()
 
 
@@ -942,5 +632,5 @@ def test_a_model_of_which_nothing_could_be_corrected_has_a_status_of_its_own(kin
     done = run("correct", "float.onnx", "--data", "x.npz", "--method", method, "-o", "out.onnx", cwd=folder)
     assert done.returncode == 3, done.stderr
     reason = {"no layers": "the model has no layers", "recurrent": "it is recurrent, which is not corrected"}[kind]
-    assert done.stdout.splitlines()[-1] == f"nothing could be corrected: {reason}"
+    assert f"nothing could be corrected: {reason}" in done.stdout.splitlines()
     assert onnx.load(folder / "out.onnx") == model

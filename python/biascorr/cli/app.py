@@ -1,22 +1,39 @@
-"""`biascorr`: bias correction from the command line. Needs typer and rich, which each extra brings."""
+"""`biascorr`: bias correction from the command line. Needs typer and rich, which the extra `cli` brings."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated
 
 try:
     import rich  # noqa: F401 (so that what is missing is said before anything else)
     import typer
 except ImportError as error:
-    raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]"') from None
+    raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[cli]"') from None
 
 from biascorr import __version__
-from biascorr.cli.correct import correct
-from biascorr.cli.equalize import equalize
+from biascorr.cli import compare, correct, equalize, fold, inspect, quantize
+from biascorr.cli.helping import Command, Commands
+from biascorr.cli.options import with_groups
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-"""Exits with 0 when the output is written, 1 on bad input, 2 on bad usage, 3 when it is written although no layer could be
-corrected, 130 on Ctrl-C, 143 on SIGTERM, 129 on SIGHUP."""
+STATUS = """\
+Exit status:
+  0    done
+  1    an input or output is not as it should be; nothing was written
+  2    the command line is not as it should be
+  3    the model is written, but no layer of it could be corrected
+  129  hung up; 130 interrupted (Ctrl-C); 143 terminated"""
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_HELP,
+    epilog=f"Examples:\n  biascorr COMMAND --help\n  {correct.EXAMPLE.partition(chr(10))[2].strip()}\n\n{STATUS}",
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -31,8 +48,11 @@ def biascorr(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Bias correction for quantized neural networks."""
+    """Bias correction for quantized neural networks: measure, correct, compare."""
 
 
-for command in (correct, equalize):
-    app.command()(command)
+COMMANDS: tuple[ModuleType, ...] = (quantize, correct, compare, inspect, equalize, fold)
+
+for module in COMMANDS:
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, cls=Command, epilog=module.EXAMPLE, context_settings=_HELP)(with_groups(getattr(module, name)))

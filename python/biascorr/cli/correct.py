@@ -2,122 +2,96 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any
 
 import typer
 
 from biascorr.calibration.progress import Progress
-from biascorr.cli.options import BatchSize, Force, MaxSamples, MemoryBudget, Output, Threads
-from biascorr.cli.printing import print_correction
-from biascorr.cli.running import run
-from biascorr.correction import correct as correction
-from biascorr.correction.metrics import metric_from_name
-from biascorr.correction.quant_params import QuantParams
-from biascorr.correction.result import Correction
-from biascorr.typing import Method, NewBiases
+from biascorr.cli.options import (
+    SIMULATED_PANEL,
+    CorrectionOptions,
+    DataOptions,
+    MaxSamples,
+    ModelOptions,
+    Reference,
+    RunOptions,
+    ShowOptions,
+)
+from biascorr.cli.running import NOTHING_CORRECTED, Files, run
+
+EXAMPLE = """\
+Example:
+  biascorr correct float.onnx --quantized int8.onnx --data images/ \\
+      --preset imagenet -o corrected.onnx"""
 
 _WEIGHT_BITS = 8
 
 
+def _simulated(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=SIMULATED_PANEL, show_default=False)
+
+
 def correct(
-    reference: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
-    output: Output,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR_OR_NPZ",
-            help="Calibration samples: an .npz or .npy file, or a folder of them, one batch each. Analytical needs none.",
-        ),
-    ] = None,
+    reference: Reference,
+    model: ModelOptions,
+    samples: DataOptions,
+    correction: CorrectionOptions,
     quantized: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="QUANTIZED",
             help="The model quantized: .onnx (QDQ, QOperator, MatMulNBits) or .tflite. Without it, quantization is simulated.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"How shifts are found: {', '.join(correction.METHODS)}.")] = "auto",
-    strength: Annotated[
-        float, typer.Option(help="The part of each shift that is corrected, with a method that has one.")
-    ] = 1.0,
-    shrunk: Annotated[
-        bool, typer.Option("--shrunk", help="Correct less where samples disagree, with a method that has a strength.")
-    ] = False,
-    weight_bits: Annotated[
-        int, typer.Option(metavar="N", min=2, max=32, help="Simulated quantization: bits of the weights, 2 to 32.")
-    ] = _WEIGHT_BITS,
-    per_channel: Annotated[
-        bool, typer.Option("--per-channel", help="Simulated quantization: a scale per output channel.")
-    ] = False,
-    equalize: Annotated[
-        bool, typer.Option("--equalize", help="Simulated quantization: also of the float model equalized.")
-    ] = False,
-    fold: Annotated[
-        bool, typer.Option("--fold", help="Simulated quantization: fold batch normalizations into layers first.")
-    ] = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LAYER", help="Correct only these layers: a name, a pattern with * and ?, an operator. Repeatable."
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="Leave these layers as they are, named the same way. Repeatable.")
-    ] = None,
-    new_biases: Annotated[str, typer.Option(help="Layers without a bias: add one, or skip them.", metavar="add|skip")] = "add",
-    batch_size: BatchSize = 1,
     max_samples: MaxSamples = 300,
-    validation: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR_OR_NPZ", help="Other samples to score on: then none of the calibration samples are held out."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Chooses the samples that are held out.")] = 0,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="What is best, greater is better: metric(outputs, reference) of a sample, or evaluate(run) of a model.",
-        ),
-    ] = None,
-    memory_budget: MemoryBudget = None,
-    threads: Threads = None,
-    force: Force = False,
+    weight_bits: Annotated[
+        int, typer.Option(metavar="N", min=2, max=32, help="Bits of the weights, 2 to 32.", rich_help_panel=SIMULATED_PANEL)
+    ] = _WEIGHT_BITS,
+    per_channel: Annotated[bool, _simulated("A scale per output channel.")] = False,
+    equalize: Annotated[bool, _simulated("Also try the float model equalized.")] = False,
+    fold: Annotated[bool, _simulated("Fold batch normalizations into layers first.")] = False,
+    running: RunOptions = None,  # type: ignore[assignment]
+    show: ShowOptions = None,  # type: ignore[assignment]
 ) -> None:
-    """Correct the biases of a quantized model, so that its outputs come nearer to those of the float model."""
-    if data is None and method in correction.METHODS and method != "analytical":
-        raise typer.BadParameter(f"missing, method {method} needs samples", param_hint="--data")
+    """Correct the biases of a quantized model.
 
-    def work(progress: Progress) -> Correction:
-        if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize or fold):
-            raise ValueError(
-                "--weight-bits, --per-channel, --equalize and --fold are of simulated quantization: not with --quantized; "
-                "equalize the float model (biascorr equalize), then quantize it"
-            )
-        return correction.correct(
+    Its outputs come nearer to those of the float model, or it stays as it is. Without a model that is quantized, quantization
+    of the weights is simulated, and the float model is written with biases that make up for it.
+    """
+    if samples.data is None and correction.method != "analytical":
+        raise typer.BadParameter(f"missing, method {correction.method} needs samples", param_hint="--data")
+    if quantized and (weight_bits != _WEIGHT_BITS or per_channel or equalize or fold):
+        raise typer.BadParameter(
+            "--weight-bits, --per-channel, --equalize and --fold are of simulated quantization: not with --quantized; "
+            "equalize the float model (biascorr equalize), then quantize it",
+            param_hint="--quantized",
+        )
+
+    def work(progress: Progress) -> Any:
+        from biascorr.correction.correct import correct
+        from biascorr.correction.quant_params import QuantParams
+
+        return correct(
             reference,
-            data,
+            samples.samples(samples.data),
             quantized=quantized,
-            method=cast(Method, method),
-            strength=strength,
-            shrunk=shrunk,
+            **correction.keywords(samples),
             equalize=equalize,
             fold=fold,
-            new_biases=cast(NewBiases, new_biases),
-            only=only or None,
-            exclude=exclude or (),
             quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
-            batch_size=batch_size,
+            batch_size=samples.batch_size,
             max_samples=max_samples,
-            validation=validation,
-            seed=seed,
-            metric=None if metric is None else metric_from_name(metric),
-            memory_budget=memory_budget,
-            threads=threads,
+            memory_budget=running.memory_budget,
+            threads=running.threads,
             progress=progress,
         )
 
-    models = {"reference": reference, "quantized": quantized}
-    run(work, output, force, print_correction, models, data, validation)
+    files = Files({"reference": reference, "quantized": quantized}, (samples.data, correction.validation), model)
+    run(work, files, show, status_of)
+
+
+def status_of(record: dict[str, Any]) -> int:
+    """The exit status of a correction: of one of which nothing could be corrected, one of its own."""
+    from biascorr.report.terminal import left_because
+
+    return 0 if left_because(record) is None else NOTHING_CORRECTED

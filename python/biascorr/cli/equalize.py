@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from biascorr.calibration.progress import Progress
-from biascorr.cli.options import BatchSize, Force, MaxSamples, MemoryBudget, Output, Threads
-from biascorr.cli.printing import print_equalization
-from biascorr.cli.running import run
-from biascorr.equalization import equalize as equalization
-from biascorr.equalization.result import Equalization
+from biascorr.cli.options import DataOptions, MaxSamples, ModelOptions, Reference, RunOptions, ShowOptions
+from biascorr.cli.running import Files, run
+
+EXAMPLE = """\
+Example:
+  biascorr equalize float.onnx --data samples.npz -o equalized.onnx"""
 
 
 def equalize(
-    reference: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model: .onnx, .tflite, .keras or .h5.")],
-    output: Output,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR_OR_NPZ",
-            help="Samples as `biascorr correct` takes them: they limit what is folded of high biases, and show how far the "
-            "float outputs move.",
-        ),
-    ] = None,
+    reference: Reference,
+    model: ModelOptions,
+    samples: DataOptions,
     iterations: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Sweeps over all layers. By default, until nothing changes.")
+        int | None, typer.Option(metavar="N", min=1, help="Sweeps over all layers. Default: until nothing changes.")
     ] = None,
     replace_relu6: Annotated[
-        bool, typer.Option("--replace-relu6", help="Make every ReLU6 a ReLU, which changes what the model computes.")
+        bool, typer.Option(help="Make every ReLU6 a ReLU, which changes what the model computes.", show_default=False)
     ] = False,
-    batch_size: BatchSize = 1,
     max_samples: MaxSamples = None,
-    memory_budget: MemoryBudget = None,
-    threads: Threads = None,
-    force: Force = False,
+    running: RunOptions = None,  # type: ignore[assignment]
+    show: ShowOptions = None,  # type: ignore[assignment]
 ) -> None:
-    """Scale channels between the layers of a float model, so that quantization loses less of their weights."""
+    """Even out the ranges of a float model's weights.
 
-    def work(progress: Progress) -> Equalization:
-        return equalization.equalize(
+    Channels between layers are scaled so that quantization loses less; the model computes the same as before. Samples are not
+    needed: they limit what is folded of high biases, and show how far the float outputs move.
+    """
+
+    def work(progress: Progress) -> Any:
+        from biascorr.equalization.equalize import equalize
+
+        return equalize(
             reference,
-            data,
+            samples.samples(samples.data),
             iterations=iterations,
             replace_relu6=replace_relu6,
-            batch_size=batch_size,
+            batch_size=samples.batch_size,
             max_samples=max_samples,
-            memory_budget=memory_budget,
-            threads=threads,
+            memory_budget=running.memory_budget,
+            threads=running.threads,
             progress=progress,
         )
 
-    run(work, output, force, print_equalization, {"reference": reference}, data)
+    run(work, Files({"reference": reference}, (samples.data,), model), show)

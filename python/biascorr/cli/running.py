@@ -3,72 +3,199 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-import itertools
+import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.text import Text
 
-from biascorr.adapters.loading import check_output_of, check_same_framework, sizes_by_file
 from biascorr.calibration.progress import Progress
 from biascorr.calibration.storage import TemporaryFolder
+from biascorr.cli.bar import Bar
+from biascorr.cli.options import ModelOptions, ShowOptions
+from biascorr.cli.outputs import check_outputs, csv_of, write_text
 from biascorr.cli.signals import Signals, StoppedError, leave
-from biascorr.correction.result import Correction
-from biascorr.equalization.result import Equalization
 from biascorr.report.lines import printable
-from biascorr.whole_file import check_output
+from biascorr.report.reported import Reported
 
-Result = TypeVar("Result", Correction, Equalization)
+NOTHING_CORRECTED = 3
+"""The status where the output is written although no layer could be corrected."""
 
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+_PLAIN = 80
+"""Columns of what is no terminal."""
 
 
-def run(
-    work: Callable[[Progress], Result],
-    output: Path,
-    force: bool,
-    print_result: Callable[[Result, Path], None],
-    models: Mapping[str, Path | None],
-    *data: Path | None,
-) -> None:
-    """Writes what the work gives and prints it; ends with one line if anything is in the way."""
+@dataclass(frozen=True)
+class Files:
+    """The files that a command reads and writes.
+
+    Parameters
+    ----------
+    models : mapping from str to str or None
+        The models that are read, by the names of their parameters; the last one is like the one that is written.
+    data : sequence of str or None
+        The samples that are read.
+    model : ModelOptions, optional
+        The model that is written.
+    """
+
+    models: Mapping[str, str | None]
+    data: Sequence[str | None] = ()
+    model: ModelOptions | None = None
+    others: Sequence[Path | None] = field(default=())
+
+
+def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status: Callable[[Any], int] = lambda _: 0) -> None:
+    """Writes and prints what the work gives; ends with one line if anything is in the way.
+
+    Parameters
+    ----------
+    work : callable
+        Does it all; is given what it reports progress to.
+    files : Files
+        What is read and written.
+    show : ShowOptions
+        What is shown.
+    status : callable
+        The exit status of a record.
+    """
+    _check_usage(show)
     signals = Signals()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # lines of TensorFlow would stand among ours
     for message in (".* made the outputs worse", "not folded: "):
         warnings.filterwarnings("ignore", message, UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
+    outputs = _outputs(files, show)
+    written = "nothing was written"
     try:
-        _check_output(output, force, models, *data)
+        check_outputs(files.models, files.data, [show.config, *files.others], outputs, show.force)
         console = Console(stderr=True)
         with _temporary_folder():  # saving may need one too
-            with Bar(*_COLUMNS, console=console, disable=not console.is_terminal) as bar:
-                task = bar.add_task("", total=None)
-
-                def progress(step: str, done: int, total: int | None) -> None:
-                    bar.update(task, description=step, completed=done, total=total)
-
-                result = signals.wait_for(lambda: work(progress))
-            result.save(output, force=force)
+            with Bar(console, not show.quiet) as bar, _logging(console, show.verbose):
+                result = signals.wait_for(lambda: work(bar))
+            result = dataclasses.replace(result, command=_command())
+            written = _write(result, files, show, outputs)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
+    except typer.BadParameter:
+        raise
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(error)
-    signals.leave_from_now_on(f"but {printable(output)} is written")
+    signals.leave_from_now_on(written)
     try:
-        print_result(result, output)
+        record = result.to_dict()
+        _print(result, record, show, outputs.get("output"))
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
         if not isinstance(error, BrokenPipeError):  # who reads along may leave
-            fail(f"{output} is written, but the report cannot be printed: {error}")
+            fail(f"{written.removeprefix('but ')}, but the report cannot be printed: {error}")
+    if code := status(record):
+        raise SystemExit(code)
+
+
+def fail(error: object) -> NoReturn:
+    """Ends with one line that says what is wrong."""
+    print(f"error: {_line(error)}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _line(message: object) -> str:
+    """What is wrong, in one line without codes that a terminal would act on."""
+    text = " ".join(str(message).split())
+    if isinstance(message, MemoryError):
+        text = f"out of memory{text and f' ({text})'}; a lower --memory-budget or fewer --threads need less"
+    return printable(text or type(message).__name__)
+
+
+def _check_usage(show: ShowOptions) -> None:
+    if show.quiet and show.verbose:
+        raise typer.BadParameter("not with --quiet", param_hint="--verbose")
+    if show.json and show.csv == "-":
+        raise typer.BadParameter("stdout is taken by --json; give --csv a file", param_hint="--csv")
+
+
+def _command() -> str:
+    return shlex.join(["biascorr", *sys.argv[1:]])
+
+
+def _outputs(files: Files, show: ShowOptions) -> dict[str, Path]:
+    """The files that are written, by their options."""
+    given = {
+        "output": None if files.model is None else files.model.output,
+        "csv": None if show.csv in (None, "-") else Path(str(show.csv)),
+        "report": show.report,
+    }
+    return {option: path for option, path in given.items() if path is not None}
+
+
+def _write(result: Any, files: Files, show: ShowOptions, outputs: Mapping[str, Path]) -> str:
+    """Writes all files; says which, for who stops what comes after."""
+    if files.model is not None:
+        result.save(files.model.output, force=show.force, provenance=files.model.provenance)
+    if "csv" in outputs:
+        write_text(outputs["csv"], csv_of(result.to_dict()), force=show.force)
+    if show.report is not None:
+        result.save_report(show.report, force=show.force)
+    names = [printable(path) for path in outputs.values()]
+    return f"but {' and '.join(names)} {'is' if len(names) == 1 else 'are'} written" if names else "nothing was written"
+
+
+def _print(result: Reported, record: dict[str, Any], show: ShowOptions, output: Path | None) -> None:
+    if show.json:
+        print(result.to_json(), flush=True)
+    elif show.csv == "-":
+        print(csv_of(record), end="", flush=True)
+    elif not show.quiet:
+        from biascorr.report.terminal import render
+
+        console = _Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PLAIN)))
+        render(record, console, output=None if output is None else str(output), all_rows=show.verbose)
+        sys.stdout.flush()
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Lets the caller know, where rich would end with an error."""
+        raise
+
+
+class _Handler(logging.Handler):
+    """Prints what is logged above the bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(Text(_line(record.getMessage())), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _logging(console: Console, is_wanted: bool) -> Iterator[None]:
+    """Shows what is logged."""
+    if not is_wanted:
+        yield
+        return
+    logger, handler = logging.getLogger("biascorr"), _Handler(console)
+    level, logger.level = logger.level, logging.DEBUG
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level = level
 
 
 @contextlib.contextmanager
@@ -94,33 +221,3 @@ def _replace_what_cannot_be_encoded() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-def _check_output(output: Path, force: bool, models: Mapping[str, Path | None], *data: Path | None) -> None:
-    """The output is another file than all that is read, and has the name and the room for a model like the last one."""
-    if output.exists() and not force:
-        raise FileExistsError(f"{output} exists; --force overwrites it")
-    check_output(output, force=force)
-    given = [(path, name) for name, path in models.items() if path is not None]
-    if len(given) > 1:
-        check_same_framework(given[0][0], given[1][0])
-    check_output_of(given[-1][0], output, given[-1][1])
-    sizes = list(itertools.starmap(sizes_by_file, given))
-    samples = [each.iterdir() if each.is_dir() else [each] for each in data if each is not None]
-    for file in itertools.chain(*sizes, *samples):
-        if output.exists() and file.exists() and file.samefile(output):
-            raise ValueError(f"{output}: it is an input, {file}; give the output another name")
-    check_output(output, force=force, size=sum(sizes[-1].values()))
-
-
-def fail(error: object) -> NoReturn:
-    print(f"error: {_line(error)}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-def _line(message: object) -> str:
-    """What is wrong, in one line without codes that a terminal would act on."""
-    text = " ".join(str(message).split())
-    if isinstance(message, MemoryError):
-        text = f"out of memory{text and f' ({text})'}; a lower --memory-budget or fewer --threads need less"
-    return printable(text or type(message).__name__)

@@ -1,160 +1,464 @@
-"""Records for the terminal. Needs rich."""
+"""Records for the terminal: what was done and how good it is, in as many columns as there are. Needs rich.
+
+The last line is the result. What takes the most room shows the rows that matter; all of them where that is asked for.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biascorr.graph.reasons import LayerReport, Reason
-from biascorr.report.lines import elided, printable, two_lines
-from biascorr.report.records import Record, rows
+from biascorr.graph.reasons import ReasonCode
+from biascorr.report.grouping import groups_of
+from biascorr.report.lines import change_of_scores, counted, elided, printable
+from biascorr.report.records import Record
 
-_SHOWN = 2
+_SHOWN = 10
+"""Rows of a table, where not all are asked for."""
+
+_NAMES = 2
 """Names in a row for all that were left as they were for the same reason."""
 
+_NARROWEST = 8
+"""Columns of a name at least."""
 
-def render(record: Record, console: Console) -> None:
-    """Prints a record."""
-    first, second = two_lines(record)
-    found = rows(record)
-    columns = [key for key in (found[0] if found else ()) if key not in ("reasons", "note", "shift_after")]
-    table = Table(*columns)
-    for row in found:
-        cells = (row[key] for key in columns)
-        table.add_row(
-            *(_cell(f"{each:.3g}" if isinstance(each, float) else elided("" if each is None else each, 24)) for each in cells)
-        )
-    console.print(table)
-    for note in record.get("notes", ()):
-        console.print(_cell(f"note: {note}"))
-    console.print(Text(first))
-    console.print(Text(second))
+_GAP = 2
+"""Columns between two columns of a table."""
+
+
+def render(record: Record, console: Console, *, output: str | None = None, all_rows: bool = False) -> None:
+    """Prints a record.
+
+    Parameters
+    ----------
+    record : dict
+        What `to_dict` of a result gives.
+    console : Console
+        Where to.
+    output : str, optional
+        The file that the result is in, for the last line.
+    all_rows : bool
+        Whether tables have all of their rows, however long.
+    """
+    printer = _Printer(console, all_rows)
+    for line in printer.lines_of(record):
+        printer.say(line)
+    end = _SIMULATED_END if record.get("is_simulated") else ""
+    if output is None:
+        printer.say(f"{_last_line(record)}{end}", style="bold")
+    else:
+        printer.result(f"{_last_line(record)} -> {output}{end}")
+
+
+_SIMULATED = "simulated quantization: the result is the float model with corrected biases, to be quantized now"
+_SIMULATED_END = "; a float model, quantize it now"
+
+
+class _Printer:
+    """Prints the parts of a record.
+
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    all_rows : bool
+        Whether tables have all of their rows.
+    """
+
+    def __init__(self, console: Console, all_rows: bool) -> None:
+        self._console = console
+        self._all = all_rows
+
+    def say(self, line: str, style: str = "") -> None:
+        """Prints a line, wrapped where it is too long."""
+        self._console.print(Text(printable(line), style=style))
+
+    def result(self, line: str) -> None:
+        """Prints a line that stays one, whatever its length."""
+        self._console.print(Text(printable(line), style="bold"), soft_wrap=True)
+
+    def table(self, title: str, table: Table) -> None:
+        """Prints a table below its title."""
+        self.say(title, style="bold")
+        self._console.print(table)
+
+    def note(self, text: str) -> None:
+        """Prints a remark, wrapped."""
+        self._console.print(Text(f"note: {printable(text)}"))
+
+    def lines_of(self, record: Record) -> Sequence[str]:
+        """Prints all but the last line of a record; gives what comes right before that."""
+        parts: dict[str, Callable[[Record], Sequence[str]]] = {
+            "correction": self._correction,
+            "equalization": self._equalization,
+            "folding": self._folding,
+            "comparison": self._comparison,
+            "inspection": self._inspection,
+        }
+        return parts.get(record["kind"], self._other)(record)
+
+    def _correction(self, record: Record) -> Sequence[str]:
+        if record["is_simulated"]:
+            self.say(_SIMULATED)
+        if record["equalization"] is not None:
+            self._equalization(record["equalization"])
+        layers = record["layers"]
+        columns = {
+            "|shift|": lambda each: _number(each["shift_before"]),
+            "before, dB": lambda each: _decibels(each["sqnr_before"]),
+            "after, dB": lambda each: _decibels(each["sqnr_after"]),
+        }
+        if self._all:
+            columns = {"method": lambda each: each["method"] or "", "channels": _count("channels")} | columns
+        if self._all or any(each["method"] is not None for each in layers):
+            self._layers("layers", layers, _changed_most(layers), columns)
+        self._reasons("layers left as they are", [each for each in layers if each["method"] is None])
+        self._reasons("layers corrected, and what else was done", [each for each in layers if each["method"] is not None])
+        self._scores(record)
+        for note in record["notes"]:
+            self.note(note)
+        return _why_nothing(record)
+
+    def _scores(self, record: Record) -> None:
+        scores, deployed = record["scores"], {each["candidate"]: each for each in record["deployed"]}
+        if not scores:
+            return
+        of = f"{record['scored_samples']} held-out of " if record["is_held_out"] else ""
+        title = f"outputs beside those of the float model, mean of {of}{counted(record['samples'], 'sample')}"
+        table = _table()
+        table.add_column("candidate")
+        metric = scores[0]["metric"] is not None
+        measures = {"sqnr": "SQNR, dB"} | ({"divergence": "KL, nats"} if scores[0]["divergence"] is not None else {})
+        measures |= {"metric": "metric"} if metric else {}
+        for heading in (*measures.values(), "gain"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        if deployed:
+            table.add_column("deployed", justify="right", no_wrap=True)
+        table.add_column("")
+        for each in scores:
+            name = "uncorrected" if each["candidate"] == "none" else each["candidate"]
+            cells = [name, *(_score(measure, each[measure]) for measure in measures)]
+            cells.append(_gain(each["gains"].get("metric" if metric else "sqnr")))
+            if deployed:
+                cells.append(_score("sqnr", deployed[each["candidate"]]["sqnr"]) if each["candidate"] in deployed else "")
+            table.add_row(*map(_cell, (*cells, _verdict(each, record))), style="bold" if each["is_taken"] else "")
+        self.table(title, table)
+        if record["is_refitted"]:
+            self.say("chosen on held-out samples, then fitted to all samples")
+
+    def _equalization(self, record: Record) -> Sequence[str]:
+        chains = record["chains"]
+        if chains:
+            columns = {
+                "factors": lambda each: f"{_number(each['factors']['min'])}..{_number(each['factors']['max'])}",
+                "bits gained": lambda each: f"{each['bits']:.2f}",
+            }
+            if any(each["bounds"] for each in chains):
+                columns["bounds"] = lambda each: str(each["bounds"] or "")
+            named = [{**each, "name": " -> ".join(each["layers"])} for each in chains]
+            best = sorted(named, key=lambda each: -(each["bits"] or 0))[:_SHOWN]
+            title, why = "chains of layers scaled together", "gained most bits"
+            self._layers(title, named, best, columns, why, "layers", is_named=True)
+        if record["high_biases"]:
+            folded = {each["first"]: each["largest"] for each in record["high_biases"]}
+            largest = max((each for each in folded.values() if each is not None), default=None)
+            self.say(f"high biases of {counted(len(folded), 'layer')} folded into the next ones, up to {_number(largest)}")
+        self._reasons("left as they are", record["left"])
+        if record["changes"]:
+            table = _table()
+            table.add_column("after")
+            for heading in ("largest", "of the largest output"):
+                table.add_column(heading, justify="right")
+            for each in record["changes"]:
+                relative = "nan" if each["relative"] is None else f"{each['relative']:.1e}"
+                table.add_row(_cell(each["step"]), _number(each["absolute"]) or "nan", relative)
+            self.table("change of the float outputs", table)
+        elif any(record[key] for key in ("folds", "replaced", "chains", "high_biases")):
+            self.say("change of the float outputs: not measured, no --data")
+        if silent := sum(each["silent"] for each in chains):
+            verb = "passes" if silent == 1 else "pass"
+            self.note(f"{counted(silent, 'channel')} {verb} on nothing, whose weights became 0")
+        if record["replaced"]:
+            self.note(f"{len(record['replaced'])} ReLU6 became ReLU")
+        return ()
+
+    def _folding(self, record: Record) -> Sequence[str]:
+        folds = [{"name": each["batch_norm"], **each} for each in record["folds"]]
+        into = {"into layer": lambda each: each["layer"]}
+        self._layers("batch normalizations", folds, folds[:_SHOWN], into, "come first", "batch normalization")
+        self._reasons("left as they are", record["left"])
+        for note in record["notes"]:
+            self.note(note)
+        return ()
+
+    def _comparison(self, record: Record) -> Sequence[str]:
+        models, reference = record["models"], record["reference"]
+        has = {key for key in ("divergence", "top1") if any(each[key] is not None for each in models)}
+        headings = {"sqnr": "SQNR, dB", "divergence": "KL, nats", "top1": "top-1", "largest_change": "change", "seconds": "s"}
+        keys = [key for key in headings if key in has or key not in ("divergence", "top1")]
+        rows: list[tuple[str, Mapping[str, Any]]] = [(str(reference["name"]), reference)]
+        for each in models:
+            rows.append((str(each["name"]), each))
+            if len(each["outputs"]) > 1:
+                rows += [(f"  {output['name']}", output) for output in each["outputs"]]
+        widths = [max([len(headings[key]), *(len(_measure(key, row)) for _, row in rows)]) for key in keys]
+        sizes = [_bytes(row.get("size")) for _, row in rows]
+        widths.append(max(map(len, (*sizes, "size"))))
+        room = self._room(widths)
+        table = _table()
+        table.add_column("model", no_wrap=True)
+        for heading in (*(headings[key] for key in keys), "size"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for (name, row), size in zip(rows, sizes):
+            table.add_row(_cell(elided(name, room)), *(_measure(key, row) for key in keys), size)
+        self.table(f"models beside {elided(reference['name'])}, mean of {counted(record['samples'], 'sample')}", table)
+        for note in record["notes"]:
+            self.note(note)
+        return ()
+
+    def _inspection(self, record: Record) -> Sequence[str]:
+        by = record["quantizer"] or record["producer"]
+        made = f", {'quantized' if record['quantizer'] else 'made'} by {by}" if by else ""
+        self.say(f"{record['format']}{made}{_comma(_bytes(record['size']))}")
+        for title in ("inputs", "outputs"):
+            for each in record[title]:
+                self.say(f"{title[:-1]} {elided(each['name'], 40)}: {_tensor(each)}")
+        layers = record["layers"]
+        columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+            "corrects": lambda each: "yes" if each["is_correctable"] else "no",
+            "weights": _weights,
+            "range": _range,
+            "spread": lambda each: _decibels(each["channel_bits"]),
+        }
+        for key, heading in (("weight_sqnr", "SQNR, dB"), ("chain_bits", "gain")):
+            if any(each[key] is not None for each in layers):
+                columns[heading] = _digits(key)
+        if record["is_quantized"] and any(each["weight_sqnr"] is not None for each in layers):
+            first, why = [each for each in layers if each["weight_sqnr"] is not None], "lose most"
+            first.sort(key=lambda each: each["weight_sqnr"])
+        else:
+            first, why = [each for each in layers if each["channel_bits"] is not None], "spread most"
+            first.sort(key=lambda each: -each["channel_bits"])
+        kept = {each["name"] for each in first[:_SHOWN]} or {each["name"] for each in layers[:_SHOWN]}
+        self._layers("layers", layers, [each for each in layers if each["name"] in kept], columns, why)
+        self._reasons("layers that cannot be corrected", [each for each in layers if not each["is_correctable"]])
+        chains = [each for each in record["chains"] if each["bits"] and each["bits"] >= _WORTH]
+        if chains:
+            best = " -> ".join(elided(name, 24) for name in chains[0]["layers"])
+            gain, of = sum(each["bits"] for each in chains), counted(len(chains), "chain")
+            self.say(f"equalization would gain {gain:.1f} bits in {of} of layers, most ({chains[0]['bits']:.1f}) in {best}")
+        for note in record["notes"]:
+            self.note(note)
+        return ()
+
+    def _other(self, record: Record) -> Sequence[str]:
+        for key, value in record.items():
+            if isinstance(value, (str, int, float)) and key != "kind":
+                self.say(f"{key}: {value}")
+        return ()
+
+    def _layers(
+        self,
+        title: str,
+        layers: Sequence[Mapping[str, Any]],
+        shown: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, Callable[[Any], str]],
+        why: str = "changed most",
+        heading: str = "layer",
+        *,
+        is_named: bool = False,
+    ) -> None:
+        """A table of layers; of those that matter, unless all are wanted."""
+        if not layers:
+            return
+        rows = layers if self._all else shown
+        if len(rows) < len(layers):
+            title = f"{len(rows)} of {len(layers)} {title}: those that {why} (--verbose: all)"
+        else:
+            title = f"{len(layers)} {title}" if len(layers) > 1 else title
+        operator = {} if is_named or "operator" not in rows[0] else {"operator": lambda each: each["operator"]}
+        texts = {name: [printable(cell(each)) for each in rows] for name, cell in (operator | dict(columns)).items()}
+        texts = {name: [elided(text, _WIDE) for text in cells] for name, cells in texts.items()}
+        room = self._room([max(len(name), *map(len, cells)) for name, cells in texts.items()])
+        table = _table()
+        table.add_column(heading, no_wrap=True)
+        for name in texts:
+            table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+        for each, *cells in zip(rows, *texts.values()):
+            name = str(each["name"]) if self._console.width >= _UNLIMITED else elided(each["name"], room)
+            table.add_row(_cell(name), *map(_cell, cells))
+        self.table(title, table)
+
+    def _room(self, widths: Sequence[int]) -> int:
+        """Columns that are left for a name beside columns of these widths."""
+        return max(_NARROWEST, self._console.width - sum(widths) - _GAP * len(widths) - 1)
+
+    def _reasons(self, title: str, layers: Sequence[Record]) -> None:
+        """One row for all that have the same reasons, whatever names and numbers are in them."""
+        groups = groups_of(layers)
+        if not groups:
+            return
+        table = _table()
+        table.add_column("", justify="right")
+        table.add_column("why", ratio=3)
+        table.add_column("layers", ratio=2)
+        for group in groups:
+            names = [elided(name, _WIDE) for name in group.names[:_NAMES]]
+            shown = ", ".join(names) + (", ..." if len(group.names) > _NAMES else "")
+            table.add_row(str(len(group.names)), _cell(group.text), _cell(shown))
+        self.table(title, table)
+
+
+_WIDE = 24
+"""Columns of a cell that is no name, at most."""
+
+_LEFT = ("operator", "method", "corrects", "weights", "into layer")
+"""Columns of text."""
+
+_UNLIMITED = 1000
+"""Columns of a console where nothing is cut."""
+
+_WORTH = 0.1
+"""Bits of a chain that are worth a word."""
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, header_style="dim")
 
 
 def _cell(text: object) -> Text:
     return Text(printable(text))  # names may look like markup
 
 
-def table_from_report(report: Sequence[LayerReport]) -> Table:
-    """One row per layer: what it is, the mean absolute shift of its channels, how near its output is to the float one before
-    and after the correction of all layers, and what is worth knowing."""
-    table = Table(
-        title="layers: mean |shift| of the channels; SQNR of the output against the float one, in dB", title_justify="left"
-    )
-    for heading in ("layer", "operator", "method"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("channels", "|shift|", "before", "after"):
-        table.add_column(heading, justify="right")
-    table.add_column("note", overflow="fold")
-    for layer in report:
-        numbers = (_number(layer.shift_before), _decibels(layer.sqnr_before), _decibels(layer.sqnr_after))
-        channels = "" if layer.channels is None else str(layer.channels)
-        cells = (layer.name, layer.op, layer.method or "left as it is", channels, *numbers, layer.reason)
-        table.add_row(*map(_cell, cells))
-    return table
+def _changed_most(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers that were changed most, in their order; those that were corrected where nothing is measured."""
+
+    def change(each: Mapping[str, Any]) -> tuple[bool, float, float]:
+        before, after = each["sqnr_before"], each["sqnr_after"]
+        gain = abs(after - before) if before is not None and after is not None else -1.0
+        return each["method"] is not None, gain, each["shift_before"] or 0.0
+
+    kept = {each["name"] for each in sorted(layers, key=change, reverse=True)[:_SHOWN]}
+    return [each for each in layers if each["name"] in kept]
 
 
-def table_from_scores(scores: Mapping[str, Any], method: str, deployed: Mapping[str, Any]) -> Table:
-    """One row per candidate: how near its outputs are to the float ones, and what it gains over the uncorrected model, with the
-    standard error of that; the row of `method`, which was taken, is marked.
-
-    There is a column for the Kullback-Leibler divergence where an output is probabilities, one for the user's own metric, and
-    one for the SQNR in dB of those that were deployed, too.
-    """
-    table = Table(title="outputs against the float ones, mean over the samples", title_justify="left")
-    table.add_column("candidate")
-    before = next(iter(scores.values()), None)
-    columns: dict[str, Callable[[str, Any], str]] = {"SQNR, dB": lambda _, score: f"{score.sqnr:.2f}"}
-    if any(score.divergence is not None for score in scores.values()):
-        columns["KL, nats"] = lambda _, score: _number(score.divergence)
-    if before is not None and before.metric is not None:
-        columns["metric"] = lambda _, score: _number(score.metric)
-    columns["gain"] = lambda _, score: "" if score is before else str(next(iter(score.gains_over(before).values())))
-    if deployed:
-        columns["deployed"] = lambda name, _: f"{deployed[name].sqnr:.2f}" if name in deployed else ""
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    for name, score in scores.items():
-        cells = [cell(name, score) for cell in columns.values()]
-        table.add_row("uncorrected" if name == "none" else name, *cells, "taken" if name == method else "")
-    return table
-
-
-def table_from_chains(chains: Sequence[Any], high_biases: Sequence[Any]) -> Table:
-    """One row per chain of scaled layers: its factors, what it gained, what else had to change for it."""
-    table = Table(title="layers scaled together", title_justify="left")
-    table.add_column("layers", overflow="fold")
-    for heading in ("factors", "bits\ngained", "bounds per\nchannel", "folded\nbias"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    folded = {each.first: float(np.abs(each.folded).max()) for each in high_biases}
-    for chain in chains:
-        factors = np.concatenate(chain.factors)
-        biases = [folded[link.first.name] for link in chain.chain.links if link.first.name in folded]
-        table.add_row(
-            _cell(" -> ".join(layer.name for layer in chain.chain.layers)),
-            f"{factors.min():.3g}..{factors.max():.3g}",
-            f"{chain.bits:.2f}",
-            str(len(chain.limits) or ""),
-            _number(max(biases, default=None)),
-        )
-    return table
+def _verdict(score: Mapping[str, Any], record: Record) -> str:
+    """Whether a candidate was taken, and why not."""
+    scores, deployed = record["scores"], [each["candidate"] for each in record["deployed"]]
+    if score["is_taken"]:
+        return "taken"
+    gains = score["gains"]
+    if not gains:
+        return ""
+    first = gains.get("metric") or gains["sqnr"]
+    if first["mean"] is None:
+        return "not scored"
+    if first["mean"] < 0:
+        return "worse"
+    if first["mean"] <= (first["error"] or 0.0):
+        return "gain not sure"
+    if "divergence" in gains and (gains["divergence"]["mean"] or 0.0) <= 0:
+        return "KL not better"
+    if score["candidate"] in deployed:
+        return "not deployed"
+    best = next((each for each in scores if each["is_taken"] or each["candidate"] in deployed[1:]), scores[0])
+    if not best["gains"]:
+        return "noise not less"
+    other = (best["gains"].get("metric") or best["gains"]["sqnr"])["mean"]
+    return "no surer" if other is None or first["mean"] >= other else "less"
 
 
-def table_from_left(left: Mapping[str, tuple[Reason, ...]]) -> Table:
-    """One row for all that were left as they were for the same reason, whatever names and numbers are in it."""
-    table = Table(title="left as it is", title_justify="left")
-    table.add_column("", justify="right")
-    for heading in ("reason", "layer or batch normalization"):
-        table.add_column(heading, overflow="fold")
-    groups: dict[tuple[object, ...], dict[str, tuple[Reason, ...]]] = {}
-    for name, reasons in left.items():
-        groups.setdefault(tuple(map(_codes, reasons)), {})[name] = reasons
-    for group in groups.values():
-        names = list(group)
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        text = "; ".join(map(_common_text, zip(*group.values())))
-        table.add_row(str(len(names)), _cell(text), _cell(shown))
-    return table
+def _why_nothing(record: Record) -> list[str]:
+    """Why no layer was corrected; nothing where one was."""
+    if any(each["method"] is not None for each in record["layers"]):
+        return []
+    if len(record["scores"]) > 1 and len(record["deployed"]) < 2 and record["method"] == "none":
+        return ["no candidate is surely better than the uncorrected model, in SQNR, noise and divergence, or by the metric"]
+    reason = left_because(record)
+    return [] if reason is None else [f"nothing could be corrected: {reason}"]
 
 
-def _codes(reason: Reason) -> tuple[object, ...]:
-    """The code of a reason, and those of the reasons in it."""
-    return reason.code, *(_codes(value) for _, value in reason.arguments if isinstance(value, Reason))
+def left_because(record: Record) -> str | None:
+    """The reason that most layers of a correction have of which none could be corrected; None where one was, or could."""
+    reasons = [reason for each in record["layers"] for reason in each["reasons"]]
+    if any(each["method"] is not None for each in record["layers"]):
+        return None
+    if any(reason["code"] == ReasonCode.NOT_BETTER.name for reason in reasons):
+        return None
+    texts = [reason["text"] for reason in reasons]
+    return max(texts, key=texts.count) if texts else "the model has no layers"
 
 
-class _Varies:
-    """Stands for an argument that differs between reasons."""
-
-    def __format__(self, specification: str) -> str:
-        return "..."
-
-
-def _common_text(reasons: Sequence[Reason]) -> str:
-    """The text of reasons with the same codes, dots in place of the arguments that differ."""
-    arguments: dict[str, object] = {}
-    for name, value in reasons[0].arguments:
-        values = [dict(each.arguments)[name] for each in reasons]
-        nested = [each for each in values if isinstance(each, Reason)]
-        varies: object = _common_text(nested) if nested else _Varies()
-        arguments[name] = value if all(each == value for each in values) else varies
-    return reasons[0].code.value.format(**arguments)
+def _last_line(record: Record) -> str:
+    """The result in one line."""
+    lines = {
+        "correction": _corrected,
+        "equalization": _equalized,
+        "folding": _folded,
+        "comparison": _compared,
+        "inspection": _inspected,
+    }
+    line = lines[record["kind"]](record) if record["kind"] in lines else str(record["kind"])
+    return line + _comma(_seconds(record.get("seconds")))
 
 
-def table_from_changes(changes: Mapping[str, Any]) -> Table:
-    """One row per step: how far the float outputs have moved after it."""
-    table = Table(title="change of the float outputs", title_justify="left")
-    table.add_column("after")
-    for heading in ("largest", "of the largest output"):
-        table.add_column(heading, justify="right")
-    for step, change in changes.items():
-        table.add_row(step, _number(change.absolute), f"{change.relative:.1e}")
-    return table
+def _corrected(record: Record) -> str:
+    kind = "held-out sample" if record["is_held_out"] else "sample"
+    scored = f" on {counted(record['scored_samples'], kind)}" if record["scored_samples"] else ""
+    method = "uncorrected" if record["method"] == "none" else record["method"]
+    layers = record["layers"]
+    corrected = sum(each["method"] is not None for each in layers)
+    simulated = "simulated: " if record["is_simulated"] else ""
+    return f"{simulated}{change_of_scores(record)}{scored}, {method}, {corrected} of {counted(len(layers), 'layer')}"
+
+
+def _equalized(record: Record) -> str:
+    scaled = len({name for chain in record["chains"] for name in chain["layers"]})
+    folds = counted(len(record["folds"]), "batch normalization")
+    return f"{scaled} of {counted(record['layer_count'], 'layer')} scaled, {folds} folded"
+
+
+def _folded(record: Record) -> str:
+    count = len(record["folds"])
+    return f"{count} of {counted(count + len(record['left']), 'batch normalization')} folded"
+
+
+def _compared(record: Record) -> str:
+    known = [each for each in record["models"] if each["sqnr"] is not None]
+    if not known:
+        return "nothing could be compared"
+    best = max(known, key=lambda each: float(each["sqnr"]))
+    top1 = "" if best["top1"] is None else f", top-1 {_measure('top1', best)}"
+    of = f"nearest of {len(known)}: " if len(known) > 1 else ""
+    return f"{of}{elided(best['name'])}, {best['sqnr']:.2f} dB{top1} on {counted(record['samples'], 'sample')}"
+
+
+def _inspected(record: Record) -> str:
+    layers = record["layers"]
+    count = sum(each["is_correctable"] for each in layers)
+    kind = "" if record["is_quantized"] else ", once it is quantized"
+    return f"{count} of {counted(len(layers), 'layer')} can be corrected{kind}"
+
+
+def _comma(text: str) -> str:
+    return f", {text}" if text else ""
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"
+
+
+def _count(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda each: "" if each[key] is None else str(each[key])
+
+
+def _digits(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda each: _decibels(each[key])
 
 
 def _decibels(value: float | None) -> str:
@@ -163,3 +467,56 @@ def _decibels(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def _score(measure: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if measure == "sqnr" else f"{value:.3g}" if measure == "divergence" else f"{value:.4g}"
+
+
+def _gain(gain: Mapping[str, float | None] | None) -> str:
+    if gain is None or gain["mean"] is None:
+        return ""
+    mean, error = gain["mean"], gain["error"] or 0.0
+    scale = error or abs(mean) or 1.0
+    digits = max(2, 1 - math.floor(math.log10(scale)))
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def _measure(key: str, row: Mapping[str, Any]) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == "top1":
+        return f"{value:.2%}"
+    return f"{value:.2f}" if key in ("sqnr", "seconds") else f"{value:.3g}"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return ""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def _tensor(each: Mapping[str, Any]) -> str:
+    shape = each["shape"]
+    axes = "any shape" if shape is None else "(" + ", ".join("?" if axis is None else str(axis) for axis in shape) + ")"
+    layout = f", {each['layout']}" if each["layout"] else ""
+    limits = f", quantized from {_number(each['range'][0])} to {_number(each['range'][1])}" if each["range"] else ""
+    return f"{each['dtype']} {axes}{layout}{limits}"
+
+
+def _weights(each: Mapping[str, Any]) -> str:
+    """The bits and the scales of weights."""
+    if each["bits"] is None:
+        return str(each["dtype"] or "")
+    return f"{each['bits']} bits/{each['scales']}" if each["scales"] else f"{each['bits']} bits"
+
+
+def _range(each: Mapping[str, Any]) -> str:
+    low, high = each["weight_min"], each["weight_max"]
+    return "" if low is None or high is None else f"{low:.2g}..{high:.2g}"

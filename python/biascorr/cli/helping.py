@@ -1,0 +1,54 @@
+"""How the help of a command looks: options in groups, an example, all within 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer.core
+
+from biascorr.cli.options import PANELS
+
+_COLUMN = 28
+"""Columns of the names of options at most; what is longer has a line of its own."""
+
+_ORDER = ("Arguments", "Options", *PANELS)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are shown in groups, and whose epilog, an example, is kept as it is."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]
+        return ["[OPTIONS]", *(str(each.metavar) for each in arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+                names, text = record
+                shown = str(parameter.metavar) if is_argument else _shown(names, parameter.default is True)
+                groups.setdefault(panel, []).append((shown, text.removesuffix("  [required]") if is_argument else text))
+        for panel in sorted(groups, key=_ORDER.index):
+            with formatter.section(panel):
+                formatter.write_dl(groups[panel], col_max=_COLUMN)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        if self.epilog:
+            formatter.write(f"\n{self.epilog}\n")
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, whose epilog is kept as it is."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        if self.epilog:
+            formatter.write(f"\n{self.epilog}\n")
+
+
+def _shown(names: str, is_on: bool) -> str:
+    """The names of an option, of a flag the one that changes something."""
+    plain, _, opposite = names.partition(" / ")
+    return opposite if opposite and is_on else plain
