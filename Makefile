@@ -35,7 +35,8 @@ build/wheelhouse: $(VENV)/installed
 
 # Draws build/demo.png, or PICTURE=docs/images/demo.png: the README's. NETWORK=net.onnx DATA=samples.npz: your network.
 demo: $(VENV)/built $(VENV)/network
-	$(BIN)/python examples/demo.py $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA)) $(if $(PICTURE),--picture $(PICTURE))
+	mkdir -p build
+	$(BIN)/biascorr demo --force --picture $(or $(PICTURE),build/demo.png) $(if $(NETWORK),--network $(NETWORK)) $(if $(DATA),--data $(DATA))
 
 # Corrects a small quantized .tflite file; NETWORK=float.tflite QUANTIZED=int8.tflite DATA=samples.npy: yours.
 demo-tflite: $(VENV)/built

@@ -20,7 +20,8 @@ BELOW = {
     "equalization": {"adapters", "calibration", "graph", "report", ARRAYS},
     "correction": {"adapters", "calibration", "equalization", "graph", "report", "sweep", ARRAYS},
     "inspection": {"adapters", "calibration", "correction", "equalization", "graph", "report", "sweep", ARRAYS},
-    "cli": {"adapters", "calibration", "correction", "equalization", "graph", "inspection", "report", ARRAYS},
+    "demo": {"adapters", "calibration", "correction", "graph", "report", ARRAYS},
+    "cli": {"adapters", "calibration", "correction", "demo", "equalization", "graph", "inspection", "report", ARRAYS},
 }
 """What each folder may import besides itself, lowest first."""
 
@@ -31,6 +32,7 @@ EXTRAS = {
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "pandas"},
+    "demo": {"onnx", "matplotlib", "PIL"},
     "cli": {"typer", "rich", "tomli"},
 }
 """What each folder may import of what an extra brings."""

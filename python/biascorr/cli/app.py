@@ -12,7 +12,7 @@ except ImportError as error:
     raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[cli]"') from None
 
 from biascorr import __version__
-from biascorr.cli import compare, correct, equalize, fold, inspect, quantize
+from biascorr.cli import compare, correct, demo, equalize, fold, inspect, quantize
 from biascorr.cli.helping import Command, Commands
 from biascorr.cli.options import with_groups
 
@@ -51,7 +51,7 @@ def biascorr(
     """Bias correction for quantized neural networks: measure, correct, compare."""
 
 
-COMMANDS: tuple[ModuleType, ...] = (quantize, correct, compare, inspect, equalize, fold)
+COMMANDS: tuple[ModuleType, ...] = (quantize, correct, compare, inspect, equalize, fold, demo)
 
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]

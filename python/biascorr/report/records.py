@@ -21,7 +21,7 @@ Record: TypeAlias = dict[str, Any]
 _NESTED = {"worst_channels"}
 """Columns that no table has, even where they are empty."""
 
-ROWS = {"correction": "layers", "inspection": "layers", "comparison": "models"}
+ROWS = {"correction": "layers", "inspection": "layers", "comparison": "models", "demo": "models"}
 """By the kind of a record, the list that a table of it has the rows of."""
 
 

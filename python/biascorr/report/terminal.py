@@ -99,6 +99,7 @@ class _Printer:
             "folding": self._folding,
             "comparison": self._comparison,
             "inspection": self._inspection,
+            "demo": self._demo,
         }
         return parts.get(record["kind"], self._other)(record)
 
@@ -256,6 +257,15 @@ class _Printer:
             self.note(note)
         return ()
 
+    def _demo(self, record: Record) -> Sequence[str]:
+        table = _table()
+        for heading in record["table"]:
+            table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+        for cells in zip(*record["table"].values()):
+            table.add_row(*map(_cell, cells))
+        self.table(f"{record['calibrated']} batches calibrated, {record['scored']} others scored", table)
+        return ()
+
     def _other(self, record: Record) -> Sequence[str]:
         for key, value in record.items():
             if isinstance(value, (str, int, float)) and key != "kind":
@@ -402,6 +412,7 @@ def _last_line(record: Record) -> str:
         "folding": _folded,
         "comparison": _compared,
         "inspection": _inspected,
+        "demo": _shown,
     }
     line = lines[record["kind"]](record) if record["kind"] in lines else str(record["kind"])
     return line + _comma(_seconds(record.get("seconds")))
@@ -426,6 +437,11 @@ def _equalized(record: Record) -> str:
 def _folded(record: Record) -> str:
     count = len(record["folds"])
     return f"{count} of {counted(count + len(record['left']), 'batch normalization')} folded"
+
+
+def _shown(record: Record) -> str:
+    places = [f"{name}: {record[key]}" for name, key in (("picture", "picture"), ("models", "folder")) if record[key]]
+    return ", ".join(places) or "nothing was written"
 
 
 def _compared(record: Record) -> str:

@@ -154,6 +154,23 @@ def statically_quantized(
             raise ValueError(f"reference: onnxruntime cannot quantize it: {text}") from error
 
 
+def quantized_plainly(
+    model: onnx.ModelProto, prepared: Path, quantized: Path, batches: Sequence[Feeds], op_types: Sequence[str]
+) -> None:
+    """Writes a float model and what onnxruntime makes of it per tensor, in int8, by minimum and maximum: its defaults."""
+    _make_initializers(model)
+    onnx.save(model, prepared)
+    with _quiet():
+        quantization.quantize_static(
+            prepared,
+            quantized,
+            _Reader(lambda: batches, len(batches)),
+            op_types_to_quantize=list(op_types),
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+
+
 def _prepare(given: Path, prepared: Path, is_large: bool) -> None:
     """Fuses and folds what runtimes do, and infers shapes."""
     external = {"save_as_external_data": True, "all_tensors_to_one_file": True, "external_data_location": "model.data"}
