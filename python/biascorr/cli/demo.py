@@ -13,8 +13,7 @@ from biascorr.cli.running import Files, run
 
 EXAMPLE = """\
 Example:
-  pip install --no-deps rapidocr-onnxruntime==1.4.4
-  biascorr demo"""
+  biascorr demo --models demo"""
 
 
 def demo(
@@ -43,7 +42,7 @@ def demo(
 ) -> None:
     """Quantize a text recognizer, correct it, and draw what it reads before and after.
 
-    The network is that of the wheel rapidocr-onnxruntime, which has to be installed.
+    The network is that of a wheel, which has to be installed: pip install --no-deps rapidocr-onnxruntime==1.4.4
     """
 
     def work(progress: Progress) -> Any:
