@@ -24,6 +24,7 @@ else:
     Model_co = TypeVar("Model_co", covariant=True)
 
 __all__ = [
+    "Calibration",
     "Data",
     "ImageColor",
     "ImageLayout",
@@ -35,6 +36,7 @@ __all__ = [
     "Model_co",
     "NewBiases",
     "QuantMode",
+    "QuantizedType",
     "Reader",
     "RoundMode",
     "SamplesForInputs",
@@ -46,6 +48,12 @@ Method: TypeAlias = Literal["auto", "mean", "iterative", "empirical", "activatio
 
 NewBiases: TypeAlias = Literal["add", "skip"]
 """The `new_biases` of :func:`biascorr.correct`."""
+
+QuantizedType: TypeAlias = Literal["int8", "uint8", "int16", "uint16"]
+"""The types of weights and activations of :func:`biascorr.quantize`."""
+
+Calibration: TypeAlias = Literal["minmax", "entropy", "percentile"]
+"""The `calibration` of :func:`biascorr.quantize`."""
 
 QuantMode: TypeAlias = Literal["tf", "tf_enhanced"]
 """How the range of weights is found; see :class:`biascorr.QuantParams`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -84,9 +84,9 @@ def quantize(
             reference,
             samples.samples(samples.data),
             per_channel=per_channel,
-            weight_type=weight_type,
-            activation_type=activation_type,
-            calibration=calibration,
+            weight_type=cast(Any, weight_type),
+            activation_type=cast(Any, activation_type),
+            calibration=cast(Any, calibration),
             op_types=None if not op_types else () if op_types == ["all"] else op_types,
             reduce_range=reduce_range,
             equalize=equalize,

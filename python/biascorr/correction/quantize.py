@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from biascorr.adapters.frameworks import Framework
 from biascorr.adapters.loading import framework_of, network_from_model
@@ -43,22 +43,22 @@ from biascorr.correction.scoring import FloatOutputs
 from biascorr.correction.selection import excluded_layers
 from biascorr.equalization.equalize import equalized
 from biascorr.equalization.result import Equalization
-from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits, require_float, versions_of
+from biascorr.graph.matching import Match
+from biascorr.graph.network import BiasNetwork, Feeds, Network, require_edits, require_float, versions_of
 from biascorr.sweep.independence import BatchingFinder
+from biascorr.typing import Calibration, Data, Method, Model, ModelFile, NewBiases, QuantizedType
 
 if TYPE_CHECKING:
     from biascorr.adapters.onnx.static_quantization import StaticQuantization
 
-TYPES = ("int8", "uint8", "int16", "uint16")
-"""The types of quantized weights and activations."""
-
-CALIBRATIONS = ("minmax", "entropy", "percentile")
-"""How the ranges of activations are found."""
+TYPES: tuple[str, ...] = get_args(QuantizedType)
+CALIBRATIONS: tuple[str, ...] = get_args(Calibration)
 
 OP_TYPES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Clip")
 """Operators that are quantized by default: those with weights, and activations that runtimes fuse with them.
 
-More of them are no faster by much, and cost accuracy (measured, docs/benchmarks.md).
+With all that onnxruntime can quantize, a text recognizer loses 3 dB and is slower; without Relu and Clip, which then read what
+was rounded to a wider range, a classifier loses 7 dB (measured: PP-OCRv4, EfficientNet-Lite0).
 """
 
 _OTHERS = {
@@ -69,31 +69,31 @@ _OTHERS = {
 
 
 def quantize(
-    reference: Any,
-    data: Any,
+    reference: Model | ModelFile,
+    data: Data,
     *,
     per_channel: bool = True,
-    weight_type: str = "int8",
-    activation_type: str = "int8",
-    calibration: str = "minmax",
+    weight_type: QuantizedType = "int8",
+    activation_type: QuantizedType = "int8",
+    calibration: Calibration = "minmax",
     op_types: Sequence[str] | None = None,
     reduce_range: bool | None = None,
     equalize: bool = True,
-    method: str = "auto",
+    method: Method = "auto",
     strength: float = 1.0,
     shrunk: bool = False,
-    new_biases: str = "add",
+    new_biases: NewBiases = "add",
     only: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     batch_size: int = 1,
     max_samples: int | None = 300,
-    validation: Any = None,
+    validation: Data | None = None,
     seed: int = 0,
     metric: Callable[..., float] | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Correction:
+) -> Correction[Model]:
     """Quantizes a float ONNX model with onnxruntime and corrects its biases, equalized before where that scores better.
 
     The model is prepared as onnxruntime's `quant_pre_process` does it, quantized by its `quantize_static` in QDQ format, and
@@ -156,8 +156,8 @@ def quantize(
     ...     network (float[N,2] x) => (float[N,2] y) <float[2,2] w = {0.1, 0.2, 0.3, 0.4}> { [layer] y = MatMul(x, w) }''')
     >>> samples = np.random.default_rng(0).uniform(-1, 1, (32, 2)).astype(np.float32)
     >>> correction = quantize(model, samples)
-    >>> sorted({node.op_type for node in correction.model.graph.node})
-    ['Add', 'DequantizeLinear', 'MatMul', 'QuantizeLinear']
+    >>> sorted({node.op_type for node in correction.model.graph.node} - {"Add"})  # the bias that it got, if that is better
+    ['DequantizeLinear', 'MatMul', 'QuantizeLinear']
     """
     started = time.perf_counter()
     _check_options(weight_type, activation_type, calibration, op_types)
@@ -183,30 +183,19 @@ def quantize(
         later = [Choice("activation")] if method == "auto" else []
         left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
         work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
-        equalization = (
-            equalized(require_edits(network, "reference", "equalization"), samples, work, threads) if equalize else None
-        )
-        is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
+        editable = require_edits(network, "reference", "equalization")
+        equalization = equalized(editable, samples, work, threads) if equalize else None
         expected = FloatOutputs(network, samples, threads, user_metric, work)
-        first, remarks = _Quantized.of(network, samples, work, settings), list[str]()
+        first = _Quantized.of(network, samples, work, settings)
         if reduce_range is None and not settings.is_wide:
-            with work.step("quantized model as its runtime runs it"):
-                first, remarks = _without_saturation(first, network, expected, samples, work)
-        settings = first.settings
+            first = _without_saturation(first, network, expected, work)
         notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += [
-            _said(settings, network),
-            *remarks,
-            *first.notes,
-            *image_notes(network, samples),
-            *samples_out_of_range(first.network, samples),
-        ]
+        notes += [*first.notes, *image_notes(network, samples), *samples_out_of_range(first.network, samples)]
         excluded = excluded_layers(first.network, only, exclude)
-        options = Options(
-            wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded, attempts=1 + is_scaled
-        )
-        attempts = _attempts(options, first, equalization if is_scaled else None, settings)
-        result = best_of(options, attempts, first.network, equalization, notes)
+        options = Options(wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded)
+        attempts = _Attempts(options, first, equalization)
+        options = replace(options, attempts=1 + attempts.is_scaled)
+        result = best_of(options, iter(attempts), first.network, equalization, notes)
     files = paths_of({"reference": reference, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
 
@@ -235,22 +224,12 @@ def _loaded(reference: Any) -> Network:
     framework = framework_of(reference, "reference")
     if framework in _OTHERS:
         raise TypeError(
-            f"reference: a model of {framework.name.lower()}, expected ONNX: {_OTHERS[framework]}; then give both models to "
+            f"reference: a {framework.suffix} model, expected ONNX: {_OTHERS[framework]}; then give both models to "
             "correct (biascorr correct)"
         )
     network = network_from_model(reference, "reference")
     require_float(network, "reference", "give the float model; what is quantized already is for correct (biascorr correct)")
     return network
-
-
-def _said(settings: StaticQuantization, network: Network) -> str:
-    """A note on how the model was quantized."""
-    scales = "per channel" if settings.per_channel else "per tensor"
-    bits = ", of 7 bits" if settings.reduce_range else ""
-    return (
-        f"quantized by onnxruntime {versions_of(network)['onnxruntime']}: {settings.weight_type} weights {scales}{bits}, "
-        f"{settings.activation_type} activations by {settings.calibration}, {', '.join(settings.op_types) or 'all operators'}"
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,17 +242,22 @@ class _Quantized:
         The float network as it was prepared.
     network : BiasNetwork
         The quantized one.
-    matches, notes
-        See :class:`biascorr.correction.roles.Pair`.
+    matches : mapping from str to Match
+        The float layer of each of its layers.
     settings : StaticQuantization
         How it was quantized.
+    samples : Samples
+        What it was quantized by.
+    notes : tuple of str
+        How it was quantized, and what is worth knowing about that.
     """
 
     reference: Network
     network: BiasNetwork
-    matches: Any
-    notes: tuple[str, ...]
+    matches: Mapping[str, Match]
     settings: StaticQuantization
+    samples: Samples
+    notes: tuple[str, ...]
 
     @classmethod
     def of(cls, network: Network, samples: Samples, work: Work, settings: StaticQuantization) -> _Quantized:
@@ -285,7 +269,7 @@ class _Quantized:
         batches = samples.data_batches
         with work.doing(_CALIBRATING, len(batches), "quantizing") as advance, _folder() as folder:
 
-            def feeds() -> Iterator[Any]:
+            def feeds() -> Iterator[Feeds]:
                 for each in samples.feeds(batches):
                     yield each
                     advance(1 / len(batches))
@@ -297,24 +281,25 @@ class _Quantized:
                 f"quantized; it has {', '.join(sorted({layer.op for layer in network.layers})) or 'no layers'}"
             )
         pair = paired(prepared, quantized)
-        return cls(pair.reference, require_biases(quantized, "quantized"), pair.matches, pair.notes, settings)
+        said = f"quantized by onnxruntime {versions_of(network)['onnxruntime']}: {settings}"
+        return cls(pair.reference, quantized, pair.matches, settings, samples, (said, *pair.notes))
 
 
-def _without_saturation(
-    first: _Quantized, network: Network, expected: FloatOutputs, samples: Samples, work: Work
-) -> tuple[_Quantized, list[str]]:
-    """With weights of 7 bits, where that is surely better as this CPU runs it; a note on that."""
-    exact, found = expected.score(first.network), expected.score_deployed(first.network)
-    if not exact.sqnr - found.sqnr > _SATURATED:
-        return first, []
-    reduced = _Quantized.of(network, samples, work, replace(first.settings, reduce_range=True))
-    better = expected.score_deployed(reduced.network)
+def _without_saturation(first: _Quantized, network: Network, expected: FloatOutputs, work: Work) -> _Quantized:
+    """With weights of 7 bits, where that is surely better as this CPU runs it; a note says so."""
+    with work.step("quantized model as its runtime runs it"):
+        exact, found = expected.score(first.network), expected.score_deployed(first.network)
+        if not exact.sqnr - found.sqnr > _SATURATED:
+            return first
+        reduced = _Quantized.of(network, first.samples, work, replace(first.settings, reduce_range=True))
+        better = expected.score_deployed(reduced.network)
     if not better.is_better_than(found):
-        return first, []
-    return reduced, [
+        return first
+    note = (
         f"weights have 7 bits (reduce_range), which gives {better} on this CPU, before any correction: with 8 bits, whose "
         f"products saturate there, the model gives {found}, in exact arithmetic {exact}"
-    ]
+    )
+    return replace(reduced, notes=(*reduced.notes, note))
 
 
 @contextlib.contextmanager
@@ -326,13 +311,29 @@ def _folder() -> Iterator[TemporaryFolder]:
         folder.cleanup()
 
 
-def _attempts(
-    options: Options, first: _Quantized, equalization: Equalization | None, settings: StaticQuantization
-) -> Iterator[Attempt]:
-    """With the float network as it is, and equalized where that scales anything."""
-    builder = builder_of(options, first.reference, first.network, first.matches)
-    yield Attempt(first.network, first.matches, builder)
-    if equalization is not None:
-        other = _Quantized.of(equalization.network, options.samples, options.work, settings)
-        builder = builder_of(options, other.reference, other.network, other.matches)
-        yield Attempt(other.network, other.matches, builder, is_equalized=True, is_optional=True)
+class _Attempts:
+    """With the float network as it is, and equalized where that scales anything.
+
+    Parameters
+    ----------
+    options : Options
+        What they have in common.
+    first : _Quantized
+        The network that is not equalized.
+    equalization : Equalization or None
+        Of the float network.
+    """
+
+    def __init__(self, options: Options, first: _Quantized, equalization: Equalization | None) -> None:
+        self._options = options
+        self._first = first
+        self._equalization = equalization
+        self.is_scaled = equalization is not None and bool(equalization.chains or equalization.high_biases)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        first, options = self._first, self._options
+        yield Attempt(first.network, first.matches, builder_of(options, first.reference, first.network, first.matches))
+        if self._equalization is not None and self.is_scaled:
+            other = _Quantized.of(self._equalization.network, first.samples, options.work, first.settings)
+            builder = builder_of(options, other.reference, other.network, other.matches)
+            yield Attempt(other.network, other.matches, builder, is_equalized=True, is_optional=True)

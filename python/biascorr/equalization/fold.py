@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Generic
 
 from biascorr import __version__
 from biascorr.adapters.loading import network_from_model
@@ -20,12 +20,13 @@ from biascorr.graph.network import EditableNetwork, keeps_batch_norms, require_e
 from biascorr.graph.reasons import Reason
 from biascorr.report.records import Record, plain, provenance_text, reason_record
 from biascorr.report.reported import Reported
+from biascorr.typing import Model, Model_co, ModelFile
 
 _FOLD_FIRST = "fold the batch normalizations of the float model, then quantize it"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Folding(Reported):
+class Folding(Reported, Generic[Model_co]):
     """A float model whose batch normalizations were folded into layers.
 
     Parameters
@@ -55,9 +56,9 @@ class Folding(Reported):
     command: str | None = None
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model_co:
         """The folded model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model
+        return self.network.model  # type: ignore[no-any-return]
 
     @property
     def left(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ class Folding(Reported):
         self.network.save(path, force=force, provenance=text)
 
 
-def fold(reference: Any) -> Folding:
+def fold(reference: Model | ModelFile) -> Folding[Model]:
     """Folds the batch normalizations of a float model into the layers around them, as far as they can be.
 
     The function stays the same but for rounding. The statistics of the folded batch normalizations stay with the model, for

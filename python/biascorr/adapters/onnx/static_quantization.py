@@ -80,6 +80,14 @@ class StaticQuantization:
     op_types: Sequence[str] = field(default=())
     reduce_range: bool = False
 
+    def __str__(self) -> str:
+        scales = "per channel" if self.per_channel else "per tensor"
+        bits = ", of 7 bits" if self.reduce_range else ""
+        return (
+            f"{self.weight_type} weights {scales}{bits}, {self.activation_type} activations by {self.calibration}, "
+            f"{', '.join(self.op_types) or 'all operators'}"
+        )
+
     @property
     def is_wide(self) -> bool:
         """Whether anything has 16 bits."""
