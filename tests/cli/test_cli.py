@@ -592,7 +592,7 @@ def test_model_without_layers_may_have_a_relu6_to_replace(folder):
 
 def test_correction_of_an_equalized_model(folder):
     onnx.save(layered_network(), folder / "layered.onnx")
-    arguments = ["correct", "layered.onnx", "--data", "data/good.npz", "--weight-bits", "4", "-o", "out.onnx"]
+    arguments = ["correct", "layered.onnx", "--data", "data/good.npz", "--weight-bits", "4", "-o", "out.onnx", "--verbose"]
     done = run(*arguments, "--equalize", cwd=folder)
     assert done.returncode == 0, done.stderr
     params = QuantParams(weight_bits=4)

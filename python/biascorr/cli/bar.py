@@ -11,7 +11,7 @@ from rich.text import Text
 
 from biascorr.report.lines import elided
 
-_STEP = 36
+_STEP = 34
 """Columns of the step."""
 
 _KNOWN = 0.03
@@ -49,14 +49,15 @@ class Bar:
         """See :data:`biascorr.calibration.progress.Progress`; called by another thread, maybe also when all is over."""
         if self._is_done:
             return
+        now, share = time.monotonic(), 0.0 if total is None else done / total
+        ends = now + (now - self._began) * (1 - share) / share if share > _KNOWN else None
+        what = f"{step}: {done}" if total is None else step
+        description = elided(what, _STEP).ljust(_STEP)  # so that the bar stays where it is
+        self._bar.update(self._task, description=description, completed=done, total=total, ends=ends)
         if not self._is_started:
             self._is_started = True
             self._bar.start_task(self._task)
             self._bar.start()
-        now, share = time.monotonic(), 0.0 if total is None else done / total
-        ends = now + (now - self._began) * (1 - share) / share if share > _KNOWN else None
-        what = f"{step}: {done}" if total is None else step
-        self._bar.update(self._task, description=elided(what, _STEP), completed=done, total=total, ends=ends)
 
 
 class _Share(ProgressColumn):

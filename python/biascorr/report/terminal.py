@@ -73,9 +73,11 @@ class _Printer:
     def __init__(self, console: Console, all_rows: bool) -> None:
         self._console = console
         self._all = all_rows
+        self._is_first = True
 
     def say(self, line: str, style: str = "") -> None:
         """Prints a line, wrapped where it is too long."""
+        self._is_first = False
         self._console.print(Text(printable(line), style=style))
 
     def result(self, line: str) -> None:
@@ -83,7 +85,9 @@ class _Printer:
         self._console.print(Text(printable(line), style="bold"), soft_wrap=True)
 
     def table(self, title: str, table: Table) -> None:
-        """Prints a table below its title."""
+        """Prints a table below its title, and an empty line before that."""
+        if not self._is_first:
+            self._console.print()
         self.say(title, style="bold")
         self._console.print(table)
 
@@ -107,7 +111,7 @@ class _Printer:
         if record["is_simulated"]:
             self.say(_SIMULATED)
         if record["equalization"] is not None:
-            self._equalization(record["equalization"])
+            self._equalization(record["equalization"]) if self._all else self._equalized_before(record["equalization"])
         layers = record["layers"]
         columns = {
             "|shift|": lambda each: _number(each["shift_before"]),
@@ -129,28 +133,34 @@ class _Printer:
         scores, deployed = record["scores"], {each["candidate"]: each for each in record["deployed"]}
         if not scores:
             return
-        of = f"{record['scored_samples']} held-out of " if record["is_held_out"] else ""
-        title = f"outputs beside those of the float model, mean of {of}{counted(record['samples'], 'sample')}"
+        scored, samples = record["scored_samples"], counted(record["samples"], "sample")
+        of = f"{scored} {'held-out ' if record['is_held_out'] else ''}of " if scored != record["samples"] else ""
+        title = f"outputs beside those of the float model, mean of {of}{samples}"
         table = _table()
-        table.add_column("candidate")
+        table.add_column("candidate", no_wrap=True)
         metric = scores[0]["metric"] is not None
         measures = {"sqnr": "SQNR, dB"} | ({"divergence": "KL, nats"} if scores[0]["divergence"] is not None else {})
         measures |= {"metric": "metric"} if metric else {}
         for heading in (*measures.values(), "gain"):
             table.add_column(heading, justify="right", no_wrap=True)
-        if deployed:
-            table.add_column("deployed", justify="right", no_wrap=True)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for each in scores:
             name = "uncorrected" if each["candidate"] == "none" else each["candidate"]
             cells = [name, *(_score(measure, each[measure]) for measure in measures)]
             cells.append(_gain(each["gains"].get("metric" if metric else "sqnr")))
-            if deployed:
-                cells.append(_score("sqnr", deployed[each["candidate"]]["sqnr"]) if each["candidate"] in deployed else "")
             table.add_row(*map(_cell, (*cells, _verdict(each, record))), style="bold" if each["is_taken"] else "")
         self.table(title, table)
+        if len(deployed) > 1:
+            (_, before), (name, after) = list(deployed.items())[:2]
+            change = f"{_score('sqnr', before['sqnr'])} -> {_score('sqnr', after['sqnr'])} dB"
+            self.say(f"{name} as the runtime runs it on this CPU: {change}{'' if after['is_taken'] else ', not taken'}")
         if record["is_refitted"]:
             self.say("chosen on held-out samples, then fitted to all samples")
+
+    def _equalized_before(self, record: Record) -> None:
+        """One line of the equalization that came before a correction."""
+        bits = sum(each["bits"] or 0.0 for each in record["chains"])
+        self.say(f"the float model equalized: {_equalized(record)}, {bits:.1f} bits gained")
 
     def _equalization(self, record: Record) -> Sequence[str]:
         chains = record["chains"]
