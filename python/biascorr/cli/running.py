@@ -189,13 +189,14 @@ def _logging(console: Console, is_wanted: bool) -> Iterator[None]:
         yield
         return
     logger, handler = logging.getLogger("biascorr"), _Handler(console)
-    level, logger.level = logger.level, logging.DEBUG
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level = level
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
