@@ -111,7 +111,7 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/docs
 	$(BIN)/mkdocs $(if $(SERVE),serve,build --quiet --clean) --strict
 
-lint: $(VENV)/built
+lint: $(VENV)/built docs
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --all-targets --no-default-features -- -D warnings

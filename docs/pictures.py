@@ -25,8 +25,8 @@ def shift(pyplot):
     left.vlines(range(12), np.minimum(weights, quantized), np.maximum(weights, quantized), color=GREY, linewidth=1)
     left.plot(weights, "o", color=FLOAT, label="W")
     left.plot(quantized, "s", color=QUANTIZED, markersize=4, label="Wq, on the grid")
-    left.set(title="weights of one output channel", xlabel="input channel", xticks=range(0, 12, 2))
-    left.legend(loc="lower right", fontsize=8)
+    left.set(title="weights of one output channel", xlabel="input channel", xticks=range(0, 12, 2), ylim=(-1.3, 1.8))
+    left.legend(loc="upper center", ncols=2, fontsize=8)
     bins = np.linspace(-4, 4, 60)
     for values, color, label in (
         (expected, FLOAT, "W x + b"),
