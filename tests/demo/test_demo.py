@@ -35,6 +35,7 @@ def test_a_network_of_the_users_own(own, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
     assert sorted(path.stem for path in (tmp_path / "kept").iterdir()) == sorted(MODELS)
     assert own["network"].read_bytes() == before
+    assert repr(found).startswith("Demonstration: ")
     record = json.loads(found.to_json())
     assert [each["name"] for each in record["models"]] == list(MODELS)
     assert record["models"][0]["SQNR, dB"] is None

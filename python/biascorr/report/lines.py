@@ -31,6 +31,7 @@ def elided(text: object, width: int = _ENOUGH) -> str:
 def two_lines(record: Record) -> tuple[str, str]:
     """The result, and what it was made of."""
     lines = {"correction": _correction, "equalization": _equalization, "comparison": _comparison, "inspection": _inspection}
+    lines |= {"folding": _folding, "demo": _demo}
     return lines.get(record["kind"], _other)(record)
 
 
@@ -108,6 +109,25 @@ def _inspection(record: Record) -> tuple[str, str]:
         f"Inspection: {printable(record.get('format', 'model'))}{by}",
         f"{counted(len(record.get('layers', ())), 'layer')}, {counted(len(record.get('inputs', ())), 'input')}",
     )
+
+
+def _folding(record: Record) -> tuple[str, str]:
+    count, left = len(record["folds"]), len(record["left"])
+    layers = len({each["layer"] for each in record["folds"]})
+    return (
+        f"Folding: {count} of {counted(count + left, 'batch normalization')} folded into {counted(layers, 'layer')}",
+        f"{left} left as they are" if left else "none is left",
+    )
+
+
+def _demo(record: Record) -> tuple[str, str]:
+    found = {each["name"]: each["SQNR, dB"] for each in record["models"]}
+    before, after = (_decibels(found[name]) for name in ("quantized", "corrected"))
+    return f"Demonstration: {before} quantized, {after} corrected", f"scored on {record['scored']} held-out batches"
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
 
 
 def _other(record: Record) -> tuple[str, str]:
