@@ -11,6 +11,7 @@ from biascorr import compare, correct
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.inspection.inputs import are_transposed
 from networks import model_from_text, quantized, samples, two_layers, weights, with_constants
+from tflite_fixtures import images, path_of
 
 
 def classifier(*, output="y", given="x"):
@@ -184,3 +185,10 @@ def test_shapes_with_channels_elsewhere():
     assert are_transposed((None, 8, 8, 3), (4, 3, 8, 8))
     assert not are_transposed((1, 8, 8, 8), (1, 8, 8, 8))
     assert not are_transposed((1, 3, 8), (1, 3, 9))
+
+
+def test_tflite_models_take_real_numbers_whatever_their_inputs_are():
+    names = ["classifier_int8", "classifier_int8_in_out", "classifier_dynamic"]
+    found = compare(path_of("classifier_float"), [path_of(name) for name in names], images(6))
+    assert [each.name for each in found.models] == [f"{name}.tflite" for name in names]
+    assert all(each.sqnr > 30 and each.top1 == 1 for each in found.models)
