@@ -1,6 +1,7 @@
 """Ranges of channels and scaled channels: values known by hand, kernel against twin, memory orders, what does not fit."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_lists_and_other_kinds_of_factors():
         ({"axis": 0}, ValueError, "axis: 0, expected 'O' or 'I'"),
         ({"layout": "OIX"}, ValueError, 'layout: "OIX" is not understood'),
         ({"layout": "OI"}, ValueError, 'weights: 3 axes, the layout "OI" names 2'),
-        ({"layout": 3}, TypeError, "layout"),
+        ({"layout": 3}, TypeError, "layout" if sys.version_info >= (3, 11) else "int"),  # what PyO3 says
         ({"groups": 4}, ValueError, r"groups: 4 does not fit weights of shape \[6, 4, 3\]"),
         ({"groups": 0}, ValueError, "groups: 0, expected at least 1"),
         ({"groups": 2.0}, TypeError, "groups: float, expected an integer"),

@@ -1,8 +1,10 @@
 """What users install: the wheel in an empty environment with numpy alone."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -56,6 +58,34 @@ def test_wheel_is_abi3_and_has_types_and_licence(wheel):
     ):
         assert name in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_sdist_has_what_a_build_needs_and_nothing_that_was_built(tmp_path):
+    run(Path(sys.executable).with_name("maturin"), "sdist", "--out", tmp_path, cwd=PROJECT)
+    (sdist,) = tmp_path.iterdir()
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "src/lib.rs", "src/python/mod.rs")
+    assert {*needed, "PKG-INFO", "python/biascorr/py.typed", "python/biascorr/_kernels.pyi"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith(("target/", "build/", ".venv/"))]
+
+
+def test_wheels_are_tested_by_tests_that_exist_on_versions_that_are_claimed():
+    workflow = (PROJECT / ".github" / "workflows" / "wheels.yml").read_text()
+    tests = set(re.findall(r"tests/\w+\.py", workflow))
+    assert len(tests) > 5
+    assert all((PROJECT / test).exists() for test in tests)
+    project = (PROJECT / "pyproject.toml").read_text()
+    claimed = re.findall(r"Python :: (3\.\d+)", project)
+    tested = re.findall(r'"(3\.\d+t?)"', re.search(r"python: \[(.*)\]", workflow)[1])
+    assert tested == [claimed[0], claimed[-1], f"{claimed[-1]}t"]
+    assert f'requires-python = ">={claimed[0]}"' in project
+
+
+def test_the_version_to_cite_is_the_one_that_is_built():
+    version = re.search(r'^version = "(.*)"$', (PROJECT / "Cargo.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (PROJECT / "CITATION.cff").read_text()
 
 
 @pytest.mark.slow
