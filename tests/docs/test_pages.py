@@ -105,3 +105,15 @@ def test_links_of_the_readme_are_absolute_where_the_address_of_the_project_is_kn
 def test_each_reason_is_explained():
     named = set(re.findall(r"`([A-Z][A-Z_]+)`", (DOCS / "reference" / "layers.md").read_text(encoding="utf-8")))
     assert {code.name for code in ReasonCode} <= named
+
+
+def test_pages_that_are_named_elsewhere_are_there():
+    files = [
+        PROJECT / "Makefile",
+        PROJECT / "CHANGELOG.md",
+        *(PROJECT / "python").rglob("*.py"),
+        *(PROJECT / "benches").rglob("*.py"),
+    ]
+    named = {page for file in files for page in re.findall(r"docs/[\w/-]+\.md", file.read_text(encoding="utf-8"))}
+    moved = re.findall(r"The pages have moved: .*?\n\n", (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8"), re.S)
+    assert [page for page in sorted(named) if not (PROJECT / page).exists() and page not in moved[0]] == []
