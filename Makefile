@@ -10,7 +10,7 @@ RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --group dev "ml_dtypes>=0.5" "onnx>=1.16" "onnxruntime>=1.18" "rich>=13" "typer>=0.15" "tomli>=2; python_version < '3.11'"
+	$(BIN)/python -m pip install --quiet --group dev "ml_dtypes>=0.5" "onnx>=1.16" "onnxruntime>=1.18" "rich>=13" "typer>=0.26" "tomli>=2; python_version < '3.11'"
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(RUST)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -49,6 +50,26 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None, 
         return int(value)
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{name}: {value!r}, expected an integer {limits}" + (f", or {otherwise}" if otherwise else ""))
+
+
+def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError where the value is none of these.
+
+    Examples
+    --------
+    >>> checked_choice("method", "emprical", ("auto", "empirical"))
+    Traceback (most recent call last):
+    ...
+    ValueError: method: 'emprical', expected one of auto, empirical; did you mean empirical?
+    """
+    if not (isinstance(value, str) and value in allowed):
+        raise ValueError(f"{name}: {value!r}, expected one of {', '.join(allowed)}{nearest(value, allowed)}")
+
+
+def nearest(value: Any, allowed: Sequence[str]) -> str:
+    """The end of a message that asks whether this one of what is allowed was meant; nothing where none is like it."""
+    found = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def checked_groups(groups: Any) -> int:

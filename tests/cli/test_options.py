@@ -146,9 +146,13 @@ def test_command_line_overrides_the_file(folder):
 
 
 def test_arguments_may_be_in_the_file_too(folder):
-    (folder / "options.toml").write_text('reference = "models/float.onnx"\nmodels = ["models/quantized.onnx"]\njson = true\n')
-    record = recorded(run("compare", "--config", "options.toml", "--data", "data/good.npz", cwd=folder))
-    assert [each["name"] for each in record["models"]] == ["quantized.onnx"]
+    (folder / "options.toml").write_text('reference = "models/float.onnx"\njson = true\n')
+    record = recorded(run("fold", "--config", "options.toml", "-o", "out.onnx", cwd=folder))
+    assert record["files"] == {"reference": "models/float.onnx"}
+    (folder / "options.toml").write_text('models = ["models/quantized.onnx"]\n')
+    done = run("compare", "models/float.onnx", "--config", "options.toml", "--data", "data/good.npz", cwd=folder)
+    assert done.returncode == 2
+    assert "models: only on the command line" in done.stderr
 
 
 CONFIGS = {

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.arguments import checked_choice
 from biascorr.graph.network import ModelInput
 from biascorr.typing import ImageColor, ImageLayout, ImagePreset
 
@@ -150,8 +151,8 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """The options that are given. Raises ValueError where one has a value that is not allowed."""
     given = {name: value for name, value in options.items() if value is not None}
     for name, allowed in {"layout": ImageLayout, "color": ImageColor, "preset": ImagePreset}.items():
-        if name in given and given[name] not in get_args(allowed):
-            raise ValueError(f"{name}: {given[name]!r}, expected one of {', '.join(get_args(allowed))}")
+        if name in given:
+            checked_choice(name, given[name], get_args(allowed))
     for name in ("size", "crop"):
         if name in given:
             given[name] = _sides(name, given[name])

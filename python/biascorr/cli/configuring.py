@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from biascorr.arguments import nearest
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-def nearest(text: str, allowed: Sequence[str]) -> str:
-    """The hint that this was meant, after a comma; nothing where no allowed text is like it."""
-    found = difflib.get_close_matches(text, allowed, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -50,11 +44,12 @@ def _checked(context: typer.Context, path: Path, given: dict[str, Any]) -> dict[
         if isinstance(value, dict) or value is None:
             raise typer.BadParameter(f"{path}: {key}: a table, expected a value")
         parameter = parameters[name]
+        if parameter.nargs == -1:
+            raise typer.BadParameter(f"{path}: {key}: only on the command line")
         is_flag = bool(getattr(parameter, "is_flag", False))
         if is_flag != isinstance(value, bool):
             raise typer.BadParameter(f"{path}: {key}: {value!r}, expected {'true or false' if is_flag else 'a value'}")
-        is_list = getattr(parameter, "multiple", False) or parameter.nargs == -1
-        if is_list:
+        if getattr(parameter, "multiple", False):
             found[name] = list(map(str, value)) if isinstance(value, list) else [str(value)]
         else:
             found[name] = ",".join(map(str, value)) if isinstance(value, list) else value if is_flag else str(value)

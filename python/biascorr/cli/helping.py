@@ -28,7 +28,7 @@ class Command(typer.core.TyperCommand):
             if record is not None:
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
-                names, text = record
+                names, text = record[0], record[1].replace("\\[", "[")  # older versions of typer escape it for rich
                 shown = str(parameter.metavar) if is_argument else _shown(names, parameter.default is True)
                 groups.setdefault(panel, []).append((shown, text.removesuffix("  [required]") if is_argument else text))
         for panel in sorted(groups, key=_ORDER.index):

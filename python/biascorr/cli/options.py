@@ -13,8 +13,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from biascorr.arguments import nearest
 from biascorr.calibration.storage import bytes_from_text
-from biascorr.cli.configuring import nearest, read_config
+from biascorr.cli.configuring import read_config
 from biascorr.typing import ImageColor, ImageLayout, ImagePreset, Method, NewBiases
 
 DATA_PANEL = "Samples"

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
-from biascorr.arguments import checked_integer, paths_of, renamed
+from biascorr.arguments import checked_choice, checked_integer, paths_of, renamed
 from biascorr.calibration.data import check_amounts
 from biascorr.calibration.progress import LOGGER, Progress, Work
 from biascorr.calibration.resources import checked_threads
@@ -520,8 +520,7 @@ def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
 
 
 def check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
+    checked_choice("method", method, METHODS)
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: {strength}, expected above 0 up to 1")
     if strength != 1.0 and method not in _SCALED:
@@ -530,8 +529,7 @@ def check_options(method: str, strength: float, shrunk: bool, new_biases: str, h
         raise ValueError(f"shrunk: {shrunk}, expected False with method {method!r}")
     if not has_data and method != "analytical":
         raise ValueError(f"data: None, expected samples with method {method!r}; only 'analytical' does without")
-    if new_biases not in NEW_BIASES:
-        raise ValueError(f"new_biases: {new_biases!r}, expected {' or '.join(map(repr, NEW_BIASES))}")
+    checked_choice("new_biases", new_biases, NEW_BIASES)
 
 
 def _check_inputs_and_outputs(reference: Network, quantized: Network) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from biascorr.adapters.frameworks import Framework
 from biascorr.adapters.loading import framework_of, network_from_model
-from biascorr.arguments import checked_integer, paths_of
+from biascorr.arguments import checked_choice, checked_integer, paths_of
 from biascorr.calibration.data import check_amounts
 from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.resources import checked_threads
@@ -213,8 +213,7 @@ def _check_options(weight_type: str, activation_type: str, calibration: str, op_
         ("activation_type", activation_type, TYPES),
         ("calibration", calibration, CALIBRATIONS),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name}: {value!r}, expected one of {', '.join(allowed)}")
+        checked_choice(name, value, allowed)
     if isinstance(op_types, str):
         raise TypeError(f"op_types: {op_types!r}, expected a sequence of operators: [{op_types!r}]")
 

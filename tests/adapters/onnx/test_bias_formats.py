@@ -409,7 +409,7 @@ def test_a_model_that_onnxruntime_refuses_to_optimize_is_not_blamed_on_its_corre
 
 
 def test_new_biases_are_added_or_skipped():
-    with pytest.raises(ValueError, match=r"^new_biases: 'no', expected 'add' or 'skip'$"):
+    with pytest.raises(ValueError, match=r"^new_biases: 'no', expected one of add, skip$"):
         corrected(*pair_of("Conv"), samples(4, *SHAPES["Conv"]), new_biases="no")
 
 
