@@ -152,9 +152,9 @@ def test_other_frameworks_and_quantized_models_are_refused(result, data):
 
 def test_weights_have_7_bits_where_8_saturate(monkeypatch, data):
     monkeypatch.setattr("biascorr.correction.quantize._SATURATED", -1000.0)  # as if it were so on any CPU
-    monkeypatch.setattr(Score, "is_better_than", lambda *_: False)
-    assert "of 7 bits" not in quantize(two_layers(), data, equalize=False, method="mean").notes[0]
     monkeypatch.setattr(Score, "is_better_than", lambda *_: True)
+    assert "of 7 bits" not in quantize(two_layers(), data, equalize=False, method="mean").notes[0]
+    monkeypatch.setattr(Score, "is_better_than", lambda *_: False)
     tried = quantize(two_layers(), data, equalize=False, method="mean")
     assert "of 7 bits" in tried.notes[0]
     assert tried.notes[1].startswith("weights have 7 bits (reduce_range), which gives ")

@@ -62,7 +62,7 @@ def quantize(
         ),
     ] = None,
     reduce_range: Annotated[
-        bool | None, _flag("Weights of 7 bits, for x86 CPUs without VNNI. Default: where that is surely better on this CPU.")
+        bool | None, _flag("Weights of 7 bits, for x86 CPUs without VNNI. Default: where 8 bits saturate on this CPU.")
     ] = None,
     equalize: Annotated[bool, _flag("Do not try the model equalized.")] = True,
     max_samples: MaxSamples = 300,

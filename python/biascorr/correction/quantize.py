@@ -117,8 +117,8 @@ def quantize(
         The operators that are quantized, such as "Conv"; an empty sequence: all that onnxruntime can quantize. None: those with
         weights, and Relu and Clip, which runtimes fuse with them.
     reduce_range : bool, optional
-        Whether weights have 7 bits, for CPUs whose products of 8 bits saturate: x86 without VNNI. None: where that is surely
-        better on this CPU, which is tried where 8 bits lose more as they are run than in exact arithmetic.
+        Whether weights have 7 bits, for CPUs whose products of 8 bits saturate: x86 without VNNI. None: where 8 bits lose
+        more as this CPU runs them than in exact arithmetic, and 7 bits are not surely worse.
     equalize : bool
         Whether the model is also quantized equalized, as :func:`biascorr.equalize` does it, and that is returned where it is
         surely better.
@@ -285,14 +285,17 @@ class _Quantized:
 
 
 def _without_saturation(first: _Quantized, network: Network, expected: FloatOutputs, work: Work) -> _Quantized:
-    """With weights of 7 bits, where that is surely better as this CPU runs it; a note says so."""
+    """With weights of 7 bits, where 8 saturate and these are not surely worse, as this CPU runs them; a note says so.
+
+    What saturates is not corrected by any bias, and 7 bits lose less after correction than before.
+    """
     with work.step("quantized model as its runtime runs it"):
         exact, found = expected.score(first.network), expected.score_deployed(first.network)
         if not exact.sqnr - found.sqnr > _SATURATED:
             return first
         reduced = _Quantized.of(network, first.samples, work, replace(first.settings, reduce_range=True))
         better = expected.score_deployed(reduced.network)
-    if not better.is_better_than(found):
+    if found.is_better_than(better):
         return first
     note = (
         f"weights have 7 bits (reduce_range), which gives {better} on this CPU, before any correction: with 8 bits, whose "
