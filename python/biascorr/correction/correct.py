@@ -99,7 +99,8 @@ def correct(
         the first axis, or along that which an ONNX model calls the batch. An iterable, be it a `CalibrationDataReader`, a
         `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`, gives batches: arrays, tuples with one array per
         input, or mappings; a `tf.data.Dataset` may also give single samples. A path is an .npy or .npz file or a folder of
-        them, one batch per file. Only the method "analytical" does without.
+        them, one batch per file; :func:`biascorr.images` makes samples of a folder of images; "module:function" is what this
+        function returns. Only the method "analytical" does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
         None: the float model is quantized in simulation, and the float model with corrected biases is returned.
