@@ -29,6 +29,9 @@ there are, when those that were read are counted. The share never falls back.
 WHOLE = 1000
 """What all of the work is in the units of :data:`Progress`."""
 
+PREPARING = "preparing"
+"""The kind of work that makes a part of a network ready to run: for few samples, it takes longer than they do."""
+
 _READING = {"reading samples", "reading validation samples"}
 """Kinds whose pace says nothing of that of others."""
 
@@ -36,6 +39,7 @@ _READ = 0.05
 """The share of the work that reading is taken for, before anything else is known."""
 
 _COSTS = dict.fromkeys(_READING, 0.05) | {
+    PREPARING: 2.0,
     "deployed": 0.7,
     "layers": 1.2,
     "mean": 1.3,
@@ -107,15 +111,26 @@ class Work:
         self._label = before
 
     @contextmanager
-    def doing(self, kind: str, units: float, label: str | None = None) -> Iterator[Callable[[float], None]]:
-        """So many units of a kind are done inside, which calls what it gets with the part of them that is."""
+    def doing(
+        self, kind: str, units: float, label: str | None = None, *, prepared: float = 0.0
+    ) -> Iterator[Callable[..., None]]:
+        """So many units of a kind are done inside, and so many parts of a network are prepared to run.
+
+        What is inside calls what it gets with the part of these that is done, and with the seconds of preparations.
+        """
         outer = self._label, self._kind
         self._note(self._kind, 0.0)
         self._label, self._kind = label or self._label, kind
-        end = self._left.setdefault(kind, units) - units
+        inside = {kind: units} | ({PREPARING: prepared} if prepared else {})
+        self._left |= {each: max(count, self._left.get(each, 0.0)) for each, count in inside.items()}
+        after = {each: self._left[each] - count for each, count in inside.items()}
 
-        def advance(part: float) -> None:
+        def advance(part: float, seconds: float = 0.0) -> None:
+            self._mark += seconds
             self._note(kind, part * units)
+            self._mark -= seconds
+            if prepared:
+                self._note(PREPARING, part * prepared)
             self._report()
 
         self._report()
@@ -123,7 +138,7 @@ class Work:
         yield advance
         LOGGER.debug("%s%s: %.3f s", kind, f" ({self._label})" * (self._label not in ("", kind)), self._clock() - start)
         self._note(kind, 0.0)
-        self._left[kind] = max(0.0, end)
+        self._left |= after
         self._label, self._kind = outer
 
     def each(self, items: Iterator[T], kind: str, count: int, label: str | None = None) -> Iterator[T]:

@@ -6,6 +6,7 @@ A candidate is shifts and a score, never a copy of a model. What candidates shar
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,7 @@ from biascorr.graph.network import BiasNetwork, Network, Shift
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
 from biascorr.sweep.paired import PairedSweep
-from biascorr.sweep.plan import Stage, layers_across_stages
+from biascorr.sweep.plan import Stage, layers_across_stages, plan_stages
 from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
 
 _PART = 4
@@ -35,11 +36,11 @@ _PART = 4
 _WORST = 5
 """Channels of a layer that its report names."""
 
+_PREPARED = {"activation": 2, "squared": 3}
+"""Parts of networks that are made ready to run for a stage, where they are not one."""
+
 _LEAST_PART = 16
 """Batches that do so, at least."""
-
-SETUP = 4
-"""Batches in whose time a network is prepared, about."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,18 @@ class CandidateBuilder:
         """Batches that the float network has been measured over."""
         return self._reference_batches
 
+    def preparations(self, choice: Choice) -> int:
+        """The parts of networks, about, that are made ready to run for a candidate."""
+        stages = self._stages
+        if choice.method == "analytical":
+            return 0
+        return stages // DEPTH if choice.method == "mean" else stages * _PREPARED.get(choice.method, 1)
+
+    @functools.cached_property
+    def _stages(self) -> int:
+        """The stages of a sweep in which every layer is corrected."""
+        return len(plan_stages(self.quantized, self._layers)) - 1
+
     def uncorrected(self, choice: Choice) -> Candidate:
         """The network as it is."""
         candidate = Candidate(choice)
@@ -238,8 +251,9 @@ class CandidateBuilder:
     ) -> PooledShifts:
         """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
         pooled = PooledShifts()
-        units = len(self._batches) + SETUP
-        with self._beside(sweep, method) as paired, self._work.doing(candidate.choice.method, units, label) as advance:
+        kind, units, prepared = candidate.choice.method, len(self._batches), self.preparations(candidate.choice)
+        seconds = 0.0
+        with self._beside(sweep, method) as paired, self._work.doing(kind, units, label, prepared=prepared) as advance:
             for number, stage in enumerate(sweep.stages):
                 if paired is not None:
                     paired.measure(number)
@@ -253,7 +267,8 @@ class CandidateBuilder:
                     change = self._corrected(candidate, layer, found)
                     if change is not None:
                         sweep.shift(layer, change)
-                advance(1 / len(sweep.stages))
+                before, seconds = seconds, sweep.prepared + (0.0 if paired is None else paired.prepared)
+                advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return pooled
 
@@ -347,10 +362,12 @@ class CandidateBuilder:
         shards = local_shards(self.reference, self._samples, self._threads, batches)
         sweep = Sweep(self.reference, layers, shards, Wanted(activated=activated), depth=DEPTH)
         found: dict[str, Measured] = {}
-        with self._work.doing("layers", len(batches) + SETUP, "float network") as advance:
+        seconds = 0.0
+        with self._work.doing("layers", len(batches), "float network", prepared=len(sweep.stages)) as advance:
             for stage in sweep.stages:
                 found |= sweep.measure(stage)
-                advance(1 / len(sweep.stages))
+                before, seconds = seconds, sweep.prepared
+                advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return {name: found[match.reference.name] for name, match in self._matches.items()}
 
@@ -359,11 +376,13 @@ class CandidateBuilder:
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
         sweep = self._sweep(self.quantized, self._layers, method.wanted, depth=DEPTH)
         pooled = PooledShifts()
-        with self._work.doing("mean", len(self._batches) + SETUP) as advance:
+        seconds = 0.0
+        with self._work.doing("mean", len(self._batches), prepared=len(sweep.stages)) as advance:
             for stage in sweep.stages:
                 for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
                     pooled.add(layer, shift, positions)
-                advance(1 / len(sweep.stages))
+                before, seconds = seconds, sweep.prepared
+                advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return pooled.by_layer()
 

@@ -8,6 +8,7 @@ are over the positions of all samples, f is the float layer's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -74,6 +75,12 @@ class PairedSweep:
         layers = list({layer.name: layer for layer in pairs.values()}.values())
         shard = Shard(reference, self._float, self._batches, threads)
         self._sweep = Sweep(reference, layers, [shard], Wanted(outputs=False))
+        self._prepared = 0.0
+
+    @property
+    def prepared(self) -> float:
+        """Seconds in which the network was made ready to run, so far."""
+        return self._sweep.prepared + self._prepared
 
     def is_beside(self, stages: Sequence[Stage]) -> bool:
         """Whether the layers of each stage of the quantized network are those of a stage here, in the same order."""
@@ -93,7 +100,9 @@ class PairedSweep:
             return shift
         workers = max(1, min(len(ours), self._threads))
         given = {expected.output: self._float.storage[theirs[0]]}
+        start = time.monotonic()
         compute = self._reference.part(given, [tensor], threads=max(1, self._threads // workers))
+        self._prepared += time.monotonic() - start
 
         def activated(values: NDArray[Any]) -> NDArray[Any]:
             return compute({expected.output: values})[tensor]

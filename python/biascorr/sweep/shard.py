@@ -8,6 +8,7 @@ held as their codes: what dequantizes them runs where it is read.
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class Shard:
         self._threads = threads
         self._shifted: set[tuple[str, int]] = set()
         self._buffers = Buffers()
+        self.prepared = 0.0  # seconds in which the network was made ready to run
         self._made = 0  # bytes that the stage made of the last batch
 
     def measure(self, stage: Stage, wanted: Wanted, shifts: Mapping[str, NDArray[Any]]) -> Measurements:
@@ -159,7 +161,10 @@ class Shard:
 
     def _part(self, given: Feeds, wanted: Sequence[str], workers: int) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
         threads = max(1, self._threads // self._workers(workers))
-        return self._network.part(given, wanted, threads=threads, allocator=self._buffers)
+        start = time.monotonic()
+        compute = self._network.part(given, wanted, threads=threads, allocator=self._buffers)
+        self.prepared += time.monotonic() - start
+        return compute
 
     def _feeds(self, stage: Stage, batch: int, shifts: Mapping[str, NDArray[Any]]) -> Feeds:
         return {name: self._live(name, batch, shifts) for name in stage.given}

@@ -69,6 +69,11 @@ class Sweep:
         self._wanted = wanted
         self._shifts: dict[str, NDArray[Any]] = {}
 
+    @property
+    def prepared(self) -> float:
+        """Seconds in which the network was made ready to run, so far."""
+        return sum(shard.prepared for shard in self._shards)
+
     def measure(self, stage: Stage) -> dict[str, Measured]:
         """Runs a stage, after those before it; the measurements of its layers by name."""
         found = self._measured(stage)
