@@ -1,5 +1,6 @@
 """Mistakes that are easily made with the array interface: each is said, with what was meant; what is right stays silent."""
 
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -57,6 +58,9 @@ def test_the_warning_is_for_the_caller():
     [
         (CODES, None),
         (CODES, Quantization.from_step(0.02, -10)),
+        (CODES, Quantization.from_step(50.0, -10)),
+        (CODES, Quantization.from_range(0.0, 1e4)),
+        (CODES, pickle.loads(pickle.dumps(Quantization.from_range(np.zeros(8), np.full(8, 1e4))))),
         (CODES, Quantization(0.5, 0)),  # reaches far, but no farther than the codes do
         ([np.where(np.arange(8) == 3, 1, codes) for codes in CODES], Quantization(0.02, 0)),  # a channel within
         ([np.zeros_like(CODES[0])], Quantization(0.02, 0)),

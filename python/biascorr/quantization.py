@@ -77,7 +77,7 @@ class Quantization:
         step = np.asarray(step, dtype=np.float64)
         if not (np.isfinite(step) & (step > 0)).all():
             raise ValueError(f"step: {step}, expected positive and finite")
-        return cls(1.0 / step, zero_point, bits)
+        return _of_known_unit(cls, 1.0 / step, zero_point, bits)
 
     @classmethod
     def from_range(cls, min: ArrayLike, max: ArrayLike, bits: int = 8, asymmetric: bool = True) -> Quantization:  # noqa: A002
@@ -111,7 +111,7 @@ class Quantization:
             span = high - low if asymmetric else np.maximum(-low, high)
             scale = np.divide(steps, span, out=np.ones_like(span), where=span > 0)
             zero_point = -half - np.rint(low * scale) if asymmetric else np.zeros_like(scale)
-        return cls(scale, np.where(span > 0, zero_point, 0.0), bits)
+        return _of_known_unit(cls, scale, np.where(span > 0, zero_point, 0.0), bits)
 
     @classmethod
     def from_weights(
@@ -193,7 +193,8 @@ class Quantization:
         return fake_quantize(array, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Quantization, (self.scale, self.zero_point, self.bits)
+        values = self.scale, self.zero_point, self.bits
+        return (_of_known_unit, (Quantization, *values)) if "has_known_unit" in vars(self) else (Quantization, values)
 
     def __repr__(self) -> str:
         scale, zero_point = (np.asarray(x).tolist() for x in (self.scale, self.zero_point))
@@ -208,6 +209,13 @@ class Quantization:
     def _key(self) -> tuple[Any, ...]:
         scale, zero_point = np.asarray(self.scale), np.asarray(self.zero_point)
         return scale.shape, scale.tobytes(), zero_point.shape, zero_point.tobytes(), self.bits
+
+
+def _of_known_unit(kind: type[Quantization], scale: ArrayLike, zero_point: ArrayLike, bits: int) -> Quantization:
+    """One that is made of a step or a range, whose scale is no step by mistake."""
+    quantization = kind(scale, zero_point, bits)
+    vars(quantization)["has_known_unit"] = True
+    return quantization
 
 
 def fake_quantize(

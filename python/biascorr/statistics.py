@@ -219,7 +219,12 @@ def _is_integer(sample: Any) -> bool:
 
 
 def _warn_of_a_step(mean: NDArray[Any], quantization: Any, are_integers: bool) -> None:
-    """Warns where all means, but those of silent channels, are beyond the integers themselves: the scale likely is a step."""
+    """Warns where all means, but those of silent channels, are beyond the integers themselves: the scale likely is a step.
+
+    Not where it was made of a range or a step: activations of some thousands have such scales.
+    """
+    if getattr(quantization, "has_known_unit", False):
+        return
     bits = getattr(quantization, "bits", 8)
     audible = mean[mean != 0]
     is_small = np.max(quantization.scale) < _FEW_STEPS

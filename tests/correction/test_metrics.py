@@ -170,3 +170,32 @@ def test_a_metric_judges_integers_in_place_of_real_numbers():
     assert str(correction.scores["none"]).startswith("metric -")
     with pytest.raises(ValueError, match="or give a metric$"):
         correct(model, samples(40, 7), quantized=given)
+
+
+def failing(outputs, _reference):
+    return outputs["logits"]
+
+
+def failing_with_runs(run):
+    return run(np.zeros((1, 9), np.float32))
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (failing, RuntimeError, r"^metric: failing failed: KeyError: 'logits'$"),
+        (lambda *_: 1 / 0, RuntimeError, r"^metric: .*<lambda> failed: ZeroDivisionError: division by zero$"),
+        (failing_with_runs, RuntimeError, "^metric: failing_with_runs failed: .*9"),
+        (lambda run: run({"z": np.zeros((1, 7))})["y"], ValueError, "^metric: it ran z, the model's inputs are x$"),
+        (out_of_memory, MemoryError, "^$"),
+    ],
+    ids=["sample", "lambda", "run", "inputs of run", "memory"],
+)
+def test_metrics_that_fail_are_named(metric, error, message):
+    with pytest.raises(error, match=message) as caught:
+        correct(classifier(), samples(16, 7), quant_params=PARAMS, metric=metric)
+    assert (caught.value.__cause__ is None) == (error is not RuntimeError)

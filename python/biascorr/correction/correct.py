@@ -180,7 +180,8 @@ def correct(
     OSError
         The temporary folder is full.
     RuntimeError
-        The corrected model is not valid, or computes something else than was measured, by an error of this package.
+        The corrected model is not valid, or computes something else than was measured, by an error of this package; `metric`
+        raised an exception, which is the cause of this one.
     TypeError
         The model or the data is of a kind that is not understood; a sample has another dtype than the input; the model is one
         whose weights cannot be changed, and no quantized one is given.

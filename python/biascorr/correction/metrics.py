@@ -45,12 +45,28 @@ class Metric:
             raise TypeError(f"metric: {function!r} takes neither (outputs, reference) nor (run)")
 
     def of_sample(self, outputs: Outputs, reference: Outputs) -> float:
-        """Of one sample, from the outputs of a network and those of the float one."""
-        return _number(self._function(outputs, reference))
+        """Of one sample, from the outputs of a network and those of the float one. Raises RuntimeError where it fails."""
+        return self._number(outputs, reference)
 
     def of_run(self, run: Run) -> float:
-        """Of a network."""
-        return _number(self._function(run))
+        """Of a network. Raises RuntimeError where it fails."""
+        return self._number(run)
+
+    def _number(self, *arguments: Any) -> float:
+        try:
+            value = self._function(*arguments)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if str(error).startswith(_LABEL):  # of the run that it was given
+                raise
+            name = getattr(self._function, "__qualname__", type(self._function).__qualname__)
+            raise RuntimeError(f"{_LABEL}{name} failed: {type(error).__name__}: {error}".removesuffix(": ")) from error
+        return _number(value)
+
+
+_LABEL = "metric: "
+"""What errors of metrics begin with."""
 
 
 def metric_from_name(name: str) -> Callable[..., Any]:
