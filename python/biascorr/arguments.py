@@ -52,6 +52,21 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None, 
     raise ValueError(f"{name}: {value!r}, expected an integer {limits}" + (f", or {otherwise}" if otherwise else ""))
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError where one of these arguments, given by name, is neither True nor False.
+
+    Examples
+    --------
+    >>> check_flags(equalize=True, per_channel="no")
+    Traceback (most recent call last):
+    ...
+    TypeError: per_channel: 'no', expected True or False
+    """
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name}: {value!r}, expected True or False")
+
+
 def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raises ValueError where the value is none of these.
 

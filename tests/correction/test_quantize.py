@@ -10,7 +10,17 @@ import pytest
 import biascorr
 from biascorr import correct, quantize
 from biascorr.correction.scoring import Score
-from networks import as_constant_nodes, batch_norm, batch_norm_constants, biases, model_from_text, samples, two_layers, weights
+from networks import (
+    as_constant_nodes,
+    batch_norm,
+    batch_norm_constants,
+    biases,
+    model_from_text,
+    samples,
+    two_layers,
+    weights,
+    with_constants,
+)
 from tflite_fixtures import path_of
 
 
@@ -133,7 +143,14 @@ def test_batch_norms_are_folded_by_the_preparation():
         ({"activation_type": "float"}, ValueError, "activation_type: 'float'"),
         ({"calibration": "max"}, ValueError, "calibration: 'max', expected one of minmax"),
         ({"op_types": "Conv"}, TypeError, "expected a sequence of operators: ['Conv']"),
-        ({"op_types": ["MatMul"]}, ValueError, "op_types: MatMul, expected operators of layers"),
+        ({"op_types": ["MatMul"]}, ValueError, "op_types: MatMul, expected operators of the model's layers; it has Conv, Gemm"),
+        ({"op_types": ["Conv", "gemm"]}, ValueError, "op_types: 'gemm', which is no operator of the model; did you mean Gemm?"),
+        ({"op_types": ["Conv", 3]}, ValueError, "op_types: 3, which is no operator of the model"),
+        ({"per_channel": "no"}, TypeError, "per_channel: 'no', expected True or False"),
+        ({"equalize": "yes"}, TypeError, "equalize: 'yes', expected True or False"),
+        ({"reduce_range": 7}, TypeError, "reduce_range: 7, expected True or False"),
+        ({"shrunk": 2}, TypeError, "shrunk: 2, expected True or False"),
+        ({"strength": "half"}, ValueError, "strength: 'half', expected a number above 0 up to 1"),
         ({"method": "best"}, ValueError, "method: 'best'"),
     ],
 )
@@ -141,6 +158,26 @@ def test_wrong_options_are_refused(options, error, message, data):
     with pytest.raises(error) as raised:
         quantize(two_layers(), data[:4], **options)
     assert message in str(raised.value)
+
+
+def test_layers_whose_biases_cannot_be_corrected_are_quantized():
+    """The preparation makes one operator of a product and a sum, whose bias is no constant then."""
+    model = model_from_text(
+        "g (float[N,5] x, float[N,5] z) => (float[N,5] y) { t = MatMul(x, w) y = Add(t, z) }", w=weights(5, 5)
+    )
+    found = quantize(model, {name: samples(16, 5) for name in "xz"}, equalize=False)
+    assert "QuantizeLinear" in {node.op_type for node in found.model.graph.node}
+    assert [report.reason for report in found.report] == ["its bias is computed at run time"]
+
+
+def test_what_onnxruntime_cannot_quantize_is_named(data):
+    model = model_from_text("g (double[N,5] x) => (double[N,5] y) { y = MatMul(x, w) }", w=weights(5, 5, dtype="float64"))
+    with pytest.raises(ValueError, match="quantized none of its layers; it takes weights of float32, the model has float64"):
+        quantize(model, samples(8, 5, dtype="float64"), equalize=False)
+    w = weights(5, 6)
+    w[0, 0] = np.nan
+    with pytest.raises(ValueError, match="^reference: layer last has weights that are nan or infinite: onnxruntime cannot"):
+        quantize(with_constants(two_layers(), w3=w), data[:4], equalize=False)
 
 
 def test_other_frameworks_and_quantized_models_are_refused(result, data):

@@ -78,6 +78,14 @@ def test_models_are_called_by_their_files(tmp_path, float_model, data):
     assert [each.name for each in compare(float_model, float_model, data).models] == ["model 1"]
 
 
+def test_no_model_is_lost_where_names_are_the_same(tmp_path, float_model, data):
+    onnx.save(float_model, path := tmp_path / "q.onnx")
+    found = compare(float_model, [path, path], data[:2])
+    assert [each.name for each in found.models] == [str(path), f"{path} (2)"]
+    found = compare(float_model, {1: float_model, "1": float_model, "1 (2)": float_model}, data[:2])
+    assert [each.name for each in found.models] == ["1", "1 (3)", "1 (2)"]
+
+
 def test_corrected_model_is_taken_as_it_is_returned(float_model, data):
     given = quantized(float_model, [{"x": each[None]} for each in data])
     correction = correct(float_model, data, quantized=given, method="mean")
@@ -101,6 +109,15 @@ def test_batches_have_the_size_that_any_model_insists_on():
     found = compare(classifier(), fixed, samples(8, 6), batch_size=4)
     assert found.batches == 4
     assert found.models[0].sqnr == 100
+
+
+def test_sizes_that_cannot_both_be_taken_are_said():
+    two, four = onnx.ModelProto(), onnx.ModelProto()
+    for size, fixed in ((2, two), (4, four)):
+        fixed.CopyFrom(classifier())
+        fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    with pytest.raises(ValueError, match=r"^four: input x takes \(4, 6\), other models \(2, 6\); compare them one by one$"):
+        compare(classifier(), {"two": two, "four": four}, samples(8, 6))
 
 
 def test_outputs_that_one_model_lacks_are_named():

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 
 from biascorr.adapters.loading import check_same_framework, network_from_model
-from biascorr.arguments import checked_choice, checked_integer, paths_of, renamed
+from biascorr.arguments import check_flags, checked_choice, checked_integer, paths_of, renamed
 from biascorr.calibration.data import check_amounts
 from biascorr.calibration.progress import LOGGER, Progress, Work
 from biascorr.calibration.resources import checked_threads
@@ -209,6 +209,7 @@ def correct(
     """
     started = time.perf_counter()
     check_options(method, strength, shrunk, new_biases, data is not None)
+    check_flags(equalize=equalize, fold=fold)
     check_amounts(batch_size, max_samples)
     checked_integer("seed", seed, 0)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
@@ -523,8 +524,9 @@ def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
 
 def check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
     checked_choice("method", method, METHODS)
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength: {strength}, expected above 0 up to 1")
+    if not isinstance(strength, (int, float, np.integer, np.floating)) or not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength: {strength!r}, expected a number above 0 up to 1")
+    check_flags(shrunk=shrunk)
     if strength != 1.0 and method not in _SCALED:
         raise ValueError(f"strength: {strength}, expected 1 with method {method!r}")
     if shrunk and method not in _SCALED:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from biascorr.adapters.frameworks import Framework
 from biascorr.adapters.loading import framework_of, network_from_model
-from biascorr.arguments import checked_choice, checked_integer, paths_of
+from biascorr.arguments import check_flags, checked_choice, checked_integer, nearest, paths_of
 from biascorr.calibration.data import check_amounts
 from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.resources import checked_threads
@@ -45,6 +45,7 @@ from biascorr.equalization.equalize import equalized
 from biascorr.equalization.result import Equalization
 from biascorr.graph.matching import Match
 from biascorr.graph.network import BiasNetwork, Feeds, Network, require_edits, require_float, versions_of
+from biascorr.graph.origin import origin_of
 from biascorr.sweep.independence import BatchingFinder
 from biascorr.typing import Calibration, Data, Method, Model, ModelFile, NewBiases, QuantizedType
 
@@ -162,6 +163,7 @@ def quantize(
     started = time.perf_counter()
     _check_options(weight_type, activation_type, calibration, op_types)
     check_options(method, strength, shrunk, new_biases, has_data=True)
+    check_flags(per_channel=per_channel, equalize=equalize, **({} if reduce_range is None else {"reduce_range": reduce_range}))
     check_amounts(batch_size, max_samples)
     checked_integer("seed", seed, 0)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
@@ -169,7 +171,7 @@ def quantize(
     network = _loaded(reference)
     from biascorr.adapters.onnx.static_quantization import StaticQuantization
 
-    operators = OP_TYPES if op_types is None else tuple(op_types)
+    operators = OP_TYPES if op_types is None else _checked_operators(network, op_types)
     settings = StaticQuantization(per_channel, weight_type, activation_type, calibration, operators, bool(reduce_range))
     work, wanted = Work(progress), wanted_choices(method, strength, shrunk)
     with Storage(budget) as storage:
@@ -216,6 +218,19 @@ def _check_options(weight_type: str, activation_type: str, calibration: str, op_
         checked_choice(name, value, allowed)
     if isinstance(op_types, str):
         raise TypeError(f"op_types: {op_types!r}, expected a sequence of operators: [{op_types!r}]")
+
+
+def _checked_operators(network: Network, op_types: Sequence[str]) -> tuple[str, ...]:
+    """The operators. Raises ValueError where one is neither in the network nor known to onnxruntime's quantization."""
+    from biascorr.adapters.onnx.network import OnnxNetwork
+    from biascorr.adapters.onnx.static_quantization import QUANTIZABLE
+
+    assert isinstance(network, OnnxNetwork)
+    known = sorted({*QUANTIZABLE, *network.op_types})
+    for each in op_types:
+        if each not in known:
+            raise ValueError(f"op_types: {each!r}, which is no operator of the model{nearest(each, known)}")
+    return tuple(op_types)
 
 
 def _loaded(reference: Any) -> Network:
@@ -274,14 +289,23 @@ class _Quantized:
                     advance(1 / len(batches))
 
             prepared, quantized = statically_quantized(network, feeds, len(batches), settings, folder.path)
-        if not any(layer.weight_step is not None for layer in quantized.layers):
-            raise ValueError(
-                f"op_types: {', '.join(settings.op_types) or 'all'}, expected operators of layers: none of the model's was "
-                f"quantized; it has {', '.join(sorted({layer.op for layer in network.layers})) or 'no layers'}"
-            )
+        _check_quantized(network, quantized, settings.op_types)
         pair = paired(prepared, quantized)
         said = f"quantized by onnxruntime {versions_of(network)['onnxruntime']}: {settings}"
         return cls(pair.reference, quantized, pair.matches, settings, samples, (said, *pair.notes))
+
+
+def _check_quantized(network: Network, quantized: BiasNetwork, op_types: Sequence[str]) -> None:
+    """Raises ValueError where no layer was quantized; of those that are unsupported, that is not known."""
+    is_left_open = quantized.unsupported and origin_of(quantized).quantization is not None
+    if is_left_open or any(layer.weight_step is not None for layer in quantized.layers):
+        return
+    found = sorted({layer.op for layer in network.layers})
+    if op_types and not {*found} & {*op_types}:
+        listed = ", ".join(found) or "no layers"
+        raise ValueError(f"op_types: {', '.join(op_types)}, expected operators of the model's layers; it has {listed}")
+    types = ", ".join(sorted({str(layer.weights.dtype) for layer in network.layers})) or "no layers"
+    raise ValueError(f"reference: onnxruntime quantized none of its layers; it takes weights of float32, the model has {types}")
 
 
 def _without_saturation(first: _Quantized, network: Network, expected: FloatOutputs, work: Work) -> _Quantized:

@@ -9,6 +9,7 @@ largest change max |q - r|
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,10 +255,10 @@ def compare(
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     named, work = _named(models), Work(progress)
     network = require_biases(network_from_model(_model_of(reference), "reference"), "reference")
-    pairs, versions = [], dict(versions_of(network))
+    pairs, versions = dict[str, dict[str, ModelInput]](), dict(versions_of(network))
     for name, model in named.items():
         loaded = _loaded(name, model)
-        pairs.append(paired_inputs(network.inputs, loaded.inputs, name))
+        pairs[name] = paired_inputs(network.inputs, loaded.inputs, name)
         _check_outputs(network, loaded, name)
         versions |= versions_of(loaded)
         del loaded
@@ -274,8 +275,8 @@ def compare(
         random = expected.random_outputs(ours.again)
         ours.forget()
         found = [
-            _compared(expected, network, _Timed(_loaded(name, model), samples, threads, work, name, each), model)
-            for (name, model), each in zip(named.items(), pairs)
+            _compared(expected, network, _Timed(_loaded(name, model), samples, threads, work, name, pairs[name]), model)
+            for name, model in named.items()
         ]
     notes = [f"not all samples were read, {max_samples} at most (max_samples)"] if samples.left_out else []
     if random:
@@ -299,15 +300,24 @@ def compare(
 def _named(models: Any) -> dict[str, Any]:
     """The models by name."""
     if isinstance(models, Mapping):
-        named = {str(name): model for name, model in models.items()}
+        listed, names = list(models.values()), list(map(str, models))
     else:
         listed = list(models) if isinstance(models, (list, tuple)) else [models]
         names = [_name_of(model) or f"model {k}" for k, model in enumerate(listed, start=1)]
-        paths = [str(model) if _name_of(model) else name for model, name in zip(listed, names)]
-        named = dict(zip(names if len(set(names)) == len(names) else paths, listed))
-    if not named:
+        if len(set(names)) < len(names):
+            names = [str(model) if _name_of(model) else name for model, name in zip(listed, names)]
+    if not names:
         raise ValueError("models: none, expected at least one")
-    return named
+    return dict(zip(_distinct(names), listed))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number where one comes again."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({k})" for k in itertools.count(2))
+        found.append(name if name not in found else next(each for each in numbered if each not in (*names, *found)))
+    return found
 
 
 def _name_of(model: Any) -> str | None:

@@ -24,10 +24,20 @@ def paired_inputs(expected: Sequence[ModelInput], found: Sequence[ModelInput], l
     return pairs
 
 
-def merged_inputs(expected: Sequence[ModelInput], others: Sequence[Mapping[str, ModelInput]]) -> list[ModelInput]:
-    """The inputs of the reference with the sizes that other models insist on."""
+def merged_inputs(expected: Sequence[ModelInput], others: Mapping[str, Mapping[str, ModelInput]]) -> list[ModelInput]:
+    """The inputs of the reference with the sizes that other models, by their labels, insist on.
+
+    Raises ValueError, which starts with the label, where one insists on other sizes than those before it.
+    """
     merged = list(expected)
-    for pairs in others:
+    for label, pairs in others.items():
+        for each in merged:
+            found = pairs[each.name]
+            if not _fit(each.shape, found.shape):
+                raise ValueError(
+                    f"{label}: input {found.name} takes {text_of_shape(found.shape)}, other models "
+                    f"{text_of_shape(each.shape)}; compare them one by one"
+                )
         merged = [replace(each, shape=_merged(each.shape, pairs[each.name].shape)) for each in merged]
     return merged
 

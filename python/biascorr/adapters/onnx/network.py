@@ -131,6 +131,11 @@ class OnnxNetwork:
         return Origin(format_of(model), quantization_of(nodes), quantizer_of(model, nodes), producer_of(model), outputs)
 
     @property
+    def op_types(self) -> set[str]:
+        """The operators of its nodes."""
+        return {node.op_type for node in self._original.nodes}
+
+    @property
     def order(self) -> Sequence[str]:
         """Names of all nodes, in topological order."""
         return list(self._nodes)

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 from onnxruntime import quantization
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from biascorr.adapters.onnx import files
@@ -40,6 +42,9 @@ _CALIBRATIONS = {
     "entropy": quantization.CalibrationMethod.Entropy,
     "percentile": quantization.CalibrationMethod.Percentile,
 }
+
+QUANTIZABLE = frozenset({*QDQRegistry, *QLinearOpsRegistry})
+"""Operators that onnxruntime quantizes where none are named."""
 
 _PER_CHANNEL_OPSET = 13
 """The opset that gave DequantizeLinear a step per channel."""
@@ -159,7 +164,9 @@ def statically_quantized(
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             text = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"reference: onnxruntime cannot quantize it: {text}") from error
+            broken = [layer.name for layer in network.layers if not np.isfinite(layer.weights).all()]
+            cause = f": layer {broken[0]} has weights that are nan or infinite" if broken else ""
+            raise ValueError(f"reference{cause}: onnxruntime cannot quantize it: {text}") from error
 
 
 def quantized_plainly(
