@@ -28,7 +28,7 @@ from biascorr.correction.planning import work_left
 from biascorr.correction.quant_params import QuantParams
 from biascorr.correction.result import Correction
 from biascorr.correction.returning import deployed
-from biascorr.correction.roles import Pair, check_method, check_roles, paired, with_inputs_of
+from biascorr.correction.roles import Pair, check_is_static, check_method, check_roles, paired, with_inputs_of
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, output_pairs
 from biascorr.correction.selection import excluded_layers
 from biascorr.correction.simulation import layers_to_quantize, simulated
@@ -224,6 +224,8 @@ def correct(
     check_method(method, float_network)
     given = given and with_inputs_of(float_network, given)
     check_roles(float_network, given)
+    if given is not None:
+        check_is_static(given)
     notes = _check_inputs_and_outputs(float_network, given or float_network)
     params = quant_params or QuantParams()
     pair = _to_simulate(float_network, params, fold, equalize) if given is None else paired(float_network, given)

@@ -72,6 +72,11 @@ def check_roles(reference: Network, quantized: Network | None) -> None:
     if not has_quantized and ReasonCode.DYNAMIC not in codes:
         require_float(reference, "reference", "and no layer of `quantized` has: exchange the two models")
     require_float(reference, "reference", "give the float model that was quantized")
+
+
+def check_is_static(quantized: Network) -> None:
+    """Raises ValueError where all layers are quantized when they run, so that there are no biases to correct."""
+    codes = {reason.code for report in quantized.unsupported for reason in report.reasons}
     if not quantized.layers and codes == {ReasonCode.DYNAMIC}:
         operators = ", ".join(sorted({report.op for report in quantized.unsupported}))
         raise ValueError(f"quantized: it is quantized when it runs ({operators}); {_QUANTIZE_STATICALLY}")

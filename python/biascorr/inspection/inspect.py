@@ -10,9 +10,10 @@ and of each chain of float layers the bits that scaling its channels would gain,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -24,7 +25,7 @@ from biascorr import __version__
 from biascorr.adapters.loading import check_same_framework, network_from_model, sizes_by_file
 from biascorr.arguments import paths_of
 from biascorr.channel_scale import channel_ranges
-from biascorr.correction.roles import check_roles, paired, with_inputs_of
+from biascorr.correction.roles import Pair, check_roles, paired, with_inputs_of
 from biascorr.equalization.chains import chains_of, find_links
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.equalization.scaling import Scaler
@@ -277,12 +278,10 @@ def inspect(model: Any, *, reference: Any = None) -> Inspection:
     network = require_biases(network_from_model(model, "model"), "model")
     matches, notes = {}, list[str]()
     if reference is not None:
-        expected = network_from_model(reference, "reference")
-        network = with_inputs_of(expected, network)
-        check_roles(expected, network)
-        pair = paired(expected, network)
+        with _labelled():
+            network, pair = _beside(network_from_model(reference, "reference"), network)
         matches, notes = dict(pair.matches), [*pair.notes]
-        del expected, pair
+        del pair
     origin = origin_of(network)
     is_quantized = origin.quantization is not None or any(layer.weight_step is not None for layer in network.layers)
     chains, batch_norms = ([], 0) if is_quantized else _chains(network)
@@ -300,6 +299,27 @@ def inspect(model: Any, *, reference: Any = None) -> Inspection:
         versions_of(network),
         paths_of({"model": model, "reference": reference}),
     )
+
+
+def _beside(reference: Network, network: BiasNetwork) -> tuple[BiasNetwork, Pair]:
+    """The network with inputs that are called as those of the reference, and how their layers match."""
+    network = with_inputs_of(reference, network)
+    check_roles(reference, network)
+    return network, paired(reference, network)
+
+
+@contextlib.contextmanager
+def _labelled() -> Iterator[None]:
+    """Has errors call the quantized model as it is called here."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(_QUANTIZED):
+            raise
+        raise ValueError(f"model: {str(error).removeprefix(_QUANTIZED)}") from None
+
+
+_QUANTIZED = "quantized: "
 
 
 def _tensor(given: ModelInput) -> Tensor:
