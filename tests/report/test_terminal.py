@@ -94,7 +94,7 @@ VERDICTS = {
     "gain not sure": {"sqnr": {"mean": 1.0, "error": 1.1}},
     "KL not better": {"sqnr": {"mean": 9.0, "error": 0.1}, "divergence": {"mean": -0.1, "error": 0.1}},
     "less": {"sqnr": {"mean": 2.0, "error": 0.1}},
-    "no surer": {"sqnr": {"mean": 9.0, "error": 0.1}},
+    "not surely better": {"sqnr": {"mean": 9.0, "error": 0.1}},
     "not scored": {"sqnr": {"mean": None, "error": None}},
 }
 

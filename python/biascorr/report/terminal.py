@@ -240,12 +240,10 @@ class _Printer:
             for each in record[title]:
                 self.say(f"{title[:-1]} {elided(each['name'], 40)}: {_tensor(each)}")
         layers = record["layers"]
-        columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-            "corrects": lambda each: "yes" if each["is_correctable"] else "no",
-            "weights": _weights,
-            "range": _range,
-            "spread": lambda each: _decibels(each["channel_bits"]),
-        }
+        columns: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+        if not all(each["is_correctable"] for each in layers):
+            columns["corrects"] = lambda each: "yes" if each["is_correctable"] else "no"
+        columns |= {"weights": _weights, "range": _range, "spread": lambda each: _decibels(each["channel_bits"])}
         for key, heading in (("weight_sqnr", "SQNR, dB"), ("chain_bits", "gain")):
             if any(each[key] is not None for each in layers):
                 columns[heading] = _digits(key)
@@ -385,12 +383,13 @@ def _verdict(score: Mapping[str, Any], record: Record) -> str:
     if "divergence" in gains and (gains["divergence"]["mean"] or 0.0) <= 0:
         return "KL not better"
     if score["candidate"] in deployed:
-        return "not deployed"
-    best = next((each for each in scores if each["is_taken"] or each["candidate"] in deployed[1:]), scores[0])
+        return "unsure deployed"
+    chosen = [each for each in scores if each["candidate"] in deployed[1:]] or [each for each in scores if each["is_taken"]]
+    best = (chosen or scores)[0]
     if not best["gains"]:
         return "noise not less"
     other = (best["gains"].get("metric") or best["gains"]["sqnr"])["mean"]
-    return "no surer" if other is None or first["mean"] >= other else "less"
+    return "not surely better" if other is None or first["mean"] >= other else "less"
 
 
 def _why_nothing(record: Record) -> list[str]:
