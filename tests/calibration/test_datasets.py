@@ -370,7 +370,10 @@ def test_one_buffer_for_all_single_samples():
 
 def test_single_samples_of_a_model_of_a_fixed_batch_size():
     fixed = ModelInput("x", np.dtype(np.float32), (2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"^data: 7 samples, the model takes a multiple of 2$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^data: 7 samples, the model takes a multiple of 2; leave out 1, e.g. by max_samples=6 \(--max-samples\)$",
+    ):
         list(batches_from_data(TfDataset([*X]), [fixed], batch_size=3))
     assert sizes(TfDataset([*X]), [fixed], max_samples=5) == [2, 2]
     assert sizes(TfDataset([*X]), [fixed], max_samples=1) == [2]

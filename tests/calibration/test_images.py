@@ -126,6 +126,12 @@ def test_modes(mode, array, expected, tmp_path):
     np.testing.assert_array_equal(only(saved(tmp_path, a=array), NHWC), np.full((8, 8, 3), expected))
 
 
+def test_transparency_of_palettes_is_left_out_without_a_warning(tmp_path):
+    image = Image.fromarray(pixels()).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    np.testing.assert_array_equal(only(tmp_path, NHWC), np.asarray(image.convert("RGB")))
+
+
 def test_pixels_that_are_real_numbers_are_refused(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(ValueError, match=r"a\.tiff: .*its pixels are real numbers, expected 8 bits"):
@@ -217,7 +223,7 @@ def test_the_size_of_batches_that_a_model_fixes(tmp_path):
     samples, fixed = biascorr.images(tmp_path), input_of(2, 3, 8, 8)
     assert [batch["x"].shape for batch in batches_from_data(samples, [fixed], max_samples=5)] == [(2, 3, 8, 8)] * 2
     assert number_of_batches(samples, [fixed], max_samples=5) == 2
-    with pytest.raises(ValueError, match="6 samples, the model takes a multiple of 4"):
+    with pytest.raises(ValueError, match="6 samples, the model takes a multiple of 4; leave out 2, e.g. by max_samples=4 "):
         list(batches_from_data(samples, [input_of(4, 3, 8, 8)]))
 
 
@@ -245,6 +251,8 @@ WRONG_OPTIONS = {
     "std: 0, expected more than 0": {"std": 0},
     "scale: 'x', expected a number": {"scale": "x"},
     "scale: -1, expected more than 0": {"scale": -1},
+    "scale: 1e+300, expected a number": {"scale": 1e300},
+    "std: 1e-300, expected more than 0": {"std": 1e-300},
     "layout: 'CHW', expected one of NCHW, NHWC": {"layout": "CHW"},
     "color: 'RGB', expected one of rgb, bgr, gray": {"color": "RGB"},
     "preset: 'torch', expected one of imagenet, imagenet-caffe, minus-one-to-one, zero-to-one": {"preset": "torch"},
@@ -266,6 +274,12 @@ WRONG_INPUTS = {
     "takes 3 channels, images have 3, or 1 if they are gray; 'gray' has 1": (NCHW, {"color": "gray"}),
     "takes images of 8x8 (height x width), crop is 6x6 (height x width)": (NCHW, {"crop": 6}),
     "a.png: 8x8 (height x width), smaller than the crop of 16x16; give a larger size": (input_of(None, 3, 16, 16), {"size": 8}),
+    "a.png: 8x8 (height x width) would be resized to 20000x20000, more than 134217728 pixels; remove it": (
+        NCHW,
+        {"size": 20_000},
+    ),
+    "takes bool, images are numbers": (input_of(None, 3, 8, 8, dtype="bool"), {}),
+    "takes object, images are numbers": (input_of(None, 3, 8, 8, dtype="object"), {}),
     "mean: 3 numbers for 1 channel": (input_of(None, 1, 8, 8), {"mean": (1, 2, 3)}),
 }
 
@@ -282,6 +296,13 @@ def test_models_with_several_inputs(tmp_path):
     other = ModelInput("mask", np.dtype("float32"), (None, 1))
     with pytest.raises(ValueError, match=r"^data: images, the model has 2 inputs \(x, mask\); give batches"):
         list(batches_from_data(biascorr.images(saved(tmp_path, a=pixels())), [NCHW, other]))
+    with pytest.raises(TypeError, match="^data: input x: images in a mapping, which are only read on their own"):
+        list(batches_from_data({"x": biascorr.images(tmp_path), "mask": np.ones((1, 1))}, [NCHW, other]))
+
+
+def test_folders_that_are_no_paths():
+    with pytest.raises(TypeError, match="^folder: NoneType, expected a path$"):
+        biascorr.images(None)
 
 
 def test_folders_without_images(tmp_path):

@@ -316,7 +316,7 @@ def _grouped(
         if not samples:
             return
         if fixed and len(samples) < size:
-            raise ValueError(f"{name}: {start + len(samples)} samples, the model takes a multiple of {size}")
+            raise _no_multiple(name, start + len(samples), size)
         label = _label(name, start, start + len(samples))
         parts = {key: [sample[key] for sample in samples] for key in axes}
         yield label, {key: stacked(parts[key], f"{label}: input {key}", axis) for key, axis in axes.items()}, None
@@ -395,6 +395,8 @@ def _array(values: Any, name: str) -> Any:
         raise TypeError(f"{name}: a sparse tensor, expected a dense one, e.g. tf.sparse.to_dense(x)")
     if isinstance(values, (np.ndarray, _Rows, ImageRows)):
         return values
+    if isinstance(values, Images):
+        raise TypeError(f"{name}: images in a mapping, which are only read on their own, for a model with one input")
     if hasattr(values, "detach"):
         values = values.detach().cpu()
     if hasattr(values, "numpy"):
@@ -403,6 +405,12 @@ def _array(values: Any, name: str) -> Any:
         return np.asarray(values).copy()  # what is no array may fill the same memory again
     except ValueError as error:
         raise ValueError(f"{name}: no array: {error}") from None
+
+
+def _no_multiple(name: str, count: int, size: int) -> ValueError:
+    whole = count // size * size
+    remedy = f"leave out {count - whole}, e.g. by max_samples={whole} (--max-samples)" if whole else f"give {size} at least"
+    return ValueError(f"{name}: {count} samples, the model takes a multiple of {size}; {remedy}")
 
 
 def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
@@ -422,7 +430,7 @@ def _samples(arrays: dict[str, Any], inputs: Sequence[ModelInput], name: str, ba
     for start in range(0, count, size):
         stop = min(start + size, count)
         if fixed and stop < start + size:
-            raise ValueError(f"{name}: {count} samples, the model takes a multiple of {size}")
+            raise _no_multiple(name, count, size)
         label = f"{name}[{start}]" if size == 1 else f"{name}[{start}:{stop}]"
         parts = {each.name: _part(arrays[each.name], each, axes[each.name], start, stop) for each in inputs}
         yield label, parts, None if len(batched) == len(counts) else 1

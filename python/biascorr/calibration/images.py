@@ -29,6 +29,9 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _MARGIN = 256 / 224
 """What the shorter side is resized to, as a multiple of what is cropped, where ImageNet's networks are evaluated."""
 
+_MOST_PIXELS = 1 << 27
+"""Of an image that is enlarged: 400 MB of colors, a hundred times what networks take."""
+
 _CROP = 224
 """What is cropped there."""
 
@@ -144,6 +147,8 @@ def images(
     'input x: 2.25 to 2.64, mean 2.44, of 1 image'
     """
     given = {"size": size, "crop": crop, "mean": mean, "std": std, "layout": layout, "scale": scale, "color": color}
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(f"folder: {type(folder).__name__}, expected a path")
     return Images(Path(folder), _checked({**given, "preset": preset}))
 
 
@@ -162,6 +167,10 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+_LARGEST = 1e12
+"""What no number of a preprocessing reaches; with it, and its reciprocal, samples are finite in float32."""
+
+
 def _sides(name: str, value: Any) -> int | tuple[int, int]:
     sides = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else (value,)
     are_integers = all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) and side > 0 for side in sides)
@@ -176,10 +185,10 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     except (TypeError, ValueError):
         numbers = np.full((), np.nan)
     least = 1 if name == "scale" else 3
-    if numbers.ndim > 1 or numbers.size not in (1, least) or not np.isfinite(numbers).all():
+    if numbers.ndim > 1 or numbers.size not in (1, least) or not (np.abs(numbers) < _LARGEST).all():
         several = "" if name == "scale" else ", or one for each channel"
         raise ValueError(f"{name}: {value!r}, expected a number{several}")
-    if name != "mean" and (numbers <= 0).any():
+    if name != "mean" and (numbers < 1 / _LARGEST).any():
         raise ValueError(f"{name}: {value!r}, expected more than 0")
     return tuple(map(float, np.atleast_1d(numbers)))
 
@@ -337,14 +346,19 @@ class _Steps:
         return cls(options.get("size"), margin, crop, color, is_last, _affine(options, preset, color, model_input.dtype, label))
 
     def of_image(self, image: Any) -> NDArray[Any]:
-        """The sample that an image gives, which is upright and has 8 bits."""
-        image = self._cut(self._resized(image.convert("L" if self.color == "gray" else "RGB")))
+        """The sample that an image gives, which is upright and has the mode of this color."""
+        image = self._cut(self._resized(image))
         pixels = np.asarray(image)
         pixels = pixels[..., None] if self.color == "gray" else pixels[..., ::-1] if self.color == "bgr" else pixels
         if self.affine is not None:
             scale, mean, std = self.affine
             pixels = (pixels * np.float32(scale) - mean) / std
         return pixels if self.is_last else pixels.transpose(2, 0, 1)
+
+    @property
+    def mode(self) -> str:
+        """What Pillow calls the channels."""
+        return "L" if self.color == "gray" else "RGB"
 
     def _resized(self, image: Any) -> Any:
         width, height = image.size
@@ -357,19 +371,24 @@ class _Steps:
             rows, columns = self.crop
             factor = max(round(rows * self.margin) / height, round(columns * self.margin) / width)
             height, width = max(rows, int(height * factor + 1e-6)), max(columns, int(width * factor + 1e-6))
+        if width * height > max(_MOST_PIXELS, image.width * image.height):
+            raise _SizeError(
+                f"{image.height}x{image.width} (height x width) would be resized to {height}x{width}, more than {_MOST_PIXELS} "
+                "pixels; remove it, or give another size"
+            )
         return image if image.size == (width, height) else image.resize((width, height), _pillow()[0].Resampling.BILINEAR)
 
     def _cut(self, image: Any) -> Any:
         rows, columns = self.crop
         if image.width < columns or image.height < rows:
             found = f"{image.height}x{image.width}"
-            raise _TooSmallError(f"{found} (height x width), smaller than the crop of {rows}x{columns}; give a larger size")
+            raise _SizeError(f"{found} (height x width), smaller than the crop of {rows}x{columns}; give a larger size")
         top, left = round((image.height - rows) / 2), round((image.width - columns) / 2)
         return image.crop((left, top, left + columns, top + rows))
 
 
-class _TooSmallError(ValueError):
-    """An image is smaller than what is cropped."""
+class _SizeError(ValueError):
+    """An image is smaller than what is cropped, or would become too large."""
 
 
 def _shape(shape: Sequence[int | None]) -> str:
@@ -425,6 +444,8 @@ def _affine(
         if np.iinfo(dtype).max < np.iinfo(np.uint8).max:
             raise ValueError(f"{label}: takes {dtype}, pixels are 0 to 255; give a model that takes uint8 or floats")
         return None
+    if dtype.kind in "bcmMOSU":
+        raise ValueError(f"{label}: takes {dtype}, images are numbers: floats, or pixels of 0 to 255")
     scale, *of_preset = preset.of_channels(color)
     mean, std = (np.array(options.get(name, numbers), np.float32) for name, numbers in zip(("mean", "std"), of_preset))
     count = 1 if color == "gray" else 3
@@ -500,34 +521,33 @@ class ImageRows:
 
     def _sample(self, file: Path) -> NDArray[Any]:
         try:
-            return self._steps.of_image(_upright(file))
-        except MemoryError:
-            raise
-        except _TooSmallError as error:
-            raise ValueError(f"{self._name}: {file}: {error}") from None
-        except PermissionError:
+            image = _upright(file, self._steps.mode)
+        except (MemoryError, PermissionError):
             raise
         except Exception as error:  # Pillow raises a dozen kinds at files that are damaged
             remedy = "remove it, or save it again as .png"
             if "DecompressionBomb" in type(error).__name__:
                 remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
             raise ValueError(f"{self._name}: {file}: no image that can be read: {_line(error)}; {remedy}") from None
+        try:
+            return self._steps.of_image(image)
+        except _SizeError as error:
+            raise ValueError(f"{self._name}: {file}: {error}") from None
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _upright(file: Path) -> Any:
-    """An image with 8 bits for each channel, turned as its camera says."""
+def _upright(file: Path, mode: str) -> Any:
+    """An image of a mode with 8 bits for each channel, turned as its camera says."""
     image_module, operations = _pillow()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of tags that are damaged
+        warnings.simplefilter("ignore", UserWarning)  # of tags that are damaged, and of transparency that is left out
         with image_module.open(os.fspath(file)) as opened:
             image = operations.exif_transpose(opened)
             if image.mode.startswith("I"):
                 image = image_module.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             elif image.mode == "F":
                 raise ValueError("its pixels are real numbers, expected 8 bits")
-            image.load()
-            return image
+            return image.convert(mode)
