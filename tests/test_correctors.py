@@ -223,7 +223,7 @@ def test_a_clipped_normal_mean_at_the_edges():
     np.testing.assert_array_equal(clipped_normal_mean([0.3], [2.0], 1.5, 1.5), [1.5])
     with pytest.raises(ValueError, match="low, high: nan, 1.0"):
         clipped_normal_mean([0.0], [1.0], np.nan, 1.0)
-    for activation in ((0.0,), [0.0, 1.0, 2.0]):
+    for activation in ((0.0,), [0.0, 1.0, 2.0], 3):
         with pytest.raises(ValueError, match="activation: "):
             AnalyticalBiasCorrector([0.0], [1.0], activation)
 

@@ -119,7 +119,7 @@ class MeanBiasCorrector(BiasCorrector):
         Raises
         ------
         TypeError
-            The weights are not of real numbers, or one of them are integers and the others are not.
+            The weights are not of real numbers, or those that are quantized are integers and the others are not.
         ValueError
             The shapes of the weights differ; the layout has unknown letters or another rank; the groups do not divide the
             channels; the mean has another shape than the weights call for.
@@ -243,7 +243,7 @@ class AnalyticalBiasCorrector(MeanBiasCorrector):
         layout: str | None = None,
     ) -> None:
         bounds = _BOUNDS.get(activation) if activation is None or isinstance(activation, str) else activation
-        if bounds is None or len(bounds) != 2:
+        if bounds is None or np.shape(bounds) != (2,):
             raise ValueError(f"activation: {activation!r}, expected None, 'relu', 'relu6' or (low, high)")
         super().__init__(clipped_normal_mean(beta, gamma, *bounds), groups=groups, layout=layout)
 

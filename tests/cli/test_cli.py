@@ -634,3 +634,10 @@ def test_a_model_of_which_nothing_could_be_corrected_has_a_status_of_its_own(kin
     reason = {"no layers": "the model has no layers", "recurrent": "it is recurrent, which is not corrected"}[kind]
     assert f"nothing could be corrected: {reason}" in done.stdout.splitlines()
     assert onnx.load(folder / "out.onnx") == model
+
+
+def test_what_a_function_of_the_user_raises_is_one_line(folder):
+    (folder / "mine.py").write_text("def batches():\n    yield {}['x']\n")
+    done = run("correct", "models/float.onnx", "--data", "mine:batches", "-o", "out.onnx", cwd=folder)
+    assert_one_error(done)
+    assert re.search(r"^error: KeyError: 'x' \(.*mine\.py, line 2; --verbose shows more\)$", done.stderr, re.MULTILINE)

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,11 @@ def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status
         raise
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(error)
+    except Exception as error:  # of a function of the user's that makes data, which may raise anything; or an error of ours
+        if show.verbose:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        fail(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}; --verbose shows more)")
     signals.leave_from_now_on(written)
     try:
         record = result.to_dict()
