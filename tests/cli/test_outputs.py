@@ -68,6 +68,13 @@ def test_verbose_logs_and_shows_all(folder):
     assert "channels" in done.stdout
 
 
+@pytest.mark.parametrize("columns", ["", "wide", "0"])
+def test_a_width_that_is_none_is_80(columns, folder):
+    done = run("inspect", "models/float.onnx", cwd=folder, COLUMNS=columns)
+    assert done == run("inspect", "models/float.onnx", cwd=folder, COLUMNS="80")
+    assert done.returncode == 0
+
+
 def test_provenance_can_be_left_out(folder):
     for options, keys in (((), ["biascorr"]), (("--no-provenance", "--force"), [])):
         assert run(*CORRECT, *options, cwd=folder).returncode == 0

@@ -166,9 +166,15 @@ def _print(result: Reported, record: dict[str, Any], show: ShowOptions, output: 
     elif not show.quiet:
         from biascorr.report.terminal import render
 
-        console = _Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PLAIN)))
+        console = _Console(width=None if sys.stdout.isatty() else _columns())
         render(record, console, output=None if output is None else str(output), all_rows=show.verbose)
         sys.stdout.flush()
+
+
+def _columns() -> int:
+    """The columns of what is no terminal: those that are asked for, as far as they are a number."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) else _PLAIN
 
 
 class _Console(Console):
