@@ -67,6 +67,20 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name}: {value!r}, expected True or False")
 
 
+def check_path(name: str, value: Any) -> None:
+    """Raises TypeError where the value is no path.
+
+    Examples
+    --------
+    >>> check_path("path", None)
+    Traceback (most recent call last):
+    ...
+    TypeError: path: NoneType, expected a path
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: {type(value).__name__}, expected a path")
+
+
 def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raises ValueError where the value is none of these.
 

@@ -180,3 +180,16 @@ def test_plots_and_pages_name_what_they_need(correction, tmp_path, monkeypatch):
         correction.plot()
     with pytest.raises(ImportError, match=re.escape('needs jinja2: pip install "biascorr[report]"')):
         correction.save_report(tmp_path / "out.html")
+
+
+def test_arguments_of_saving_are_checked(correction, equalization, tmp_path):
+    path = tmp_path / "saved.onnx"
+    for save in (correction.save, equalization.save):
+        with pytest.raises(TypeError, match="provenance: 'no', expected True or False"):
+            save(path, provenance="no")
+    for save in (correction.save, correction.save_report):
+        with pytest.raises(TypeError, match="force: 1, expected True or False"):
+            save(path, force=1)
+        with pytest.raises(TypeError, match="path: NoneType, expected a path"):
+            save(None)
+    assert not path.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Generic
 
 from biascorr import __version__
@@ -14,12 +13,12 @@ from biascorr.equalization.result import Equalization
 from biascorr.graph.network import BiasNetwork, versions_of
 from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.report.records import Record, layer_record, plain, provenance_text
-from biascorr.report.reported import Plotted
+from biascorr.report.reported import Plotted, Saved
 from biascorr.typing import Model_co
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correction(Plotted, Generic[Model_co]):
+class Correction(Saved, Plotted, Generic[Model_co]):
     """A corrected model and its report.
 
     Parameters
@@ -156,31 +155,9 @@ class Correction(Plotted, Generic[Model_co]):
             for name, score in scores.items()
         ]
 
-    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
-        """Writes the corrected model, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            Where; the name ends as those of such models do.
-        force : bool
-            Whether an existing file is overwritten.
-        provenance : bool
-            Whether the file says how it was made: the version of this package, the method and a digest of the data, as JSON, in
-            the metadata of an ONNX model, with the key "biascorr"; in "biascorr.json" in the archive behind a TFLite model; in
-            "biascorr_provenance.json" in a .keras file. A model to which nothing was done is saved as it was, and what says
-            that another correction made it is replaced.
-
-        Raises
-        ------
-        FileExistsError
-            The file exists and `force` is not set.
-        OSError
-            It cannot be written.
-        """
+    def _provenance(self) -> str | None:
         is_changed = self.choice.is_equalized or any(layer.method is not None for layer in self.report)
-        text = provenance_text(method=self.method, data=self.data_digest) if provenance and is_changed else None
-        self.network.save(path, force=force, provenance=text)
+        return provenance_text(method=self.method, data=self.data_digest) if is_changed else None
 
 
 def _gain_records(gains: Mapping[str, Gain]) -> Record:

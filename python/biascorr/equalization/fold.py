@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Generic
 
 from biascorr import __version__
@@ -19,14 +18,14 @@ from biascorr.equalization.folding import Fold, fold_batch_norms
 from biascorr.graph.network import EditableNetwork, keeps_batch_norms, require_edits, require_float, versions_of
 from biascorr.graph.reasons import Reason
 from biascorr.report.records import Record, plain, provenance_text, reason_record
-from biascorr.report.reported import Reported
+from biascorr.report.reported import Saved
 from biascorr.typing import Model, Model_co, ModelFile
 
 _FOLD_FIRST = "fold the batch normalizations of the float model, then quantize it"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Folding(Reported, Generic[Model_co]):
+class Folding(Saved, Generic[Model_co]):
     """A float model whose batch normalizations were folded into layers.
 
     Parameters
@@ -83,27 +82,8 @@ class Folding(Reported, Generic[Model_co]):
             "command": self.command,
         }
 
-    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
-        """Writes the folded model, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            Where; the name ends as those of such models do.
-        force : bool
-            Whether an existing file is overwritten.
-        provenance : bool
-            Whether the file says how it was made, as :meth:`Correction.save` does it.
-
-        Raises
-        ------
-        FileExistsError
-            The file exists and `force` is not set.
-        OSError
-            It cannot be written.
-        """
-        text = provenance_text(method="fold", data=None) if provenance and self.is_anything_done else None
-        self.network.save(path, force=force, provenance=text)
+    def _provenance(self) -> str | None:
+        return provenance_text(method="fold", data=None) if self.is_anything_done else None
 
 
 def fold(reference: Model | ModelFile) -> Folding[Model]:

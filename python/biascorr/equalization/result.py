@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Generic
 
 import numpy as np
@@ -19,7 +18,7 @@ from biascorr.graph.layer import without_later_calls
 from biascorr.graph.network import EditableNetwork, versions_of
 from biascorr.graph.reasons import Reason, text_of
 from biascorr.report.records import Record, plain, provenance_text, reason_record
-from biascorr.report.reported import Plotted
+from biascorr.report.reported import Plotted, Saved
 from biascorr.typing import Model_co
 
 _MOST_RANGES = 64
@@ -46,7 +45,7 @@ class OutputChange:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Equalization(Plotted, Generic[Model_co]):
+class Equalization(Saved, Plotted, Generic[Model_co]):
     """An equalized float model and what was done to it.
 
     Parameters
@@ -140,27 +139,8 @@ class Equalization(Plotted, Generic[Model_co]):
             "command": self.command,
         }
 
-    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
-        """Writes the equalized model, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            Where; the name ends as those of such models do.
-        force : bool
-            Whether an existing file is overwritten.
-        provenance : bool
-            Whether the file says how it was made, as :meth:`Correction.save` does it.
-
-        Raises
-        ------
-        FileExistsError
-            The file exists and `force` is not set.
-        OSError
-            It cannot be written.
-        """
-        text = provenance_text(method="equalize", data=self.data_digest) if provenance and self.is_anything_done else None
-        self.network.save(path, force=force, provenance=text)
+    def _provenance(self) -> str | None:
+        return provenance_text(method="equalize", data=self.data_digest) if self.is_anything_done else None
 
 
 def _chain_record(each: ScaledChain) -> Record:

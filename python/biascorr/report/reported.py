@@ -7,12 +7,15 @@ import json
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from biascorr.arguments import check_flags, check_path
 from biascorr.report.lines import two_lines
 from biascorr.report.records import Record, rows
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+    from biascorr.graph.network import BiasNetwork
 
 _WIDTH = 80
 """Columns of a summary."""
@@ -73,7 +76,11 @@ class Reported:
             jinja2 is not installed (``pip install "biascorr[report]"``).
         OSError
             It cannot be written.
+        TypeError
+            The path is none, or `force` is neither True nor False.
         """
+        check_path("path", path)
+        check_flags(force=force)
         from biascorr.report.html import save_page
 
         save_page(self.to_dict(), path, force=force)
@@ -82,6 +89,46 @@ class Reported:
         from biascorr.report.notebook import excerpt
 
         return excerpt(self.to_dict())
+
+
+class Saved(Reported):
+    """A result with a model that can be saved."""
+
+    network: BiasNetwork
+
+    def _provenance(self) -> str | None:
+        """What a file says of how it was made; None where nothing was done to the model."""
+        raise NotImplementedError
+
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
+        """Writes the model, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            Where; the name ends as those of such models do.
+        force : bool
+            Whether an existing file is overwritten.
+        provenance : bool
+            Whether the file says how it was made: the version of this package, the method and a digest of the data, as JSON, in
+            the metadata of an ONNX model, with the key "biascorr"; in "biascorr.json" in the archive behind a TFLite model; in
+            "biascorr_provenance.json" in a .keras file. A model to which nothing was done is saved as it was, and what says
+            that another correction made it is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            The file exists and `force` is not set.
+        OSError
+            It cannot be written.
+        TypeError
+            The path is none, or `force` or `provenance` is neither True nor False.
+        ValueError
+            The name ends as those of other models do.
+        """
+        check_path("path", path)
+        check_flags(force=force, provenance=provenance)
+        self.network.save(path, force=force, provenance=self._provenance() if provenance else None)
 
 
 class Plotted(Reported):
