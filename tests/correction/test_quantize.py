@@ -9,6 +9,7 @@ import pytest
 
 import biascorr
 from biascorr import correct, quantize
+from biascorr.calibration.progress import Work
 from biascorr.correction.scoring import Score
 from networks import (
     as_constant_nodes,
@@ -117,6 +118,18 @@ def test_options_of_quantization(data):
     assert inspected["first"].bits is None
     assert found.model.graph.initializer
     assert "of 7 bits, uint8 activations by minmax, Gemm" in found.notes[0]
+
+
+def test_ranges_of_the_equalized_model_are_planned_until_it_is_quantized(monkeypatch):
+    planned, plain = [], Work.expect
+
+    def expect(work, left):
+        planned.append(left.get("calibrating"))
+        plain(work, left)
+
+    monkeypatch.setattr(Work, "expect", expect)
+    quantize(uneven(), samples(24, 6), method="mean")
+    assert [each for each in planned if each is not None] == [24, 0]
 
 
 def test_old_opsets_and_constants_in_nodes(data):

@@ -7,7 +7,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
@@ -343,6 +343,8 @@ class Options:
         The layers that are not corrected, by the names of their first calls.
     attempts : int
         The attempts that there are.
+    between : mapping from str to float
+        The work by kind that comes before each attempt but the first one.
     """
 
     wanted: Sequence[Choice]
@@ -354,6 +356,7 @@ class Options:
     adds_biases: bool
     excluded: Set[str]
     attempts: int = 1
+    between: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -479,7 +482,9 @@ def _candidates(options: Options, attempt: Attempt, number: int) -> list[Candida
     part = builder.part if options.is_auto else None
     left = functools.partial(work_left, options.samples, builder, is_deployed=attempt.network is builder.quantized)
     later = [] if part is None else [Choice("activation")]
-    work.plan(left(first=choices, second=later * 2, refitted=later, times=options.attempts - number))
+    later_attempts = options.attempts - number - 1
+    work.plan(left(first=choices, second=later * 2, refitted=later, times=1 + later_attempts))
+    work.expect({kind: later_attempts * units for kind, units in options.between.items()})
     with work.step("uncorrected model"):
         before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
     if not attempt.is_corrected or not builder.has_layers:

@@ -184,7 +184,8 @@ def quantize(
         samples.choose_scored()
         later = [Choice("activation")] if method == "auto" else []
         left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
-        work.plan({**left, _CALIBRATING: (1 + equalize) * len(samples.data_batches)})
+        calibrating = {_CALIBRATING: len(samples.data_batches)}
+        work.plan({**left, _CALIBRATING: (1 + equalize) * calibrating[_CALIBRATING]})
         editable = require_edits(network, "reference", "equalization")
         equalization = equalized(editable, samples, work, threads) if equalize else None
         expected = FloatOutputs(network, samples, threads, user_metric, work)
@@ -196,7 +197,7 @@ def quantize(
         excluded = excluded_layers(first.network, only, exclude)
         options = Options(wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded)
         attempts = _Attempts(options, first, equalization)
-        options = replace(options, attempts=1 + attempts.is_scaled)
+        options = replace(options, attempts=1 + attempts.is_scaled, between=calibrating)
         result = best_of(options, iter(attempts), first.network, equalization, notes)
     files = paths_of({"reference": reference, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
