@@ -44,6 +44,13 @@ def test_a_network_of_the_users_own(own, tmp_path, monkeypatch):
     demo(**own, models="kept", force=True)
 
 
+def test_inputs_are_not_overwritten(own, tmp_path):
+    network = tmp_path / "float.onnx"
+    network.write_bytes(own["network"].read_bytes())
+    with pytest.raises(ValueError, match="float.onnx: it is an input, network"):
+        demo(network=network, data=own["data"], models=tmp_path, force=True)
+
+
 def test_wrong_files_are_refused(own, tmp_path):
     with pytest.raises(ValueError, match="go together"):
         demo(network=own["network"])

@@ -146,7 +146,7 @@ def demo(
     OSError
         A file cannot be written.
     ValueError
-        The network and the data do not go together.
+        The network and the data do not go together, or a file would be written over one of them.
     """
     if (network is None) != (data is None):
         raise ValueError("network and data go together")
@@ -156,6 +156,9 @@ def demo(
     for path in filter(None, (drawn, *places.values())):
         if path.parent.is_dir() or path is drawn:
             check_output(path, force=force)
+        for name, source in {"network": network, "data": data}.items():
+            if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+                raise ValueError(f"{path}: it is an input, {name}; give the output another folder")
     task = _needed(lambda: _task(network, data))
     folder = TemporaryFolder()
     try:
