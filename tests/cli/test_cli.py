@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_full_disk_leaves_no_output_and_no_temporary_file(existing, command, fol
     assert_one_error(done)
     assert names_in(folder) == GIVEN + ["out.onnx"] * existing
     assert not existing or (folder / "out.onnx").read_bytes() == b"precious"
+
+
+CORRECT = ("correct", "models/float.onnx", "--data", "data/good.npz", "-o", "out.onnx")
+
+
+def test_what_is_written_before_the_disk_is_full_is_said(folder):
+    done = start(*CORRECT, "--report", "report.html", cwd=folder, limit=6000, PYTHONDONTWRITEBYTECODE="1")
+    assert_one_error(done)
+    assert done.stderr.splitlines()[-1].endswith("'report.html', but out.onnx is written")
+    assert names_in(folder) == sorted([*GIVEN, "out.onnx"])
+
+
+def test_closed_streams_are_no_failure(folder):
+    closed = subprocess.run(["/bin/sh", "-c", f"{shlex.join([str(COMMAND), *CORRECT])} <&- >&- 2>&-"], check=False, cwd=folder)
+    assert closed.returncode == 0
+    onnx.checker.check_model(onnx.load(folder / "out.onnx"))
 
 
 BAD_MODELS = {

@@ -188,3 +188,13 @@ def test_samples_from_a_function(folder):
         done = run(*arguments, "--data", data, "-o", output, cwd=folder)
         assert done.returncode == 0, done.stderr
     assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
+
+
+def test_what_a_function_prints_is_not_among_json(folder):
+    (folder / "printing.py").write_text(
+        "import numpy as np\ndef batches():\n    print('hello')\n    return np.ones((4, 3, 6, 6), np.float32)\n"
+    )
+    arguments = ("models/float.onnx", "models/quantized.onnx", "--data", "printing:batches", "--json")
+    done = run("compare", *arguments, cwd=folder)
+    assert json.loads(done.stdout)["kind"] == "comparison"
+    assert done.stderr == "hello\n"

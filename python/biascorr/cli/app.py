@@ -19,7 +19,7 @@ from biascorr.cli.options import with_groups
 STATUS = """\
 Exit status:
   0    done
-  1    an input or output is not as it should be; nothing was written
+  1    an input or output is wrong; nothing is written but what the error names
   2    the command line is not as it should be
   3    the model is written, but no layer of it could be corrected
   129  hung up; 130 interrupted (Ctrl-C); 143 terminated"""

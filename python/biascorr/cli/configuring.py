@@ -37,12 +37,16 @@ def _checked(context: typer.Context, path: Path, given: dict[str, Any]) -> dict[
     found: dict[str, Any] = {}
     for key, value in given.items():
         name = key.replace("-", "_")
+        if isinstance(value, dict):
+            raise typer.BadParameter(f"{path}: {key}: a table, expected options by their names alone: max-samples = 100")
         if name not in parameters:
             names = sorted(each.replace("_", "-") for each in parameters)
             hint = nearest(key.replace("_", "-"), names)
             raise typer.BadParameter(f"{path}: {key}: there is no such option of biascorr {context.info_name}{hint}")
-        if isinstance(value, dict) or value is None:
-            raise typer.BadParameter(f"{path}: {key}: a table, expected a value")
+        if name in found:
+            raise typer.BadParameter(f"{path}: {key}: given twice, with - and with _")
+        if value == "":
+            raise typer.BadParameter(f"{path}: {key}: empty, expected a value")
         parameter = parameters[name]
         if parameter.nargs == -1:
             raise typer.BadParameter(f"{path}: {key}: only on the command line")

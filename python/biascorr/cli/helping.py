@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
 import typer.core
 
 from biascorr.cli.options import PANELS
@@ -16,6 +17,15 @@ _ORDER = ("Arguments", "Options", *PANELS)
 
 class Command(typer.core.TyperCommand):
     """A command whose options are shown in groups, and whose epilog, an example, is kept as it is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses empty values, as of variables of a shell that are not set: the empty path is the current folder."""
+        for before, each in zip(["", *args], args):
+            name, equals, value = each.partition("=")
+            if not each or (each.startswith("--") and equals and not value):
+                hint = name or (before if before.startswith("-") else None)
+                raise typer.BadParameter("an empty value", ctx, param_hint=hint)
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +54,6 @@ class Files:
     models: Mapping[str, str | None]
     data: Sequence[str | None] = ()
     model: ModelOptions | None = None
-    others: Sequence[Path | None] = field(default=())
 
 
 def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status: Callable[[Any], int] = lambda _: 0) -> None:
@@ -79,34 +78,35 @@ def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
     outputs = _outputs(files, show)
-    written = "nothing was written"
+    written: list[Path] = []
     try:
-        check_outputs(files.models, files.data, [show.config, *files.others], outputs, show.force)
+        check_outputs(files.models, files.data, [show.config], outputs, show.force)
         console = Console(stderr=True)
         with _temporary_folder():  # saving may need one too
-            with Bar(console, not show.quiet) as bar, _logging(console, show.verbose):
+            quietly = contextlib.redirect_stdout(sys.stderr)  # what functions of the user's print
+            with quietly, Bar(console, not show.quiet) as bar, _logging(console, show.verbose):
                 result = signals.wait_for(lambda: work(bar))
             result = dataclasses.replace(result, command=_command())
-            written = _write(result, files, show, outputs)
+            _write(result, files, show, outputs, written)
     except StoppedError as stopped:
         leave(stopped.number, "nothing was written")
     except typer.BadParameter:
         raise
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail(error)
+        fail(f"{_line(error)}, {_state(written)}" if written else error)
     except Exception as error:  # of a function of the user's that makes data, which may raise anything; or an error of ours
         if show.verbose:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         fail(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}; --verbose shows more)")
-    signals.leave_from_now_on(written)
+    signals.leave_from_now_on(_state(written))
     try:
         record = result.to_dict()
         _print(result, record, show, outputs.get("output"))
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing more fails at exit
         if not isinstance(error, BrokenPipeError):  # who reads along may leave
-            fail(f"{written.removeprefix('but ')}, but the report cannot be printed: {error}")
+            fail(f"{_state(written).removeprefix('but ')}, but the report cannot be printed: {error}")
     if code := status(record):
         raise SystemExit(code)
 
@@ -146,15 +146,22 @@ def _outputs(files: Files, show: ShowOptions) -> dict[str, Path]:
     return {option: path for option, path in given.items() if path is not None}
 
 
-def _write(result: Any, files: Files, show: ShowOptions, outputs: Mapping[str, Path]) -> str:
-    """Writes all files; says which, for who stops what comes after."""
+def _write(result: Any, files: Files, show: ShowOptions, outputs: Mapping[str, Path], written: list[Path]) -> None:
+    """Writes all files, and adds each to those that are written when it is there."""
     if files.model is not None:
         result.save(files.model.output, force=show.force, provenance=files.model.provenance)
+        written.append(files.model.output)
     if "csv" in outputs:
         write_text(outputs["csv"], csv_of(result.to_dict()), force=show.force)
+        written.append(outputs["csv"])
     if show.report is not None:
         result.save_report(show.report, force=show.force)
-    names = [printable(path) for path in outputs.values()]
+        written.append(show.report)
+
+
+def _state(written: Sequence[Path]) -> str:
+    """What is written, for who stops what comes after."""
+    names = list(map(printable, written))
     return f"but {' and '.join(names)} {'is' if len(names) == 1 else 'are'} written" if names else "nothing was written"
 
 
