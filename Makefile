@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo demo-tflite test pytest pytest-keras bench quality quality-keras quality-tflite quality-choice
+.PHONY: demo demo-tflite test pytest pytest-adapters pytest-keras bench quality quality-keras quality-tflite quality-choice
 .PHONY: instructions memcheck docs lint format clean
 
 $(VENV)/installed: pyproject.toml
@@ -42,15 +42,19 @@ demo: $(VENV)/built $(VENV)/network
 demo-tflite: $(VENV)/built
 	$(BIN)/python examples/tflite_deployed.py $(NETWORK) $(QUANTIZED) $(DATA)
 
+ADAPTERS := tests/adapters/onnx tests/adapters/tflite
 KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/how-to/keras.md
 
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
 	cargo test --quiet --no-default-features
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest pytest-keras
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest-adapters pytest-keras pytest
 
-# Either may have no test of those that were asked for (status 5).
+# Any of these may have no test of those that were asked for (status 5).
 pytest: $(VENV)/built build/wheelhouse
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(KERAS)) $(PYTEST) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(ADAPTERS) $(KERAS)) $(PYTEST) || [ $$? -eq 5 ]
+
+pytest-adapters: $(VENV)/built
+	$(BIN)/python -m pytest -q $(ADAPTERS) $(PYTEST) || [ $$? -eq 5 ]
 
 # TensorFlow takes two gigabytes and its own threads: it has a process of its own.
 pytest-keras: export TF_CPP_MIN_LOG_LEVEL = 3
