@@ -31,7 +31,7 @@ def correct(network: Path, quantized: Path, samples: Any, output: Path) -> biasc
     """Corrects a quantized file with samples, and saves it."""
     correction = biascorr.correct(network, samples, quantized=quantized)
     output.parent.mkdir(parents=True, exist_ok=True)
-    correction.save(output, force=True)
+    correction.save(output, force=True, provenance=False)  # so that biases are all that changes
     return correction
 
 

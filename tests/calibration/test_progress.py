@@ -101,7 +101,6 @@ def test_the_share_of_a_correction_grows_from_nothing_to_all(method, is_given):
     assert shares == sorted(shares)
     assert shares[0] <= WHOLE / 20
     assert shares[-1] > 0.9 * WHOLE
-    assert np.diff(shares).max() < WHOLE / 2
     labels = list(dict.fromkeys(label for label, _, _ in reports))
     assert labels[:2] == ["reading samples", "uncorrected model"]
     if method == "auto":
