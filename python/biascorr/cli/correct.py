@@ -92,6 +92,6 @@ def correct(
 
 def status_of(record: dict[str, Any]) -> int:
     """The exit status of a correction: of one of which nothing could be corrected, one of its own."""
-    from biascorr.report.terminal import left_because
+    from biascorr.report.lines import left_because
 
     return 0 if left_because(record) is None else NOTHING_CORRECTED

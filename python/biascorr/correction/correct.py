@@ -39,6 +39,7 @@ from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, ReasonCode
+from biascorr.report.lines import counted
 from biascorr.sweep.independence import BatchingFinder
 from biascorr.typing import Data, Method, Model, ModelFile, NewBiases
 
@@ -393,7 +394,7 @@ def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bo
     reference = require_edits(network, "reference", "simulated quantization")
     if fold:
         reference, folds, _ = fold_batch_norms(reference)
-        return Pair(reference, {}, (f"{_normalizations(len(folds))} folded into layers",) if folds else ())
+        return Pair(reference, {}, (f"{counted(len(folds), 'batch normalization')} folded into layers",) if folds else ())
     if equalize:
         return Pair(reference, {})
     layers = {layer.name for layer in layers_to_quantize(reference, params)}
@@ -401,15 +402,11 @@ def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bo
     if not count:
         return Pair(reference, {})
     note = (
-        f"not folded: {_normalizations(count)}, which a converter folds into layers before it quantizes these, so that their "
-        "weights will be others than those simulated; fold=True (--fold) folds them first"
+        f"not folded: {counted(count, 'batch normalization')}, which a converter folds into layers before it quantizes "
+        "these, so that their weights will be others than those simulated; fold=True (--fold) folds them first"
     )
     warnings.warn(note, stacklevel=4)
     return Pair(reference, {}, (note,))
-
-
-def _normalizations(count: int) -> str:
-    return f"{count} batch normalization" + ("" if count == 1 else "s")
 
 
 def _simulated_attempts(

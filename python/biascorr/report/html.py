@@ -15,7 +15,7 @@ from typing import Any
 
 from biascorr.report import charts
 from biascorr.report.grouping import groups_of
-from biascorr.report.lines import elided, scores_of, two_lines
+from biascorr.report.lines import count_of_scaled, elided, label_of, scores_of, two_lines
 from biascorr.report.numbers import NONE, decibels, gain, number, signed
 from biascorr.report.records import Record
 from biascorr.whole_file import whole_file
@@ -144,7 +144,7 @@ def _candidates(record: Record) -> list[dict[str, Any]]:
     rows = []
     for k, (each, gained) in enumerate(zip(record["scores"], gains)):
         row = {**each, "gain": None, "chart": None, "deployed": deployed.get(each["candidate"])}
-        row["label"] = "uncorrected" if each["candidate"] == "none" else each["candidate"]
+        row["label"] = label_of(each["candidate"])
         if _is_whole(gained):
             row["gain"] = gain(gained["mean"], gained["error"])
             label = f"Gain of {row['label']}: {row['gain']}"
@@ -176,7 +176,7 @@ def _equalization(record: Record) -> dict[str, Any]:
     gained = sorted((chain for chain in chains if chain["ranges"]), key=lambda chain: -(chain["bits"] or 0.0))[:_MOST_CHAINS]
     return {
         "equalized": record,
-        "scaled": len({name for chain in chains for name in chain["layers"]}),
+        "scaled": count_of_scaled(record),
         "equalization_left": groups_of(record["left"]),
         "ranges_chart": Markup(
             charts.ranges_chart([each["layer"] for each in known], [(each["before"], each["after"]) for each in known])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from biascorr.graph.reasons import ReasonCode
 from biascorr.report.records import Record
 
 _ENOUGH = 60
@@ -68,28 +69,52 @@ def change_of_scores(record: Record) -> str:
     return f"{'metric ' if name == 'metric' else ''}{change}{unit}"
 
 
-def _correction(record: Record) -> tuple[str, str]:
+def label_of(candidate: str) -> str:
+    """What a candidate is called where people read it."""
+    return "uncorrected" if candidate == "none" else candidate
+
+
+def correction_in_short(record: Record) -> str:
+    """How good a correction is, on how many samples, and by which method."""
     kind = "held-out sample" if record["is_held_out"] else "sample"
     scored = f" on {counted(record['scored_samples'], kind)}" if record["scored_samples"] else ""
-    method = "uncorrected" if record["method"] == "none" else record["method"]
     simulated = "simulated: " if record["is_simulated"] else ""
+    return f"{simulated}{change_of_scores(record)}{scored}, {label_of(record['method'])}"
+
+
+def left_because(record: Record) -> str | None:
+    """The reason that most layers of a correction have of which none could be corrected; None where one was, or could."""
+    reasons = [reason for each in record["layers"] for reason in each["reasons"]]
+    if any(each["method"] is not None for each in record["layers"]):
+        return None
+    if any(reason["code"] == ReasonCode.NOT_BETTER.name for reason in reasons):
+        return None
+    texts = [reason["text"] for reason in reasons]
+    return max(texts, key=texts.count) if texts else "the model has no layers"
+
+
+def count_of_scaled(record: Record) -> int:
+    """How many layers an equalization scaled."""
+    return len({name for chain in record["chains"] for name in chain["layers"]})
+
+
+def _correction(record: Record) -> tuple[str, str]:
     corrected = sum(layer["method"] is not None for layer in record["layers"])
     seconds = "" if record["seconds"] is None else f", {record['seconds']:.1f} s"
     return (
-        f"Correction: {simulated}{change_of_scores(record)}{scored}, {method}",
+        f"Correction: {correction_in_short(record)}",
         f"{corrected} of {counted(len(record['layers']), 'layer')} corrected, {counted(record['samples'], 'sample')} read"
         f"{seconds}",
     )
 
 
 def _equalization(record: Record) -> tuple[str, str]:
-    scaled = len({name for chain in record["chains"] for name in chain["layers"]})
     changes = record["changes"]
     change = "change of the float outputs not measured"
     if changes:
         change = f"the float outputs moved by {_number(changes[-1]['relative'])} of the largest"
     return (
-        f"Equalization: {counted(len(record['folds']), 'batch normalization')} folded, {scaled} of "
+        f"Equalization: {counted(len(record['folds']), 'batch normalization')} folded, {count_of_scaled(record)} of "
         f"{counted(record['layer_count'], 'layer')} scaled",
         f"high biases of {counted(len(record['high_biases']), 'layer')} folded, {change}",
     )

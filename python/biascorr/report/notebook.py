@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from biascorr.report.lines import elided, two_lines
+from biascorr.report.lines import elided, label_of, two_lines
 from biascorr.report.numbers import NONE, decibels, gain, number
 from biascorr.report.records import Record, rows
 
@@ -26,9 +26,8 @@ def _candidates(record: Record) -> list[list[str]]:
     table = [["candidate", "SQNR, dB", "gain", ""]]
     for each in record["scores"]:
         mean, error = next(((gained["mean"], gained["error"]) for gained in each["gains"].values()), (None, None))
-        label = "uncorrected" if each["candidate"] == "none" else each["candidate"]
         said = "" if mean is None or error is None else gain(mean, error)
-        table.append([label, decibels(each["sqnr"]), said, "taken" if each["is_taken"] else ""])
+        table.append([label_of(each["candidate"]), decibels(each["sqnr"]), said, "taken" if each["is_taken"] else ""])
     return table if len(table) > 1 else []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from biascorr.report.lines import elided, two_lines
+from biascorr.report.lines import elided, label_of, two_lines
 from biascorr.report.records import Record
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _correction(record: Record, made: Figure) -> None:
         layers.plot(numbers, values, style, color=color, marker=".", label=label)
     layers.set(xlabel="layer", ylabel="SQNR, dB", title="output of each layer")
     layers.legend()
-    names = ["uncorrected" if each["candidate"] == "none" else _plain(each["candidate"]) for each in record["scores"]]
+    names = [_plain(label_of(each["candidate"])) for each in record["scores"]]
     errors = [_or_nan((each["gains"].get("sqnr") or {}).get("error")) for each in record["scores"]]
     colors = [_AFTER if each["is_taken"] else _OTHER for each in record["scores"]]
     scores.barh(names, [_or_nan(each["sqnr"]) for each in record["scores"]], xerr=errors, color=colors, capsize=3)

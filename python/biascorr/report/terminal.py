@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biascorr.graph.reasons import ReasonCode
 from biascorr.report.grouping import groups_of
-from biascorr.report.lines import change_of_scores, counted, elided, printable
+from biascorr.report.lines import correction_in_short, count_of_scaled, counted, elided, label_of, left_because, printable
 from biascorr.report.records import Record
 
 _SHOWN = 10
@@ -145,14 +144,13 @@ class _Printer:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for each in scores:
-            name = "uncorrected" if each["candidate"] == "none" else each["candidate"]
-            cells = [name, *(_score(measure, each[measure]) for measure in measures)]
+            cells = [label_of(each["candidate"]), *(_measure(measure, each) for measure in measures)]
             cells.append(_gain(each["gains"].get("metric" if metric else "sqnr")))
             table.add_row(*map(_cell, (*cells, _verdict(each, record))), style="bold" if each["is_taken"] else "")
         self.table(title, table)
         if len(deployed) > 1:
             (_, before), (name, after) = list(deployed.items())[:2]
-            change = f"{_score('sqnr', before['sqnr'])} -> {_score('sqnr', after['sqnr'])} dB"
+            change = f"{_measure('sqnr', before)} -> {_measure('sqnr', after)} dB"
             self.say(f"{name} as the runtime runs it on this CPU: {change}{'' if after['is_taken'] else ', not taken'}")
         if record["is_refitted"]:
             self.say("chosen on held-out samples, then fitted to all samples")
@@ -402,17 +400,6 @@ def _why_nothing(record: Record) -> list[str]:
     return [] if reason is None else [f"nothing could be corrected: {reason}"]
 
 
-def left_because(record: Record) -> str | None:
-    """The reason that most layers of a correction have of which none could be corrected; None where one was, or could."""
-    reasons = [reason for each in record["layers"] for reason in each["reasons"]]
-    if any(each["method"] is not None for each in record["layers"]):
-        return None
-    if any(reason["code"] == ReasonCode.NOT_BETTER.name for reason in reasons):
-        return None
-    texts = [reason["text"] for reason in reasons]
-    return max(texts, key=texts.count) if texts else "the model has no layers"
-
-
 def _last_line(record: Record) -> str:
     """The result in one line."""
     lines = {
@@ -428,19 +415,14 @@ def _last_line(record: Record) -> str:
 
 
 def _corrected(record: Record) -> str:
-    kind = "held-out sample" if record["is_held_out"] else "sample"
-    scored = f" on {counted(record['scored_samples'], kind)}" if record["scored_samples"] else ""
-    method = "uncorrected" if record["method"] == "none" else record["method"]
     layers = record["layers"]
     corrected = sum(each["method"] is not None for each in layers)
-    simulated = "simulated: " if record["is_simulated"] else ""
-    return f"{simulated}{change_of_scores(record)}{scored}, {method}, {corrected} of {counted(len(layers), 'layer')}"
+    return f"{correction_in_short(record)}, {corrected} of {counted(len(layers), 'layer')}"
 
 
 def _equalized(record: Record) -> str:
-    scaled = len({name for chain in record["chains"] for name in chain["layers"]})
     folds = counted(len(record["folds"]), "batch normalization")
-    return f"{scaled} of {counted(record['layer_count'], 'layer')} scaled, {folds} folded"
+    return f"{count_of_scaled(record)} of {counted(record['layer_count'], 'layer')} scaled, {folds} folded"
 
 
 def _folded(record: Record) -> str:
@@ -494,12 +476,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _score(measure: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if measure == "sqnr" else f"{value:.3g}" if measure == "divergence" else f"{value:.4g}"
-
-
 def _gain(gain: Mapping[str, float | None] | None) -> str:
     if gain is None or gain["mean"] is None:
         return ""
@@ -511,11 +487,10 @@ def _gain(gain: Mapping[str, float | None] | None) -> str:
 
 def _measure(key: str, row: Mapping[str, Any]) -> str:
     value = row.get(key)
-    if value is None:
-        return ""
-    if key == "top1":
-        return f"{value:.2%}"
-    return f"{value:.2f}" if key in ("sqnr", "seconds") else f"{value:.3g}"
+    return "" if value is None else format(value, _FORMATS.get(key, ".3g"))
+
+
+_FORMATS = {"sqnr": ".2f", "seconds": ".2f", "top1": ".2%", "metric": ".4g"}
 
 
 def _bytes(size: int | None) -> str:
