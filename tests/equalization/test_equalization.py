@@ -509,6 +509,11 @@ def test_statistics_of_normalizations_that_became_one():
     assert found == expected
 
 
+def test_a_flag_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="replace_relu6: 'no', expected True or False"):
+        equalize(pair(*CONV), replace_relu6="no")
+
+
 @pytest.mark.parametrize("replace_relu6", [False, True])
 def test_statistics_follow_through_relu6(replace_relu6):
     model = toy("r = Clip(n, low, high)", low=np.float32(0), high=np.float32(3))

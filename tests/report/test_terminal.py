@@ -126,3 +126,19 @@ def test_a_reason_is_data():
     assert (
         LayerReport("a", "Conv", reasons=(ReasonCode.BIAS_ADDED(), reason)).reason == f"it had no bias; one was added; {reason}"
     )
+
+
+def test_the_layers_of_a_model_whose_channels_spread_most_are_shown():
+    known = {
+        "operator": "Conv",
+        "is_correctable": True,
+        "reasons": [],
+        "dtype": "float32",
+        "weight_min": -1.0,
+        "weight_max": 1.0,
+    }
+    unknown = dict.fromkeys(("bits", "scales", "weight_sqnr", "chain_bits"))
+    layers = [{"name": f"layer{k:02}", "channel_bits": float(k), **known, **unknown} for k in range(12)]
+    empty = dict.fromkeys(("inputs", "outputs", "chains", "notes"), ()) | dict.fromkeys(("quantizer", "producer", "size"))
+    record = {"kind": "inspection", "format": "ONNX", "is_quantized": False, "layers": layers, **empty}
+    assert re.findall(r"layer\d+", "\n".join(shown(record))) == [f"layer{k:02}" for k in range(2, 12)]

@@ -34,7 +34,6 @@ from biascorr.calibration.datasets import (
     without_nesting,
 )
 from biascorr.calibration.images import ImageRows, Images
-from biascorr.calibration.progress import Progress as Progress
 from biascorr.calibration.remedies import ARRAYS, fits
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
@@ -44,27 +43,22 @@ _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
 def resolved(data: Any, name: str = "data") -> Any:
-    """What data is: where it is the text "module:function", and no path, what this function returns."""
+    """What data is: where it is the text "module:function", and no path, what this function returns.
+
+    Modules in the current folder are found too. Raises ValueError where there is no such function. What it raises is raised.
+
+    Examples
+    --------
+    >>> resolved("math:flor")
+    Traceback (most recent call last):
+    ...
+    ValueError: data: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
+    """
     if not isinstance(data, (str, PathLike)):
         return data
     text = os.fspath(data)
     if not isinstance(text, str) or not _FUNCTION.fullmatch(text) or Path(text).exists():
         return data
-    return data_from_name(text, name)
-
-
-def data_from_name(text: str, name: str = "data") -> Any:
-    """What the function returns that "module:function" names, to be used as data; modules in the current folder are found too.
-
-    Raises ValueError where there is no such function. What it raises is raised.
-
-    Examples
-    --------
-    >>> data_from_name("math:flor")
-    Traceback (most recent call last):
-    ...
-    ValueError: data: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
-    """
     return function_from_name(text, name)()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -20,13 +20,14 @@ from biascorr.cli.options import (
     one_of,
 )
 from biascorr.cli.running import Files, run
+from biascorr.typing import Calibration, QuantizedType
 
 EXAMPLE = """\
 Example:
   biascorr quantize float.onnx --data images/ --preset imagenet -o int8.onnx"""
 
-TYPES = ("int8", "uint8", "int16", "uint16")
-CALIBRATIONS = ("minmax", "entropy", "percentile")
+TYPES: tuple[str, ...] = get_args(QuantizedType)
+CALIBRATIONS: tuple[str, ...] = get_args(Calibration)
 
 
 def _choice(text: str, *allowed: str) -> Any:

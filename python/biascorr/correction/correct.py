@@ -527,6 +527,7 @@ def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
 
 
 def check_options(method: str, strength: float, shrunk: bool, new_biases: str, has_data: bool) -> None:
+    """Raises as :func:`correct` where an option has a value that is not allowed, or that does not go with the method."""
     checked_choice("method", method, METHODS)
     if not isinstance(strength, (int, float, np.integer, np.floating)) or not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: {strength!r}, expected a number above 0 up to 1")

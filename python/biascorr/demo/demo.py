@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from biascorr import __version__
 from biascorr.adapters.loading import network_from_model
+from biascorr.arguments import check_flags
 from biascorr.calibration.progress import Progress
 from biascorr.calibration.storage import TemporaryFolder
 from biascorr.correction.correct import correct
@@ -148,6 +149,7 @@ def demo(
     ValueError
         The network and the data do not go together, or a file would be written over one of them.
     """
+    check_flags(force=force)
     if (network is None) != (data is None):
         raise ValueError("network and data go together")
     drawn = None if picture is None or network is not None else Path(picture)

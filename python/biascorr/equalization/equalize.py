@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biascorr.adapters.loading import network_from_model
-from biascorr.arguments import paths_of, renamed
+from biascorr.arguments import check_flags, paths_of, renamed
 from biascorr.calibration.data import check_amounts
 from biascorr.calibration.progress import LOGGER, Progress, Work
 from biascorr.calibration.resources import checked_threads
@@ -124,6 +124,7 @@ def equalize(
     """
     started = time.perf_counter()
     check_iterations(iterations)
+    check_flags(replace_relu6=replace_relu6)
     check_amounts(batch_size, max_samples)
     budget, threads = checked_budget(memory_budget), checked_threads(threads)
     network, work = require_edits(network_from_model(reference, "reference"), "reference", "equalization"), Work(progress)
