@@ -1,6 +1,5 @@
 """How far the work is, with a clock of the test's own."""
 
-import numpy as np
 import pytest
 
 import biascorr
