@@ -1,8 +1,9 @@
 """Bias correction for quantized neural networks.
 
 Arrays: :class:`Quantization`, :func:`prepare_input_mean`, :class:`ChannelMean`, :class:`MeanBiasCorrector` and its relatives,
-:func:`fake_quantize`. Whole models: :func:`correct`, :func:`equalize`, :class:`QuantParams`, and the classic
-:class:`BiasCorrection` and :func:`equalize_model`.
+:func:`fake_quantize`. Whole models: :func:`correct`, :func:`quantize`, :func:`compare`, :func:`inspect`, :func:`equalize`,
+:func:`fold`, with samples from a folder by :func:`images`; :class:`QuantParams`; and the classic :class:`BiasCorrection` and
+:func:`equalize_model`.
 """
 
 # ruff: noqa: E402 (numpy, and all that is imported here, takes long enough for a Ctrl-C)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -174,6 +175,15 @@ def renamed(**old: str) -> Callable[[Function], Function]:
         return cast(Function, call)
 
     return with_old_names
+
+
+def is_function(text: str) -> bool:
+    """Whether a text reads as "module:function"."""
+    return _FUNCTION.fullmatch(text) is not None
+
+
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+"""A module and a function in it."""
 
 
 def function_from_name(name: str, argument: str) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False, size: int
 
 
 def _existing(path: str | os.PathLike[str]) -> FileExistsError:
-    return FileExistsError(f"{path} exists; it is only overwritten when forced")
+    return FileExistsError(f"{path} exists; force=True (--force) overwrites it")
 
 
 @contextlib.contextmanager

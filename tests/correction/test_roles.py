@@ -39,7 +39,7 @@ def test_models_in_place_of_others(quant_format):
     model = two_layers()
     given = quantized(model, FEEDS, quant_format=quant_format)
     for arguments, message in {
-        (0, 1): r"reference: layer \w+ has quantized weights; and no layer of `quantized` has: exchange the two models",
+        (0, 1): r"reference: layer \w+ has quantized weights; and no layer of the other model has: exchange the two models",
         (
             0,
             None,

@@ -39,7 +39,7 @@ def test_a_network_of_the_users_own(own, tmp_path, monkeypatch):
     record = json.loads(found.to_json())
     assert [each["name"] for each in record["models"]] == list(MODELS)
     assert record["models"][0]["SQNR, dB"] is None
-    with pytest.raises(FileExistsError, match="only overwritten when forced"):
+    with pytest.raises(FileExistsError, match="--force"):
         demo(**own, models="kept")
     demo(**own, models="kept", force=True)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.arguments import checked_integer, function_from_name
+from biascorr.arguments import checked_integer, function_from_name, is_function
 from biascorr.calibration import remedies
 from biascorr.calibration.batching import Batchings, assumed, assumed_axes, fixed_size
 from biascorr.calibration.datasets import (
@@ -38,14 +37,12 @@ from biascorr.calibration.remedies import ARRAYS, fits
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
-_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
-"""A module and a function in it."""
-
 
 def resolved(data: Any, name: str = "data") -> Any:
     """What data is: where it is the text "module:function", and no path, what this function returns.
 
-    Modules in the current folder are found too. Raises ValueError where there is no such function. What it raises is raised.
+    Modules in the current folder are found too. Raises ValueError where there is no such function, or it returns
+    None. What it raises is raised.
 
     Examples
     --------
@@ -57,9 +54,12 @@ def resolved(data: Any, name: str = "data") -> Any:
     if not isinstance(data, (str, PathLike)):
         return data
     text = os.fspath(data)
-    if not isinstance(text, str) or not _FUNCTION.fullmatch(text) or Path(text).exists():
+    if not isinstance(text, str) or not is_function(text) or Path(text).exists():
         return data
-    return function_from_name(text, name)()
+    found = function_from_name(text, name)()
+    if found is None:
+        raise ValueError(f"{name}: {text!r} returned None, expected samples")
+    return found
 
 
 def number_of_batches(

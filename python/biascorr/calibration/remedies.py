@@ -73,6 +73,8 @@ def of_shape(found: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
     """How an array gets the shape of an input: an axis for samples added or removed, its channels moved, its images resized."""
     if fits((1, *found), expected):
         return "; x[None] adds the axis of samples"
+    if found[:1] == (1,) and len(expected) > 3 and fits(found[1:], expected[2:]):
+        return "; if it is of one sample, x[None] adds the axis of samples"
     if found[:1] == (1,) and fits(found[1:], expected):
         return "; x[0] removes the first axis"
     for shape, more in ((found, ""), ((1, *found), "[None]")):

@@ -9,7 +9,7 @@ try:
     import rich  # noqa: F401 (so that what is missing is said before anything else)
     import typer
 except ImportError as error:
-    raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[cli]"') from None
+    raise SystemExit(f'error: the command line needs {error.name}: pip install "biascorr[onnx]" (or tflite, keras)') from None
 
 from biascorr import __version__
 from biascorr.cli import compare, correct, demo, equalize, fold, inspect, quantize

@@ -40,9 +40,10 @@ def demo(
     running: RunOptions = None,  # type: ignore[assignment]
     show: ShowOptions = None,  # type: ignore[assignment]
 ) -> None:
-    """Quantize a text recognizer, correct it, and draw what it reads before and after.
+    """Show what correction does to what a text recognizer reads.
 
-    The network is that of a wheel, which has to be installed: pip install --no-deps rapidocr-onnxruntime==1.4.4
+    It is quantized and corrected, and what it reads before and after is drawn. The network is that of a wheel, which has to be
+    installed: pip install --no-deps rapidocr-onnxruntime==1.4.4
     """
 
     def work(progress: Progress) -> Any:

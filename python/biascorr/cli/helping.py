@@ -12,6 +12,13 @@ from biascorr.cli.options import PANELS
 _COLUMN = 28
 """Columns of the names of options at most; what is longer has a line of its own."""
 
+_MORE = {
+    "correct": "give the quantized model as --quantized",
+    "quantize": "give samples as --data",
+    "inspect": "give the float model as --reference",
+}
+"""What may be meant by one argument too many."""
+
 _ORDER = ("Arguments", "Options", *PANELS)
 
 
@@ -25,7 +32,12 @@ class Command(typer.core.TyperCommand):
             if not each or (each.startswith("--") and equals and not value):
                 hint = name or (before if before.startswith("-") else None)
                 raise typer.BadParameter("an empty value", ctx, param_hint=hint)
-        return super().parse_args(ctx, args)
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:
+            if self.name in _MORE and "unexpected extra argument" in str(getattr(error, "message", "")):
+                error.message += f"; {_MORE[self.name]}"  # type: ignore[attr-defined]
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]

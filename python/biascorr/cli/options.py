@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from biascorr.arguments import nearest
+from biascorr.arguments import is_function, nearest
 from biascorr.calibration.storage import bytes_from_text
 from biascorr.cli.configuring import read_config
 from biascorr.typing import ImageColor, ImageLayout, ImagePreset, Method, NewBiases
@@ -157,6 +157,9 @@ class DataOptions:
                 verb = "is" if len(options) == 1 else "are"
                 raise typer.BadParameter(f"missing, {names} {verb} for images", param_hint="--data")
             return data
+        if not Path(data).is_dir() and (Path(data).exists() or is_function(data)):
+            given = " ".join(f"--{name}" for name in options)
+            raise typer.BadParameter(f"{data} is no folder of images; leave out {given}", param_hint="--data")
         from biascorr.calibration.images import images
 
         return images(data, **options)

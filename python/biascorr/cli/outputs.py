@@ -38,6 +38,9 @@ def check_outputs(
         Whether existing ones are overwritten.
     """
     given = [(Path(path), name) for name, path in models.items() if path is not None]
+    for path, name in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no such file: {path}")
     if [name for _, name in given] == ["reference", "quantized"]:
         check_same_framework(given[0][0], given[1][0])
     if "output" in outputs:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from biascorr.adapters.frameworks import Framework, framework_of_name
 from biascorr.calibration.progress import Progress
 from biascorr.cli.correct import status_of
 from biascorr.cli.options import (
@@ -19,7 +20,7 @@ from biascorr.cli.options import (
     completed,
     one_of,
 )
-from biascorr.cli.running import Files, run
+from biascorr.cli.running import Files, fail, run
 from biascorr.typing import Calibration, QuantizedType
 
 EXAMPLE = """\
@@ -70,13 +71,20 @@ def quantize(
     running: RunOptions = None,  # type: ignore[assignment]
     show: ShowOptions = None,  # type: ignore[assignment]
 ) -> None:
-    """Quantize a float ONNX model and correct its biases: the best int8 model in one go.
+    """Quantize a float ONNX model and correct its biases.
 
-    onnxruntime prepares and quantizes it, QDQ format; then biases are corrected, and the model is equalized before where that
-    scores better.
+    The best int8 model in one go: onnxruntime prepares and quantizes it, QDQ format; then biases are corrected, and the model
+    is equalized before where that scores better.
     """
     if samples.data is None:
         raise typer.BadParameter("missing, ranges of activations need samples", param_hint="--data")
+    if framework_of_name(reference) not in (None, Framework.ONNX):
+        from biascorr.correction.quantize import check_framework
+
+        try:
+            check_framework(reference)
+        except TypeError as error:
+            fail(error)
 
     def work(progress: Progress) -> Any:
         from biascorr.correction.quantize import quantize

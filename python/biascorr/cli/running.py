@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import sysconfig
 import tempfile
 import traceback
 import warnings
@@ -32,6 +33,9 @@ from biascorr.report.reported import Reported
 
 NOTHING_CORRECTED = 3
 """The status where the output is written although no layer could be corrected."""
+
+_PAGES = (".html", ".htm")
+"""What the names of pages end with."""
 
 _PLAIN = 80
 """Columns of what is no terminal."""
@@ -73,7 +77,7 @@ def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status
     _check_usage(show)
     signals = Signals()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # lines of TensorFlow would stand among ours
-    for message in (".* made the outputs worse", "not folded: "):
+    for message in (".* made the outputs worse", "not folded: ") if not show.quiet else ():
         warnings.filterwarnings("ignore", message, UserWarning)  # the notes say it
     warnings.formatwarning = lambda message, *_: f"warning: {_line(message)}\n"
     _replace_what_cannot_be_encoded()
@@ -92,12 +96,13 @@ def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status
         leave(stopped.number, "nothing was written")
     except typer.BadParameter:
         raise
-    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"{_line(error)}, {_state(written)}" if written else error)
     except Exception as error:  # of a function of the user's that makes data, which may raise anything; or an error of ours
+        place = _place_of_user(error)
+        if place is None and isinstance(error, _EXPECTED):
+            fail(f"{_line(error)}, {_state(written)}" if written else error)
         if show.verbose:
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        place = place or traceback.extract_tb(error.__traceback__)[-1]
         fail(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}; --verbose shows more)")
     signals.leave_from_now_on(_state(written))
     try:
@@ -109,6 +114,25 @@ def run(work: Callable[[Progress], Any], files: Files, show: ShowOptions, status
             fail(f"{_state(written).removeprefix('but ')}, but the report cannot be printed: {error}")
     if code := status(record):
         raise SystemExit(code)
+
+
+_EXPECTED = (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+"""What is raised where something is not as it should be."""
+
+_LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _place_of_user(error: Exception) -> traceback.FrameSummary | None:
+    """Where in a function of the user's, called by this package, an error came from; None where it did not."""
+    frames = [(frame, Path(frame.filename)) for frame in traceback.extract_tb(error.__traceback__)]
+    last = max((number for number, (_, path) in enumerate(frames) if path.is_relative_to(_PACKAGE)), default=-1)
+    theirs = [frame for frame, path in frames[last + 1 :] if path.is_file() and not _is_in_library(path)]
+    return theirs[-1] if theirs else None
+
+
+def _is_in_library(path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in _LIBRARIES)
 
 
 def fail(error: object) -> NoReturn:
@@ -128,6 +152,8 @@ def _line(message: object) -> str:
 def _check_usage(show: ShowOptions) -> None:
     if show.quiet and show.verbose:
         raise typer.BadParameter("not with --quiet", param_hint="--verbose")
+    if show.report is not None and show.report.suffix.lower() not in _PAGES:
+        raise typer.BadParameter(f"{show.report}, expected a name that ends with {_PAGES[0]}", param_hint="--report")
     if show.json and show.csv == "-":
         raise typer.BadParameter("stdout is taken by --json; give --csv a file", param_hint="--csv")
 
@@ -173,9 +199,10 @@ def _print(result: Reported, record: dict[str, Any], show: ShowOptions, output: 
     elif not show.quiet:
         from biascorr.report.terminal import render
 
-        console = _Console(width=None if sys.stdout.isatty() else _columns())
+        out = io.StringIO()
+        console = _Console() if sys.stdout.isatty() else Console(file=out, width=_columns())
         render(record, console, output=None if output is None else str(output), all_rows=show.verbose)
-        sys.stdout.flush()
+        print("".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()), end="", flush=True)
 
 
 def _columns() -> int:

@@ -234,14 +234,19 @@ def _checked_operators(network: Network, op_types: Sequence[str]) -> tuple[str, 
     return tuple(op_types)
 
 
-def _loaded(reference: Any) -> Network:
-    """The float network. Raises TypeError where it is of another framework than ONNX."""
+def check_framework(reference: Any) -> None:
+    """Raises TypeError where a model is of another framework than ONNX."""
     framework = framework_of(reference, "reference")
     if framework in _OTHERS:
         raise TypeError(
             f"reference: a {framework.suffix} model, expected ONNX: {_OTHERS[framework]}; then give both models to "
             "correct (biascorr correct)"
         )
+
+
+def _loaded(reference: Any) -> Network:
+    """The float network. Raises TypeError where it is of another framework than ONNX."""
+    check_framework(reference)
     network = network_from_model(reference, "reference")
     require_float(network, "reference", "give the float model; what is quantized already is for correct (biascorr correct)")
     return network

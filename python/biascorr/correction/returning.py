@@ -76,6 +76,7 @@ def deployed(
             "not compute what the file says, which no bias makes good"
         )
     if abs(found.sqnr - measured.sqnr) > _OTHERWISE:
-        why = f": {arithmetic_of(network)}" if arithmetic_of(network) else ""
+        saturates = found.sqnr < measured.sqnr  # what saturates is not nearer
+        why = f": {arithmetic_of(network)}" if saturates and arithmetic_of(network) else ""
         notes.append(f"the model as its runtime runs it on this CPU gives {found}, exact arithmetic {measured}{why}")
     return Deployed(scores, found.is_worse_than(first), found.is_better_than(first), tuple(notes))

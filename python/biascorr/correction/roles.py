@@ -70,7 +70,7 @@ def check_roles(reference: Network, quantized: Network | None) -> None:
     has_quantized = any(layer.weight_step is not None for layer in quantized.layers)
     codes = {reason.code for report in quantized.unsupported for reason in report.reasons}
     if not has_quantized and ReasonCode.DYNAMIC not in codes:
-        require_float(reference, "reference", "and no layer of `quantized` has: exchange the two models")
+        require_float(reference, "reference", "and no layer of the other model has: exchange the two models")
     require_float(reference, "reference", "give the float model that was quantized")
 
 

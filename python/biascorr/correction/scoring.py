@@ -121,6 +121,9 @@ class Score:
     metrics: tuple[float, ...] | None = None
     noises: tuple[float, ...] | None = None
 
+    def __repr__(self) -> str:
+        return f"<Score of {len(self.sqnrs)}: {self}>"
+
     @property
     def sqnr(self) -> float:
         """The mean SQNR in dB."""

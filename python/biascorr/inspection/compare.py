@@ -89,7 +89,7 @@ class ModelComparison:
     """
 
     name: str
-    score: Score
+    score: Score = field(repr=False)
     outputs: Sequence[OutputComparison]
     seconds: float
     size: int | None = None

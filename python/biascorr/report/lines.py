@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 from biascorr.graph.reasons import ReasonCode
 from biascorr.report.records import Record
@@ -27,6 +28,40 @@ def elided(text: object, width: int = _ENOUGH) -> str:
     shown = printable(text)
     half = (width - 1) // 2
     return shown if len(shown) <= width else f"{shown[: width - 1 - half]}…{shown[len(shown) - half :]}"
+
+
+def elided_alike(texts: Sequence[str], width: int = _ENOUGH) -> list[str]:
+    """Printable texts, of which those that are longer than this lose what they share or, if that is not enough, their start,
+    middle or end: where most of them differ still.
+
+    Examples
+    --------
+    >>> elided_alike(["net/layer.1/query/MatMul", "net/layer.1/key/MatMul", "net/layer.2/query/MatMul"], 17)
+    ['…/layer.1/query/…', '…/layer.1/key/…', '…/layer.2/query/…']
+    """
+    shown = [printable(text) for text in texts]
+    if len(set(shown)) < 2 or all(len(text) <= width for text in shown):
+        return [elided(text, width) for text in shown]
+    parts = [text.split("/") for text in shown]
+    first = _shared(parts)
+    if any(each[0] for each in parts) or first > 1:  # not the empty part before a slash alone
+        parts = [["…", *each[first:]] for each in parts] if first else parts
+    if max(len("/".join(each)) for each in parts) > width and (last := _shared([each[::-1] for each in parts])):
+        parts = [[*each[:-last], "…"] for each in parts]
+    ways = [[_cut("/".join(each), width, kept) for each in parts] for kept in (width // 2, width - 1, 0)]
+    return max(ways, key=lambda way: len(set(way)))
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many of the first parts are the same in all, which leaves each at least one."""
+    shared = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*parts)))
+    return min(shared, *(len(each) - 1 for each in parts))
+
+
+def _cut(text: str, width: int, kept: int) -> str:
+    """The text, or as much of its start as is kept, and of its end as there is room for."""
+    end = width - 1 - kept
+    return text if len(text) <= width else f"{text[:kept]}…{text[len(text) - end :]}"
 
 
 def two_lines(record: Record) -> tuple[str, str]:

@@ -14,7 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from biascorr.report.grouping import groups_of
-from biascorr.report.lines import correction_in_short, count_of_scaled, counted, elided, label_of, left_because, printable
+from biascorr.report.lines import (
+    correction_in_short,
+    count_of_scaled,
+    counted,
+    elided,
+    elided_alike,
+    label_of,
+    left_because,
+    printable,
+)
 from biascorr.report.records import Record
 
 _SHOWN = 10
@@ -51,7 +60,7 @@ def render(record: Record, console: Console, *, output: str | None = None, all_r
     if output is None:
         printer.say(f"{_last_line(record)}{end}", style="bold")
     else:
-        printer.result(f"{_last_line(record)} -> {output}{end}")
+        printer.result(_last_line(record), f"-> {output}{end}")
 
 
 _SIMULATED = "simulated quantization: the result is the float model with corrected biases, to be quantized now"
@@ -79,9 +88,17 @@ class _Printer:
         self._is_first = False
         self._console.print(Text(printable(line), style=style))
 
-    def result(self, line: str) -> None:
-        """Prints a line that stays one, whatever its length."""
-        self._console.print(Text(printable(line), style="bold"), soft_wrap=True)
+    def result(self, line: str, written: str) -> None:
+        """Prints the result and what was written: in one line where that fits, else the file in a line that stays one."""
+        width = self._console.width
+        if len(printable(f"{line} {written}")) <= width:
+            line, written = f"{line} {written}", ""
+        elif len(printable(line)) > width:  # the time goes with the file, so that it is not alone
+            line, _, time = line.rpartition(", ")
+            line, written = f"{line},", f"{time} {written}"
+        self.say(line, style="bold")
+        if written:
+            self._console.print(Text(printable(written), style="bold"), soft_wrap=True)
 
     def table(self, title: str, table: Table) -> None:
         """Prints a table below its title, and an empty line before that."""
@@ -110,7 +127,8 @@ class _Printer:
         if record["is_simulated"]:
             self.say(_SIMULATED)
         if record["equalization"] is not None:
-            self._equalization(record["equalization"]) if self._all else self._equalized_before(record["equalization"])
+            is_taken = record["method"].startswith("equalized")
+            self._equalization(record["equalization"]) if self._all else self._equalized(record["equalization"], is_taken)
         layers = record["layers"]
         columns = {
             "|shift|": lambda each: _number(each["shift_before"]),
@@ -155,10 +173,11 @@ class _Printer:
         if record["is_refitted"]:
             self.say("chosen on held-out samples, then fitted to all samples")
 
-    def _equalized_before(self, record: Record) -> None:
-        """One line of the equalization that came before a correction."""
+    def _equalized(self, record: Record, is_taken: bool) -> None:
+        """One line of the equalization that came before a correction, or was tried."""
         bits = sum(each["bits"] or 0.0 for each in record["chains"])
-        self.say(f"the float model equalized: {_equalized(record)}, {bits:.1f} bits gained")
+        title = "the float model equalized" if is_taken else "tried, not taken: the float model equalized"
+        self.say(f"{title}: {_equalized(record)}, {bits:.1f} bits gained")
 
     def _equalization(self, record: Record) -> Sequence[str]:
         chains = record["chains"]
@@ -215,16 +234,15 @@ class _Printer:
             rows.append((str(each["name"]), each))
             if len(each["outputs"]) > 1:
                 rows += [(f"  {output['name']}", output) for output in each["outputs"]]
-        widths = [max([len(headings[key]), *(len(_measure(key, row)) for _, row in rows)]) for key in keys]
-        sizes = [_bytes(row.get("size")) for _, row in rows]
-        widths.append(max(map(len, (*sizes, "size"))))
-        room = self._room(widths)
+        columns = {headings[key]: [_measure(key, row) for _, row in rows] for key in keys}
+        columns["size"] = [_bytes(row.get("size")) for _, row in rows]
+        names = elided_alike([name for name, _ in rows], self._room(columns))
         table = _table()
         table.add_column("model", no_wrap=True)
-        for heading in (*(headings[key] for key in keys), "size"):
+        for heading in columns:
             table.add_column(heading, justify="right", no_wrap=True)
-        for (name, row), size in zip(rows, sizes):
-            table.add_row(_cell(elided(name, room)), *(_measure(key, row) for key in keys), size)
+        for cells in zip(names, *columns.values()):
+            table.add_row(*map(_cell, cells))
         self.table(f"models beside {elided(reference['name'])}, mean of {counted(record['samples'], 'sample')}", table)
         for note in record["notes"]:
             self.note(note)
@@ -241,7 +259,12 @@ class _Printer:
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {}
         if not all(each["is_correctable"] for each in layers):
             columns["corrects"] = lambda each: "yes" if each["is_correctable"] else "no"
-        columns |= {"weights": _weights, "range": _range, "spread": lambda each: _decibels(each["channel_bits"])}
+        weights = {_weights(each) for each in layers if each["dtype"] is not None}
+        if len(weights) == 1 and len(layers) > 1:
+            self.say(f"weights: {weights.pop()}")
+        else:
+            columns["weights"] = _weights
+        columns |= {"range": _range, "spread": lambda each: _decibels(each["channel_bits"])}
         for key, heading in (("weight_sqnr", "SQNR, dB"), ("chain_bits", "gain")):
             if any(each[key] is not None for each in layers):
                 columns[heading] = _digits(key)
@@ -299,20 +322,24 @@ class _Printer:
             title = f"{len(layers)} {title}" if len(layers) > 1 else title
         operator = {} if is_named or "operator" not in rows[0] else {"operator": lambda each: each["operator"]}
         texts = {name: [printable(cell(each)) for each in rows] for name, cell in (operator | dict(columns)).items()}
-        texts = {name: [elided(text, _WIDE) for text in cells] for name, cells in texts.items()}
-        room = self._room([max(len(name), *map(len, cells)) for name, cells in texts.items()])
+        names = [printable(each["name"]) for each in rows]
+        if self._room(texts) < max(map(len, names)):
+            texts = {name: elided_alike(cells, _WIDE) for name, cells in texts.items()}
+        if self._console.width < _UNLIMITED:
+            room = max(self._room(texts), len(heading))
+            names = [elided(name, room) for name in names] if is_named else elided_alike(names, room)
         table = _table()
         table.add_column(heading, no_wrap=True)
         for name in texts:
             table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
-        for each, *cells in zip(rows, *texts.values()):
-            name = str(each["name"]) if self._console.width >= _UNLIMITED else elided(each["name"], room)
-            table.add_row(_cell(name), *map(_cell, cells))
+        for cells in zip(names, *texts.values()):
+            table.add_row(*map(_cell, cells))
         self.table(title, table)
 
-    def _room(self, widths: Sequence[int]) -> int:
-        """Columns that are left for a name beside columns of these widths."""
-        return max(_NARROWEST, self._console.width - sum(widths) - _GAP * len(widths) - 1)
+    def _room(self, columns: Mapping[str, Sequence[str]]) -> int:
+        """Columns that are left for a name beside columns of these headings and cells."""
+        widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
+        return max(_NARROWEST, self._console.width - sum(widths) - _GAP * len(widths))
 
     def _reasons(self, title: str, layers: Sequence[Record]) -> None:
         """One row for all that have the same reasons, whatever names and numbers are in them."""
@@ -395,7 +422,8 @@ def _why_nothing(record: Record) -> list[str]:
     if any(each["method"] is not None for each in record["layers"]):
         return []
     if len(record["scores"]) > 1 and len(record["deployed"]) < 2 and record["method"] == "none":
-        return ["no candidate is surely better than the uncorrected model, in SQNR, noise and divergence, or by the metric"]
+        by = "by the metric" if record["scores"][0]["metric"] is not None else "in SQNR, noise and divergence"
+        return [f"no candidate is surely better than the uncorrected model, {by}"]
     reason = left_because(record)
     return [] if reason is None else [f"nothing could be corrected: {reason}"]
 

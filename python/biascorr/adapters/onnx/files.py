@@ -123,10 +123,19 @@ def _parse(data: bytes, name: str) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except DecodeError:
-        raise ValueError(f"{name}: not an ONNX model, or a truncated one") from None
+        raise ValueError(f"{name}: not an ONNX model, or a truncated one{_remedy(name)}") from None
     if not model.graph.node and not model.graph.output:
-        raise ValueError(f"{name}: not an ONNX model: it has no graph")
+        raise ValueError(f"{name}: not an ONNX model: it has no graph{_remedy(name)}")
     return model
+
+
+_EXPORTERS = dict.fromkeys((".pt", ".pth", ".pt2", ".safetensors"), "torch.onnx.export") | {".pb": "tf2onnx"}
+"""What writes an ONNX model of what is in files with other suffixes."""
+
+
+def _remedy(name: str) -> str:
+    exporter = _EXPORTERS.get(Path(name).suffix.lower())
+    return f"; {exporter} makes one" if exporter else ""
 
 
 def _detached(
