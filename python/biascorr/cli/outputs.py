@@ -14,6 +14,9 @@ from biascorr.adapters.loading import check_output_of, check_same_framework, siz
 from biascorr.report.records import rows
 from biascorr.whole_file import check_output, whole_file
 
+_PAGES = (".html", ".htm", "")
+"""What the name of a page may end with."""
+
 
 def check_outputs(
     models: Mapping[str, str | None],
@@ -59,6 +62,8 @@ def check_outputs(
     for file, path in itertools.product(read, outputs.values()):
         if _are_same(file, path):
             raise ValueError(f"{path}: it is an input, {file}; give the output another name")
+    if "report" in outputs and outputs["report"].suffix.lower() not in _PAGES:
+        raise ValueError(f"{outputs['report']}: the report is a page, expected a name that ends with {_PAGES[0]}")
     if "output" in outputs:
         check_output(outputs["output"], force=force, size=sum(sizes[-1].values()))
 

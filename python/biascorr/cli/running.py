@@ -34,9 +34,6 @@ from biascorr.report.reported import Reported
 NOTHING_CORRECTED = 3
 """The status where the output is written although no layer could be corrected."""
 
-_PAGES = (".html", ".htm")
-"""What the names of pages end with."""
-
 _PLAIN = 80
 """Columns of what is no terminal."""
 
@@ -152,8 +149,6 @@ def _line(message: object) -> str:
 def _check_usage(show: ShowOptions) -> None:
     if show.quiet and show.verbose:
         raise typer.BadParameter("not with --quiet", param_hint="--verbose")
-    if show.report is not None and show.report.suffix.lower() not in _PAGES:
-        raise typer.BadParameter(f"{show.report}, expected a name that ends with {_PAGES[0]}", param_hint="--report")
     if show.json and show.csv == "-":
         raise typer.BadParameter("stdout is taken by --json; give --csv a file", param_hint="--csv")
 
