@@ -22,8 +22,8 @@ USAGE = {
     "give samples as --data": ("quantize", "models/float.onnx", "data/good.npz", "-o", "out.onnx"),
     "give the float model as --reference": ("inspect", "models/quantized.onnx", "models/float.onnx"),
     "data/good.npz is no folder of images; leave out --preset": (*CORRECT, *DATA, "--preset", "imagenet"),
-    "mine:none is no folder of images; leave out --size --layout": (
-        *(*CORRECT, "--data", "mine:none", "--size", "8", "--layout", "NCHW"),
+    "first_steps:none is no folder of images; leave out --size --layout": (
+        *(*CORRECT, "--data", "first_steps:none", "--size", "8", "--layout", "NCHW"),
     ),
 }
 
@@ -36,9 +36,9 @@ def test_what_was_meant_by_an_argument(expected, folder):
 
 
 ERRORS = {
-    r"ValueError: too late \(.*mine\.py, line 2; --verbose shows more\)": (*CORRECT, "--data", "mine:fails"),
-    r"ValueError: in between \(.*mine\.py, line 8; --verbose shows more\)": (*CORRECT, "--data", "mine:begins"),
-    r"data: 'mine:none' returned None, expected samples": (*CORRECT, "--data", "mine:none"),
+    r"ValueError: too late \(.*first_steps\.py, line 2; --verbose shows more\)": (*CORRECT, "--data", "first_steps:fails"),
+    r"ValueError: in between \(.*first_steps\.py, line 8; --verbose shows more\)": (*CORRECT, "--data", "first_steps:begins"),
+    r"data: 'first_steps:none' returned None, expected samples": (*CORRECT, "--data", "first_steps:none"),
     r"out\.pdf: the report is a page, expected a name that ends with \.html": (*CORRECT, *DATA, "--report", "out.pdf"),
     r"reference: no such file: gone\.keras": ("correct", "gone.keras", *DATA, "-o", "out.keras"),
     r"models\[1\]: no such file: gone\.onnx": ("compare", "models/float.onnx", "models/quantized.onnx", "gone.onnx", *DATA),
@@ -65,8 +65,8 @@ def begins():
 @pytest.mark.parametrize("expected", ERRORS)
 def test_what_is_wrong_is_said_in_one_line(expected, folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    (folder / "mine.py").write_text(MINE)
+    monkeypatch.delitem(sys.modules, "first_steps", raising=False)
+    (folder / "first_steps.py").write_text(MINE)
     (folder / "model.pt").write_bytes(b"PK\3\4")
     (folder / "a.onnx").write_bytes((folder / "models/float.onnx").read_bytes())
     done = run(*ERRORS[expected], cwd=folder)
