@@ -11,7 +11,7 @@ from biascorr.correction.candidates import Choice
 from biascorr.correction.scoring import Gain, Score
 from biascorr.equalization.result import Equalization
 from biascorr.graph.network import BiasNetwork, versions_of
-from biascorr.graph.reasons import LayerReport
+from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.report.records import Record, layer_record, plain, provenance_text
 from biascorr.report.reported import Plotted, Saved
 from biascorr.typing import Model_co
@@ -92,6 +92,14 @@ class Correction(Saved, Plotted, Generic[Model_co]):
         By measure: "sqnr" in dB, "divergence" in nats, or "metric"; empty where nothing was scored.
         """
         return self.scores[self.method].gains_over(self.scores["none"]) if self.scores else {}
+
+    @property
+    def left(self) -> Reason | None:
+        """Why nothing was corrected: nothing was better, or else the reason that most layers have; None where a layer was."""
+        reasons = [reason for layer in self.report for reason in layer.reasons]
+        if not reasons or any(layer.method is not None for layer in self.report):
+            return None
+        return ReasonCode.NOT_BETTER() if ReasonCode.NOT_BETTER() in reasons else max(reasons, key=reasons.count)
 
     @property
     def model(self) -> Model_co:
