@@ -479,8 +479,9 @@ def _candidates(options: Options, attempt: Attempt, number: int) -> list[Candida
     part = builder.part if options.is_auto else None
     left = functools.partial(work_left, options.samples, builder, is_deployed=attempt.network is builder.quantized)
     later = [] if part is None else [Choice("activation")]
+    refitted = [Choice("activation")] if options.is_auto and options.samples.held_out_batches else []
     later_attempts = options.attempts - number - 1
-    work.plan(left(first=choices, second=later * 2, refitted=later, times=1 + later_attempts))
+    work.plan(left(first=choices, second=later * 2, refitted=refitted, times=1 + later_attempts))
     work.expect({kind: later_attempts * units for kind, units in options.between.items()})
     with work.step("uncorrected model"):
         before = builder.uncorrected(replace(_UNCORRECTED, is_equalized=is_equalized))
@@ -494,7 +495,7 @@ def _candidates(options: Options, attempt: Attempt, number: int) -> list[Candida
             candidates.append(builder.candidate(choice, part))
     best = finalists(candidates) if part is not None else []
     if number == options.attempts - 1:
-        work.plan(left(second=[each.choice for each in best], refitted=[each.choice for each in best[:1]]))
+        work.plan(left(second=[each.choice for each in best], refitted=[each.choice for each in best[:1]] or refitted))
     for k, each in enumerate(best):
         with work.step(f"finalist {k + 1} of {len(best)}: {each.choice}"):
             candidates[candidates.index(each)] = builder.candidate(each.choice)
