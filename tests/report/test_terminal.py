@@ -12,9 +12,9 @@ from biascorr.report.terminal import render
 from report_records import correction, equalization, reason
 
 
-def shown(record, width=80, **options):
+def shown(record, width=80, *, is_terminal=False, **options):
     text = io.StringIO()
-    render(record, Console(file=text, width=width, color_system=None, _environ={}), **options)
+    render(record, Console(file=text, width=width, color_system=None, force_terminal=is_terminal, _environ={}), **options)
     return text.getvalue().splitlines()
 
 
@@ -28,7 +28,7 @@ def below(title, lines):
 @pytest.mark.parametrize("all_rows", [False, True])
 @pytest.mark.parametrize("record", [correction(60, equalization=equalization(60)), equalization(60)], ids=["both", "one"])
 def test_no_line_is_wider_than_the_terminal(record, all_rows, width):
-    lines = shown(record, width, all_rows=all_rows, output="out.onnx")
+    lines = shown(record, width, is_terminal=True, all_rows=all_rows, output="out.onnx")
     assert max(map(len, lines)) <= width
     assert not re.search(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u2028\u202e\u2066\u200f\ud800-\udfff]", "".join(lines))
     assert "-> out.onnx" in lines[-1]
@@ -51,9 +51,10 @@ def test_last_line_is_the_result():
     taken = next(each for each in record["scores"] if each["is_taken"])
     taken["sqnr"], record["scores"][0]["sqnr"] = 48.48, 25.97
     result = "25.97 -> 48.48 dB on 16 held-out samples, activation 0.5, 3 of 3 layers, 12.7 s"
-    assert shown(record, 120, output="corrected.onnx")[-1] == f"{result} -> corrected.onnx"
+    assert shown(record, 120, is_terminal=True, output="corrected.onnx")[-1] == f"{result} -> corrected.onnx"
+    assert shown(record, 60, output="corrected.onnx")[-1] == f"{result} -> corrected.onnx"
     long = f"{'folder/' * 20}corrected.onnx"
-    assert shown(record, len(result), output=long)[-2:] == [result, f"-> {long}"]
+    assert shown(record, len(result), is_terminal=True, output=long)[-2:] == [result, f"-> {long}"]
 
 
 def test_a_simulated_run_says_so_first_and_last():

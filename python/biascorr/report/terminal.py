@@ -89,8 +89,11 @@ class _Printer:
         self._console.print(Text(printable(line), style=style))
 
     def result(self, line: str, written: str) -> None:
-        """Prints the result and what was written: in one line where that fits, else the file in a line that stays one."""
+        """Prints the result and what was written: in one line, but for a terminal that is too narrow."""
         width = self._console.width
+        if not self._console.is_terminal:
+            self._console.print(Text(printable(f"{line} {written}")), soft_wrap=True)
+            return
         if len(printable(f"{line} {written}")) <= width:
             line, written = f"{line} {written}", ""
         elif len(printable(line)) > width:  # the time goes with the file, so that it is not alone
