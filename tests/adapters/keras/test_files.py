@@ -451,7 +451,7 @@ def run(*arguments, cwd):
 def test_correct_from_the_command_line(name, saved, tmp_path):
     done = run("correct", saved / name, "--data", saved / "x.npz", "--method", "mean", "-o", "out.keras", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "out.keras: 4 of 4 layers corrected by mean" in done.stdout
+    assert re.search("mean, 4 of 4 layers, .* -> out.keras; a float model, quantize it now", done.stdout)
     expected = correct(with_norms(), X, method="mean").model
     for output, each in zip(outputs_of(keras.saving.load_model(tmp_path / "out.keras")), outputs_of(expected)):
         np.testing.assert_allclose(output, each, rtol=1e-5, atol=1e-5)
@@ -480,8 +480,8 @@ def test_wrong_names_of_outputs_are_known_before_the_work(command, model, output
     from biascorr.cli import app
 
     monkeypatch.chdir(tmp_path)
-    for module, name in ((app.correction, "correct"), (app.equalization, "equalize")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work was done"))
+    for module in ("correction.correct", "equalization.equalize"):
+        monkeypatch.setattr(f"biascorr.{module}.{module.rpartition('.')[2]}", lambda *_, **__: pytest.fail("the work was done"))
     with pytest.raises(SystemExit, match="1"):
         app.app([command, str(saved / model), "-o", output, *(["--method", "analytical"] if command == "correct" else [])])
     assert capsys.readouterr().err == f"error: {REFUSED[model, output]}\n"
