@@ -47,7 +47,7 @@ KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/how-to/keras.m
 
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
 	cargo test --quiet --no-default-features
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target pytest-adapters pytest-keras pytest
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target pytest pytest-adapters pytest-keras
 
 # Any of these may have no test of those that were asked for (status 5).
 pytest: $(VENV)/built build/wheelhouse
