@@ -170,11 +170,17 @@ class BiasNetwork(Network, Protocol):
         which is not added again.
         """
 
-    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
-        """Writes the model, whole or not at all; an existing file is kept unless `force`.
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Writes the model, whole or not at all; an existing file is kept unless `force`."""
 
-        The provenance is kept with it where the format has a place for text about a model, in place of any before.
-        """
+
+class TracedNetwork(BiasNetwork, Protocol):
+    """A network whose files have a place for how they were made."""
+
+    keeps_provenance: bool
+
+    def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
+        """Writes the model as :meth:`BiasNetwork.save`, with its provenance in place of any before."""
 
 
 class EditableNetwork(BiasNetwork, Protocol):
@@ -200,6 +206,11 @@ class RenamableNetwork(BiasNetwork, Protocol):
 def is_network(model: Any) -> bool:
     """Whether an adapter has made this."""
     return all(hasattr(type(model), name) for name in ("part", "facts"))
+
+
+def is_traced(network: Network) -> TypeGuard[TracedNetwork]:
+    """Whether its files have a place for how they were made."""
+    return bool(getattr(network, "keeps_provenance", False))
 
 
 def require_biases(network: Network, name: str) -> BiasNetwork:

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from biascorr.arguments import check_flags, check_path
+from biascorr.graph.network import is_traced
 from biascorr.report.lines import two_lines
 from biascorr.report.records import Record, rows
 
@@ -128,7 +129,10 @@ class Saved(Reported):
         """
         check_path("path", path)
         check_flags(force=force, provenance=provenance)
-        self.network.save(path, force=force, provenance=self._provenance() if provenance else None)
+        if is_traced(self.network):
+            self.network.save(path, force=force, provenance=self._provenance() if provenance else None)
+        else:
+            self.network.save(path, force=force)
 
 
 class Plotted(Reported):

@@ -57,6 +57,8 @@ class KerasNetwork:
         See :class:`biascorr.graph.operations.Facts`.
     """
 
+    keeps_provenance = True
+
     packages = ("keras", "tensorflow")
 
     def __init__(

@@ -68,6 +68,8 @@ class OnnxNetwork:
         The name that errors give the model.
     """
 
+    keeps_provenance = True
+
     packages = ("onnx", "onnxruntime")
     arithmetic = "8-bit products may saturate there, which quantizers avoid with 7-bit weights (reduce_range)"
 

@@ -43,6 +43,8 @@ class TfliteNetwork:
         What its inputs are called; as the signature of the model calls them where there are none.
     """
 
+    keeps_provenance = True
+
     packages = ("ai_edge_litert",)
     keeps_batch_norms = False
 
