@@ -104,4 +104,4 @@ def test_wheel_works_in_an_empty_environment_with_numpy_alone(wheel, tmp_path):
     assert output[2].startswith(str(environment))
     refused = subprocess.run([environment / "bin" / "biascorr"], capture_output=True, text=True, env=clean)
     assert refused.returncode == 1
-    assert refused.stderr == 'error: the command line needs typer: pip install "biascorr[onnx]"\n'
+    assert refused.stderr == 'error: the command line needs rich: pip install "biascorr[onnx]" (or tflite, keras)\n'
