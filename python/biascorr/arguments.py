@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -98,6 +97,8 @@ def checked_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 def nearest(value: Any, allowed: Sequence[str]) -> str:
     """The end of a message that asks whether this one of what is allowed was meant; nothing where none is like it."""
+    import difflib  # takes a while, and only mistakes need it
+
     found = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic
 
 from biascorr import __version__
 from biascorr.correction.candidates import Choice
@@ -18,7 +17,7 @@ from biascorr.typing import Model_co
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correction(Saved, Plotted, Generic[Model_co]):
+class Correction(Saved[Model_co], Plotted):
     """A corrected model and its report.
 
     Parameters
@@ -100,11 +99,6 @@ class Correction(Saved, Plotted, Generic[Model_co]):
         if not reasons or any(layer.method is not None for layer in self.report):
             return None
         return ReasonCode.NOT_BETTER() if ReasonCode.NOT_BETTER() in reasons else max(reasons, key=reasons.count)
-
-    @property
-    def model(self) -> Model_co:
-        """The corrected model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model  # type: ignore[no-any-return]
 
     def to_dict(self) -> Record:
         """The record of the correction: dicts, lists, text, numbers, bool and None, as JSON can hold them.

@@ -26,7 +26,7 @@ from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.equalization.folding import fold_batch_norms
 from biascorr.equalization.high_bias import fold_high_biases
-from biascorr.equalization.result import Equalization, OutputChange
+from biascorr.equalization.result import Equalization, OutputChange, largest_change
 from biascorr.equalization.scaling import check_iterations, scale
 from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network, require_edits, require_float
 from biascorr.graph.operations import Activation, ActivationType
@@ -207,7 +207,7 @@ class _Meter:
         change = OutputChange()
         for batch, outputs in self._outputs(network, step):
             for name, largest in self._largest.items():
-                moved = _largest_difference(self._samples.storage["float", name, batch], outputs[name])
+                moved = largest_change(self._samples.storage["float", name, batch], outputs[name])
                 relative = moved / largest if largest else moved
                 change = OutputChange(*np.maximum((moved, relative), (change.absolute, change.relative)).tolist())
         self.changes[step] = change
@@ -228,14 +228,3 @@ class _Meter:
 def _largest(array: NDArray[Any]) -> float:
     values = np.abs(array.astype(np.float64))
     return float(values.max(initial=0.0, where=np.isfinite(values)))
-
-
-def _largest_difference(expected: NDArray[Any], computed: NDArray[Any]) -> float:
-    """nan and infinities that stayed do not count; nan where a number became one of them, or the shape another."""
-    if expected.shape != computed.shape:
-        return np.nan
-    expected, computed = expected.astype(np.float64), computed.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        differences = np.abs(computed - expected)
-    stayed = (expected == computed) | (np.isnan(expected) & np.isnan(computed))
-    return float(np.where(stayed, 0.0, differences).max(initial=0.0))

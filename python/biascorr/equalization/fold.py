@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
 
 from biascorr import __version__
 from biascorr.adapters.loading import network_from_model
@@ -25,7 +24,7 @@ _FOLD_FIRST = "fold the batch normalizations of the float model, then quantize i
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Folding(Saved, Generic[Model_co]):
+class Folding(Saved[Model_co]):
     """A float model whose batch normalizations were folded into layers.
 
     Parameters
@@ -53,11 +52,6 @@ class Folding(Saved, Generic[Model_co]):
     seconds: float | None = None
     files: Mapping[str, str] | None = None
     command: str | None = None
-
-    @property
-    def model(self) -> Model_co:
-        """The folded model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model  # type: ignore[no-any-return]
 
     @property
     def left(self) -> dict[str, str]:

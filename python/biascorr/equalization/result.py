@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,22 @@ class OutputChange:
         return f"{self.absolute:.3g} ({self.relative:.1e} of the largest)"
 
 
+def largest_change(expected: NDArray[Any], computed: NDArray[Any]) -> float:
+    """The largest change of any value: nan and infinities that stayed do not count.
+
+    nan where a number became one of them, or the shape another.
+    """
+    if expected.shape != computed.shape:
+        return np.nan
+    expected, computed = expected.astype(np.float64), computed.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(computed - expected)
+    stayed = (expected == computed) | (np.isnan(expected) & np.isnan(computed))
+    return float(np.where(stayed, 0.0, differences).max(initial=0.0))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Equalization(Saved, Plotted, Generic[Model_co]):
+class Equalization(Saved[Model_co], Plotted):
     """An equalized float model and what was done to it.
 
     Parameters
@@ -86,11 +100,6 @@ class Equalization(Saved, Plotted, Generic[Model_co]):
     seconds: float | None = None
     files: Mapping[str, str] | None = None
     command: str | None = None
-
-    @property
-    def model(self) -> Model_co:
-        """The equalized model, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
-        return self.network.model  # type: ignore[no-any-return]
 
     @property
     def left(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.result import Correction
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score, arrays_of, output_pairs
-from biascorr.equalization.result import Equalization
+from biascorr.equalization.result import Equalization, largest_change
 from biascorr.graph.network import BiasNetwork, Feeds, ModelInput, require_biases, versions_of
 from biascorr.inspection.inputs import are_transposed, merged_inputs, paired_inputs, text_of_shape
 from biascorr.report.records import Record, plain
@@ -489,13 +489,7 @@ class _Watched:
 
 
 def _largest_change(r: NDArray[Any], q: NDArray[Any]) -> float:
-    """nan and infinities that stayed do not count; nan where a number became one of them, or the shape another."""
-    if r.shape != q.shape:
-        return np.nan
-    if not all(each.dtype.kind in "fiub" or each.dtype.isbuiltin != 1 for each in (r, q)):
+    """As :func:`largest_change`; of what is no number, nan where anything differs."""
+    if r.shape == q.shape and not all(each.dtype.kind in "fiub" or each.dtype.isbuiltin != 1 for each in (r, q)):
         return 0.0 if np.array_equal(r, q) else np.nan
-    expected, computed = r.astype(np.float64), q.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        differences = np.abs(computed - expected)
-    stayed = (expected == computed) | (np.isnan(expected) & np.isnan(computed))
-    return float(np.where(stayed, 0.0, differences).max(initial=0.0))
+    return largest_change(r, q)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import io
 import json
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from biascorr.arguments import check_flags, check_path
 from biascorr.graph.network import is_traced
 from biascorr.report.lines import two_lines
 from biascorr.report.records import Record, rows
+from biascorr.typing import Model_co
 
 if TYPE_CHECKING:
     import pandas
@@ -22,12 +24,12 @@ _WIDTH = 80
 """Columns of a summary."""
 
 
-class Reported:
+class Reported(abc.ABC):
     """A result that tells what it is by its record."""
 
+    @abc.abstractmethod
     def to_dict(self) -> Record:
         """The record of the result: dicts, lists, text, numbers, bool and None. Numbers that are not finite are None."""
-        raise NotImplementedError
 
     def to_json(self, indent: int | None = 2) -> str:
         """The record as JSON, by the letter of its standard: no NaN, ASCII alone.
@@ -92,14 +94,19 @@ class Reported:
         return excerpt(self.to_dict())
 
 
-class Saved(Reported):
+class Saved(Reported, Generic[Model_co]):
     """A result with a model that can be saved."""
 
     network: BiasNetwork
 
+    @property
+    def model(self) -> Model_co:
+        """The model that was made, of the framework's own type: onnx.ModelProto, bytes of a .tflite file, keras.Model."""
+        return self.network.model  # type: ignore[no-any-return]
+
+    @abc.abstractmethod
     def _provenance(self) -> str | None:
         """What a file says of how it was made; None where nothing was done to the model."""
-        raise NotImplementedError
 
     def save(self, path: str | PathLike[str], *, force: bool = False, provenance: bool = True) -> None:
         """Writes the model, whole or not at all.
