@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import zipfile
 
@@ -176,6 +177,13 @@ def test_inputs_that_are_not_of_floats_may_hold_anything():
     model = model_from_text(text, t=weights(9, 7), w=weights(7, 5, axis=1))
     data = {"ids": np.arange(24).reshape(6, 4) % 9, "flags": np.ones((6, 4), bool)}
     assert mean_corrected(model, data).report[0].method == "mean"
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float16", "float64"])
+def test_samples_from_another_process_keep_their_type(dtype):
+    x = pickle.loads(pickle.dumps(np.ones((6, 4), dtype)))  # a copy of its dtype, which numpy does not call built in
+    (batch,) = batches_from_data(x, [ModelInput("x", np.dtype(dtype), (None, 4))], batch_size=6)
+    assert batch["x"].dtype == dtype
 
 
 # How samples are read

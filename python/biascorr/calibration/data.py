@@ -563,7 +563,7 @@ def _fitting(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[An
         raise ValueError(
             f"{label}: shape {array.shape}, the model takes ({axes}){remedies.of_shape(array.shape, expected.shape)}"
         )
-    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+    return array.astype(np.float32) if array.dtype.isbuiltin == 2 else array
 
 
 def _check_finite(feeds: Feeds, name: str) -> None:
