@@ -18,6 +18,7 @@ Everything is computed in float64 and rounded once, to float32. There is a class
 from __future__ import annotations
 
 import functools
+import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -218,6 +219,19 @@ class ReadableNetwork:
     @functools.cached_property
     def layers(self) -> Sequence[Layer]:
         return [self._layer(each) for each in self.nodes if each.op in LAYOUTS]
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(repr((self.inputs, self.outputs, sorted(self.statistics.items()))).encode())
+        for each in self.nodes:
+            digest.update(repr((each.name, each.op, each.inputs, each.output, each.call_of)).encode())
+            for name, value in sorted(each.given.items()):
+                array = np.asarray(value)
+                digest.update(
+                    f"{name} {array.dtype} {array.shape}".encode()
+                    + (array.tobytes() if array.dtype.kind != "O" else repr(value).encode())
+                )
+        return digest.hexdigest()
 
     def facts(self) -> Facts:
         roles = {each.name: self._role(each) for each in self.nodes}

@@ -101,6 +101,9 @@ class Network(Protocol):
 
     A layer that is called several times is there once per call, or not at all: each by the name of its own operation, with its
     own input, window and output; all with the same weights and the same bias. `call_of` of the later ones names the first.
+
+    It can be pickled: what it was made of travels, and it is made again, to compute the same bits; see
+    :mod:`biascorr.graph.travel`.
     """
 
     @property
@@ -126,6 +129,14 @@ class Network(Protocol):
     @property
     def operations(self) -> Sequence[Operation]:
         """All nodes that depend on the inputs, in topological order."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all that it computes from; found when it is first asked for.
+
+        The same in every process, whatever the model was read from, and other where a weight, an attribute, a quantizer or the
+        graph is. How a file says that it was made does not count.
+        """
 
     def facts(self) -> Facts:
         """Facts about operations and tensors; found at the first call."""

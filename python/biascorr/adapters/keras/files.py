@@ -55,7 +55,7 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
     if not path.is_file():
         raise OSError(f"{name}: {kind_of(path)}")
     try:
-        model = _loaded(path, name)
+        model = loaded(path, name)
         text = "{}"
         if path.suffix == Framework.KERAS.suffix:
             with zipfile.ZipFile(path) as archive:
@@ -65,24 +65,24 @@ def _from_file(path: Path, name: str) -> tuple[Any, str]:
         raise
     except Exception as error:  # Keras, zipfile, json and h5py raise a dozen kinds at files that are damaged
         raise ValueError(
-            f"{name}: Keras cannot read it: {_reason(error)}; a model with layers of your own: load it with "
+            f"{name}: Keras cannot read it: {reason_of(error)}; a model with layers of your own: load it with "
             "keras.saving.load_model(path, custom_objects=...) and give the model"
         ) from error
 
 
-def _loaded(path: Path, name: str) -> Any:
+def loaded(path: Path, name: str, *, safe_mode: bool = True) -> Any:
     """The model in a file; not compiled, with a warning, where its optimizer, losses or metrics cannot be made again."""
     try:
-        return keras.saving.load_model(path)
+        return keras.saving.load_model(path, safe_mode=safe_mode)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # options of an optimizer of Keras 2, functions of the caller's own
-        model = keras.saving.load_model(path, compile=False)
-        warnings.warn(f"{name}: compile the model that is returned yourself: {_reason(error)}", stacklevel=2)
+        model = keras.saving.load_model(path, compile=False, safe_mode=safe_mode)
+        warnings.warn(f"{name}: compile the model that is returned yourself: {reason_of(error)}", stacklevel=2)
         return model
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What is wrong, without the configuration that Keras says before."""
     said = str(error).rpartition("Exception encountered: ")[2].partition("Full object config:")[0]
     return " ".join(said.split())[:300]
@@ -110,7 +110,7 @@ def _check_layers(model: Any, name: str) -> None:
         except Exception as error:
             raise TypeError(
                 f"{name}: layer {operation.name} ({type(operation).__name__}) cannot be made again from its get_config(), as "
-                f"saving it needs too: {_reason(error)}"
+                f"saving it needs too: {reason_of(error)}"
             ) from error
 
 
@@ -141,16 +141,12 @@ def _check_written(file: Path, model: Any, name: str | os.PathLike[str]) -> None
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{name}: Keras cannot read what it writes of this model: {_reason(error)}") from error
-    if _calls(read) != _calls(model) or not all(map(_are_equal, read.weights, model.weights)):
+        raise ValueError(f"{name}: Keras cannot read what it writes of this model: {reason_of(error)}") from error
+    if steps_of(read).calls != steps_of(model).calls or not all(map(_are_equal, read.weights, model.weights)):
         raise ValueError(
             f"{name}: Keras does not read what it writes of this model, as where a layer is called outside and inside of a "
             "nested model; the model itself is right"
         )
-
-
-def _calls(model: Any) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    return [(step.name, step.inputs, step.outputs) for step in steps_of(model).steps]
 
 
 def _are_equal(variable: Any, other: Any) -> bool:

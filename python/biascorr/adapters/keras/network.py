@@ -15,11 +15,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from biascorr.adapters.keras import files
+from biascorr.adapters.keras.digest import digest_of
 from biascorr.adapters.keras.folded import folded_of, keep_folded, keep_text, text_of
 from biascorr.adapters.keras.linear import DEPTHWISE, Linear, array_of
 from biascorr.adapters.keras.rebuilding import rebuilt
 from biascorr.adapters.keras.roles import kind_of, roles_of
 from biascorr.adapters.keras.running import Functions, Values, packed
+from biascorr.adapters.keras.sending import Sent, received, sent
 from biascorr.adapters.keras.steps import Step, Steps, steps_of
 from biascorr.graph.axes import aligned
 from biascorr.graph.layer import Constant, Layer
@@ -88,6 +90,15 @@ class KerasNetwork:
             return cls(loaded, steps, Functions(), Values(), folded_of(loaded, steps))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weights = {name: array_of(each) for name, each in self._values.weights.items()}
+        return _arrived, (sent(self._source, self._all), replace(self._values, weights=weights), self._statistics)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the steps, what they compute with, and statistics."""
+        return digest_of(self._all, self._values, self._statistics)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -286,6 +297,13 @@ class KerasNetwork:
         Provenance is a member of it, :data:`biascorr.adapters.keras.files.PROVENANCE`.
         """
         files.save(self.model, text_of(self.model), path, force=force, provenance=provenance)
+
+
+def _arrived(given: Sent, values: Values, statistics: Mapping[str, BatchNorm]) -> KerasNetwork:
+    """The network that was pickled."""
+    source, steps = received(given)
+    weights = {name: tf.convert_to_tensor(each) for name, each in values.weights.items()}
+    return KerasNetwork(source, steps, Functions(), replace(values, weights=weights), statistics)
 
 
 def _linear(step: Step) -> Linear:

@@ -89,6 +89,16 @@ class Steps:
     others: set[str]
     left: dict[str, Reason]
 
+    @property
+    def operations(self) -> list[Any]:
+        """The operations that are called, each once."""
+        return list({id(step.operation): step.operation for step in self.steps}.values())
+
+    @property
+    def calls(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+        """The name of each step, and the tensors that it reads and makes."""
+        return [(step.name, step.inputs, step.outputs) for step in self.steps]
+
 
 def steps_of(model: Any) -> Steps:
     """The steps of a functional or sequential model."""

@@ -175,7 +175,7 @@ def _read_external(model: onnx.ModelProto, path: Path | None, name: str, values:
 
 def _external(model: onnx.ModelProto, path: Path | None, name: str) -> Iterator[tuple[onnx.TensorProto, Path, int]]:
     """The tensors that are in other files, with the file and where they start in it."""
-    for tensor in _tensors(model):
+    for tensor in all_tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         if path is None:
@@ -192,7 +192,7 @@ def _external(model: onnx.ModelProto, path: Path | None, name: str) -> Iterator[
         yield tensor, file, offset
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """All tensors of a model: of its graph, of graphs inside, and of its functions."""
     yield from _tensors_of_graph(model.graph)
     for function in model.functions:
@@ -325,7 +325,7 @@ def _own_data(path: Path) -> set[Path]:
         model = _parse(path.read_bytes(), str(path)) if own else onnx.ModelProto()
     except (OSError, ValueError):  # there is none, or none that can be read
         return set()
-    entries = (entry for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location")
+    entries = (entry for tensor in all_tensors(model) for entry in tensor.external_data if entry.key == "location")
     return {own[entry.value] for entry in entries if entry.value in own}
 
 

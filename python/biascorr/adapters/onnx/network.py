@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -17,6 +16,7 @@ from onnx import helper
 from biascorr.adapters.frameworks import Framework, check_suffix
 from biascorr.adapters.onnx import files
 from biascorr.adapters.onnx.bias import Bias, bias_of, constant_bias
+from biascorr.adapters.onnx.digest import digest_of
 from biascorr.adapters.onnx.edits import edit
 from biascorr.adapters.onnx.folded import folded_of, keep_folded
 from biascorr.adapters.onnx.functions import called_by, check_functions
@@ -81,6 +81,7 @@ class OnnxNetwork:
         self._name = name
         self._facts: Facts | None = None
         self._whole: onnx.ModelProto | None = None
+        self._digest: str | None = None
         self.inputs = _inputs(model, name)
         self.outputs = [value.name for value in model.graph.output]
         types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
@@ -103,6 +104,16 @@ class OnnxNetwork:
         check_functions(loaded, name)
         check(loaded, values, name)  # refuses what is no valid model before anything is read from it
         return cls(loaded, values, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self._original.model.SerializeToString(), self._original.values, self._name)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model as it was given, but for its provenance and texts for people."""
+        if self._digest is None:
+            self._digest = digest_of(self._original.model, self._original.values)
+        return self._digest
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -218,10 +229,11 @@ class OnnxNetwork:
 
     def _with_biases(self, graph: Graph, nodes: dict[str, onnx.NodeProto], biases: Mapping[Layer, Bias]) -> OnnxNetwork:
         """This network with a graph whose biases alone are others: what was found of its nodes holds."""
-        other = copy.copy(self)
+        other = OnnxNetwork.__new__(OnnxNetwork)
+        vars(other).update(vars(self))
         other._original = other._graph = graph
         other._original_nodes = other._nodes = nodes
-        other._facts = other._whole = None
+        other._facts = other._whole = other._digest = None
         other.layers = [replace(layer, bias=biases[layer].read()) if layer in biases else layer for layer in self.layers]
         return other
 
@@ -415,6 +427,11 @@ class OnnxNetwork:
             return name, None
         step, zero_point = float(dequantizer.step.item()), int(dequantizer.zero_point.item())
         return dequantizer.quantized, Quantization.from_step(step, zero_point)
+
+
+def _arrived(serialized: bytes, values: Values, name: str) -> OnnxNetwork:
+    """The network that was pickled."""
+    return OnnxNetwork(onnx.ModelProto.FromString(serialized), values, name)
 
 
 def axes_of_product(equation: str, index: int) -> tuple[str, int, int] | None:

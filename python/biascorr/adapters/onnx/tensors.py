@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from biascorr.adapters.onnx.operators import operator_of
+from biascorr.graph.travel import is_by_reference
 
 
 class Values(dict[str, NDArray[Any]]):
@@ -41,6 +42,63 @@ class Values(dict[str, NDArray[Any]]):
             now = _state_of(file)
             if now and now[0] == state[0] and now != state:
                 raise ValueError(f"{file}: changed since the model was loaded")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The arrays; references to those that are mapped, where these are asked for."""
+        self.check()
+        return _arrived, ({key: self._reference(array) or array for key, array in self.items()},)
+
+    def _reference(self, array: NDArray[Any]) -> _Reference | None:
+        """Where an array is mapped from; None where it is not, its file is gone, or it is to travel itself."""
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        if not (is_by_reference() and isinstance(owner, np.memmap) and array.flags.c_contiguous):
+            return None
+        file = Path(owner.filename or "")
+        state = self._files.get(file)
+        if not state or state != _state_of(file):
+            return None
+        return _Reference(file, state[1:], array.ctypes.data - owner.ctypes.data, array.dtype, array.shape)
+
+
+class _Reference(NamedTuple):
+    """A part of a file in place of an array: the file, its size and time, and where and what the array is in it."""
+
+    file: Path
+    state: tuple[int, ...]
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+def _arrived(sent: Mapping[str, NDArray[Any] | _Reference]) -> Values:
+    """The values that were pickled. Raises ValueError or FileNotFoundError where a file is another here, or is missing."""
+    values = Values()
+    files: dict[Path, NDArray[np.uint8]] = {}
+    for key, each in sent.items():
+        if not isinstance(each, _Reference):
+            values[key] = each
+            continue
+        if each.file not in files:
+            _check_file(each)
+            files[each.file] = values.map(each.file)
+        size = math.prod(each.shape) * each.dtype.itemsize
+        values[key] = files[each.file][each.offset : each.offset + size].view(each.dtype).reshape(each.shape)
+    return values
+
+
+def _check_file(reference: _Reference) -> None:
+    label = f"{reference.file}: the values of a network that was sent by reference are in this file, which is"
+    remedy = "let both machines see one file, or send the network with its values"
+    found = _state_of(reference.file)[1:]
+    if not found:
+        raise FileNotFoundError(f"{label} missing here; {remedy}")
+    if found != reference.state:
+        raise ValueError(
+            f"{label} another one here: {found[0]} bytes, changed at {found[1]} ns, expected {reference.state[0]} "
+            f"bytes, changed at {reference.state[1]} ns; {remedy}"
+        )
 
 
 def _state_of(file: Path) -> tuple[int, ...]:
@@ -110,7 +168,7 @@ def key_of(tensor: onnx.TensorProto) -> str | None:
 
 def attach(tensor: onnx.TensorProto, array: NDArray[Any], values: Values) -> None:
     """Makes an array the values of a tensor that has a type and dimensions, and is otherwise empty."""
-    key = f"{_PREFIX}{next(_count)}"
+    key = next(key for key in (f"{_PREFIX}{k}" for k in _count) if key not in values)  # one that was sent has keys already
     values[key] = array
     if tensor.HasField("data_location"):
         tensor.external_data.add(key=_EXPLICIT, value="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
+import hashlib
 import io
 import itertools
 import os
@@ -297,6 +298,16 @@ def save(content: bytes, path: str | os.PathLike[str], *, force: bool = False, p
             for entry, data in entries:
                 archive.writestr(entry, data)
             archive.writestr(zipfile.ZipInfo(PROVENANCE), provenance)
+
+
+def digest_of(content: bytes) -> str:
+    """SHA-256, in hexadecimal, of a file, and of what is in the archive behind it but for provenance."""
+    start, comment, entries = _archived(content) or (len(content), b"", [])
+    digest = hashlib.sha256(memoryview(content)[:start])
+    for entry, data in entries:
+        digest.update(f"{entry.filename!r} {len(data)}:".encode(errors="backslashreplace") + data)
+    digest.update(comment)
+    return digest.hexdigest()
 
 
 def _archived(content: bytes) -> tuple[int, bytes, list[tuple[zipfile.ZipInfo, bytes]]] | None:

@@ -258,6 +258,13 @@ class Graph:
         return bytes(patched)
 
 
+def patched(content: bytes, model: Any, patches: Mapping[int, NDArray[np.uint8]], *, lacks_custom: bool) -> Graph:
+    """The graph of a file, with other bytes of some of its buffers."""
+    for index, raw in patches.items():
+        model.buffers[index] = schema.BufferT(raw)
+    return Graph(content, model, patches, lacks_custom)
+
+
 def operators_of(model: Any, subgraph: Any) -> list[Operator]:
     """The operators of a subgraph, in the order in which they run."""
     codes = model.operatorCodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from biascorr.adapters.tflite import files, running
 from biascorr.adapters.tflite.bias import Bias
 from biascorr.adapters.tflite.edits import edited
-from biascorr.adapters.tflite.graph import Editor, Graph, operators_of
+from biascorr.adapters.tflite.graph import Editor, Graph, operators_of, patched
 from biascorr.adapters.tflite.lowering import Lowered, Node
 from biascorr.adapters.tflite.origin import format_of, producer_of, quantization_of
 from biascorr.adapters.tflite.products import Product
@@ -123,6 +124,19 @@ class TfliteNetwork:
     def _is_run_wrongly(self, product: Product) -> bool:
         step, reads_codes = product.step_of(self._graph), has_codes(self._graph.tensors[product.input])
         return product.operator.kind == "BATCH_MATMUL" and reads_codes and step is not None and step.size > 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        graph, lowered = self._graph, self._lowered
+        content, patches = (graph.written(), {}) if graph.patches is None else (graph.content, graph.patches)
+        return _arrived, (content, patches, graph.lacks_custom, self._name, lowered.quantizers, self._input_names)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file but for its provenance, and of how it is run and called."""
+        quantizers, names = self._lowered.quantizers, [each.name for each in self.inputs]
+        grids = sorted((name, float(each.scale), int(each.zero_point), each.bits) for name, each in quantizers.items())
+        whole = files.digest_of(self.model), self._graph.lacks_custom, names, grids
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
 
     @property
     def model(self) -> bytes:
@@ -260,6 +274,19 @@ class TfliteNetwork:
         Provenance is a file in the archive behind the flatbuffer, :data:`biascorr.adapters.tflite.files.PROVENANCE`.
         """
         files.save(self.model, path, force=force, provenance=provenance)
+
+
+def _arrived(
+    content: bytes,
+    patches: Mapping[int, NDArray[np.uint8]],
+    lacks_custom: bool,
+    name: str,
+    quantizers: Mapping[str, Quantization],
+    input_names: Sequence[str],
+) -> TfliteNetwork:
+    """The network that was pickled."""
+    graph = patched(*files.load(content, name), patches, lacks_custom=lacks_custom)
+    return TfliteNetwork(graph, name, quantizers, input_names)
 
 
 def _check_kinds(graph: Graph, name: str) -> None:
