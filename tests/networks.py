@@ -195,6 +195,7 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, Array], names: Sequence[str]
     known = {output.name for output in model.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # threads take longer to start than these networks
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(list(names) or None, dict(feeds))

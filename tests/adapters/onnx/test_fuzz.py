@@ -209,36 +209,33 @@ def check_judgement(example: Example, correction: Correction, before: onnx.Model
 
 
 def simulation(count: int) -> Any:
-    """A decorator that gives a test so many examples of simulated quantization."""
-    return lambda test: given(examples(formats=[None]))(settings(PROFILE, max_examples=count)(test))
+    """A decorator that gives a test so many examples of simulated quantization, each with a method."""
+    return lambda test: given(examples(formats=[None]), st.sampled_from(METHODS))(settings(PROFILE, max_examples=count)(test))
 
 
 def onnxruntime_quantization(count: int) -> Any:
-    """A decorator that gives a test so many examples that onnxruntime quantized."""
-    return lambda test: given(examples(formats=list(QuantFormat)))(settings(PROFILE, max_examples=count)(test))
+    """A decorator that gives a test so many examples that onnxruntime quantized, each with a method."""
+    strategies = examples(formats=list(QuantFormat)), st.sampled_from(METHODS)
+    return lambda test: given(*strategies)(settings(PROFILE, max_examples=count)(test))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@simulation(8)
-def test_simulated_quantization(method: str, example: Example) -> None:
+@simulation(40)
+def test_simulated_quantization(example: Example, method: str) -> None:
     check(example, method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@onnxruntime_quantization(5)
-def test_quantized_by_onnxruntime(method: str, example: Example) -> None:
-    check(example, method)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@simulation(150)
-def test_simulated_quantization_of_many(method: str, example: Example) -> None:
+@onnxruntime_quantization(25)
+def test_quantized_by_onnxruntime(example: Example, method: str) -> None:
     check(example, method)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@onnxruntime_quantization(80)
-def test_many_quantized_by_onnxruntime(method: str, example: Example) -> None:
+@simulation(300)
+def test_simulated_quantization_of_many(example: Example, method: str) -> None:
+    check(example, method)
+
+
+@pytest.mark.slow
+@onnxruntime_quantization(200)
+def test_many_quantized_by_onnxruntime(example: Example, method: str) -> None:
     check(example, method)

@@ -122,9 +122,11 @@ def check(model: onnx.ModelProto, values: Values, name: str, optimizations: Opti
     if large:
         del declared.graph.initializer[:]
         declared.graph.initializer.extend(kept)
+    options = _options(optimizations)
+    options.intra_op_num_threads = 1  # none runs
     try:
         with _one_line(name):
-            _made(declared, _options(optimizations), optimizations)
+            _made(declared, options, optimizations)
     except ValueError:
         whole = onnx.ModelProto()
         whole.CopyFrom(model)
