@@ -113,6 +113,9 @@ pub enum Error {
         /// The number asked for.
         found: isize,
     },
+    /// Whoever asked for the work had it stopped.
+    #[error("stopped")]
+    Stopped,
     /// There is no room for what would be computed.
     #[error("no memory for {bytes} bytes")]
     Memory {

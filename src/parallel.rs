@@ -6,12 +6,15 @@
 //! lock of its parent's: what a process knows hangs on its id, a child makes its own, and all it reads of its parent's is an atomic
 //! number. What the threads of any pool share (the collector of crossbeam) is made by [`prepare`], at a moment of the caller's
 //! choice: the Python module calls it while no other thread can fork.
+//!
+//! Long work can be stopped: the thread that asked for it looks between its parts, or while others work, whether it is to go on.
 
 use std::cell::Cell;
 use std::process;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -29,9 +32,15 @@ const OF_THREAD: usize = 3 << 20;
 /// More threads than any machine has cores for; starting some ten thousand takes minutes.
 const MAX_THREADS: usize = 1024;
 
+/// Between two looks at whether work is to be stopped: seldom enough to cost nothing, often enough for who waits at a keyboard.
+const PAUSE: Duration = Duration::from_millis(50);
+
 thread_local! {
     /// Whether this thread is one of several that share the CPUs among them.
     static ALONE: Cell<bool> = const { Cell::new(false) };
+
+    /// Tells whether the work that this thread asked for is to be stopped; None where nobody would.
+    static STOPS: Cell<Option<fn() -> bool>> = const { Cell::new(None) };
 }
 
 /// What a process knows. Never freed: one for each fork along a line of processes that compute.
@@ -127,12 +136,54 @@ pub fn prepare(bytes: usize) -> Result<(), Error> {
     if is_worth_threads(bytes) { Process::current().pool().map(drop) } else { Ok(()) }
 }
 
+/// Work that ends early, with [`Error::Stopped`], once `stops` says so; this thread calls it now and then.
+pub fn stoppable<R>(stops: fn() -> bool, work: impl FnOnce() -> Result<R, Error>) -> Result<R, Error> {
+    let outer = STOPS.replace(Some(stops));
+    let done = work();
+    STOPS.set(outer);
+    done
+}
+
 /// `f` of each item, in order; over the pool when `bytes` of work are worth it.
 pub fn map<I: Send, R: Send>(items: Vec<I>, bytes: usize, f: impl Fn(I) -> R + Send + Sync) -> Result<Vec<R>, Error> {
-    if items.len() < 2 || !is_worth_threads(bytes) {
-        return Ok(items.into_iter().map(f).collect());
+    let is_alone = items.len() < 2 || !is_worth_threads(bytes);
+    match STOPS.get() {
+        None if is_alone => Ok(items.into_iter().map(f).collect()),
+        None => Ok(Process::current().pool()?.install(|| items.into_par_iter().map(f).collect())),
+        Some(stops) if is_alone => map_until(stops, items, f),
+        Some(stops) => Process::current().pool()?.in_place_scope(|scope| {
+            let (stopped, (sender, receiver)) = (Arc::new(AtomicBool::new(false)), mpsc::channel());
+            let seen = Arc::clone(&stopped);
+            scope.spawn(move |_| {
+                let unless_stopped = |item| (!seen.load(Ordering::Relaxed)).then(|| f(item));
+                let _ = sender.send(items.into_par_iter().map(unless_stopped).collect::<Option<Vec<_>>>());
+            });
+            loop {
+                match receiver.recv_timeout(PAUSE) {
+                    Err(mpsc::RecvTimeoutError::Timeout) if stops() => {
+                        stopped.store(true, Ordering::Relaxed);
+                        return Err(Error::Stopped);
+                    }
+                    Err(mpsc::RecvTimeoutError::Timeout) => {}
+                    done => return done.ok().flatten().ok_or(Error::Stopped),
+                }
+            }
+        }),
     }
-    Ok(Process::current().pool()?.install(|| items.into_par_iter().map(f).collect()))
+}
+
+fn map_until<I, R>(stops: fn() -> bool, items: Vec<I>, f: impl Fn(I) -> R) -> Result<Vec<R>, Error> {
+    let mut looked = Instant::now();
+    let unless_stopped = |item| {
+        if looked.elapsed() >= PAUSE {
+            if stops() {
+                return Err(Error::Stopped);
+            }
+            looked = Instant::now();
+        }
+        Ok(f(item))
+    };
+    items.into_iter().map(unless_stopped).collect()
 }
 
 #[cfg(test)]
@@ -143,6 +194,18 @@ mod tests {
     fn results_keep_the_order_of_the_items() {
         let doubled = map((0..1000).collect(), SERIAL_BYTES, |i: usize| 2 * i).unwrap();
         assert_eq!(doubled, (0..1000).map(|i| 2 * i).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn long_work_is_stopped_between_its_parts() {
+        let slow = |i: usize| std::thread::sleep(PAUSE * u32::from(i < 40));
+        for (bytes, parts) in [(0, 1 << 20), (SERIAL_BYTES, 1 << 20)] {
+            let found = stoppable(|| true, || map((0..parts).collect(), bytes, slow));
+            assert_eq!(found, Err(Error::Stopped));
+            let found = stoppable(|| false, || map((0..3).collect(), bytes, slow));
+            assert_eq!(found, Ok(vec![(); 3]));
+        }
+        assert!(map(vec![0; 3], 0, slow).is_ok());
     }
 
     #[test]

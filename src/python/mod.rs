@@ -16,7 +16,7 @@ use crate::quantization_range::{self as ranges, Quantizer, Range};
 use crate::weight_error::{FakeQuantized, GridAxes, Mean, weight_error as shift_of};
 use crate::weights::{Channels, Tensor};
 use crate::{memory, parallel, simd};
-use detach::detached;
+use detach::{check_signals, detached};
 use views::{AnyView, Reals, Sums, View, array_of, as_float64, channel_axis_of, is_f32, native, wrong_dtype, zeros};
 
 /// Integer sums (or None), f64 sums and their errors as (2, C) (or None).
@@ -61,6 +61,7 @@ fn summed(
     let samples = samples.to_tuple()?; // what is made an array may change the sequence
     let len = samples.len();
     for start in (0..len).step_by(BORROWED) {
+        check_signals(samples.py())?;
         let numbers = start..len.min(start + BORROWED);
         let array = |k: usize| native(&samples.get_item(k)?, &|| format!("samples[{}]", first + k));
         let arrays = numbers.clone().map(array).collect::<PyResult<Vec<_>>>()?;
