@@ -11,9 +11,11 @@ samples is applied once, at the end.
 from __future__ import annotations
 
 import math
+import os
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,36 +26,75 @@ from biascorr.reference import mean_from_sums, merge_reals, native
 from biascorr.windows import TransposedWindow, Window, positions_seen
 
 
-class _Sums:
+class _Sums(NamedTuple):
     """Sums of samples: exact ones of integers, compensated ones of real numbers; either may still be missing."""
 
-    _SAFE = 1 << 62
-    """Below this the sum of two int64 cannot overflow."""
+    integers: NDArray[Any] | None = None
+    reals: NDArray[np.float64] | None = None
+    wide: bool = False
 
-    def __init__(self) -> None:
-        self.integers: NDArray[Any] | None = None
-        self.reals: NDArray[np.float64] | None = None
-        self.wide = False
-
-    def add(self, integers: NDArray[Any] | None, reals: NDArray[np.float64] | None, wide: bool) -> None:
-        self.wide |= wide
-        if integers is not None:
-            self.integers = integers if self.integers is None else self._exact(self.integers, integers)
-        if reals is not None:
-            self.reals = reals if self.reals is None else merge_reals(self.reals, reals)
-
-    def _exact(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-        small = first.dtype != object and second.dtype != object
-        if not small or max(abs(int(f(x))) for x in (first, second) for f in (np.min, np.max)) >= self._SAFE:
-            first, second = first.astype(object), second.astype(object)
-        return np.asarray(first + second)
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(
+            _both(self.integers, other.integers, _exact), _both(self.reals, other.reals, merge_reals), self.wide or other.wide
+        )
 
     @property
     def dtype(self) -> type[np.floating[Any]]:
         return np.float64 if self.wide else np.float32
 
 
-class ChannelMean:
+def _both(first: Any, second: Any, add: Callable[[Any, Any], Any]) -> Any:
+    return second if first is None else first if second is None else add(first, second)
+
+
+_SAFE = 1 << 62
+"""Below this the sum of two int64 cannot overflow."""
+
+
+def _exact(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    small = first.dtype != object and second.dtype != object
+    if not small or max(abs(int(f(x))) for x in (first, second) for f in (np.min, np.max)) >= _SAFE:
+        first, second = first.astype(object), second.astype(object)
+    return np.asarray(first + second)
+
+
+class _Seen(NamedTuple):
+    """What an accumulator has seen: a value, so that it changes as a whole."""
+
+    sums: _Sums = _Sums()
+    channels: int | None = None
+    samples: int = 0
+    positions: int = 0
+    by_tap: Any = 0.0
+
+    def plus(self, other: _Seen) -> _Seen:
+        if None not in (self.channels, other.channels) and self.channels != other.channels:
+            raise ValueError(f"other: {other.channels} channels, expected {self.channels}")
+        return _Seen(
+            self.sums.plus(other.sums),
+            self.channels or other.channels,
+            self.samples + other.samples,
+            self.positions + other.positions,
+            self.by_tap + other.by_tap,
+        )
+
+
+class _Accumulator:
+    """Adds up what it sees: several threads may add at once, and what interrupts one leaves all of a sample or nothing."""
+
+    def __init__(self) -> None:
+        self._seen = _Seen()
+        self._locks: dict[int, threading.Lock] = {}
+
+    def _add(self, seen: _Seen) -> None:
+        with self._locks.setdefault(os.getpid(), threading.Lock()):  # a forked child may find that of its parent taken
+            self._seen = self._seen.plus(seen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_locks": {}}
+
+
+class ChannelMean(_Accumulator):
     """The mean of samples per channel, as an accumulator: update with samples, merge with others, ask for the mean.
 
     Parameters
@@ -63,7 +104,8 @@ class ChannelMean:
 
     Notes
     -----
-    Merging the parts of integer samples in any grouping and order gives the same bits as one pass. Picklable.
+    Merging the parts of integer samples in any grouping and order gives the same bits as one pass. Picklable. Several threads
+    may update one; real numbers are then summed in the order in which they come.
 
     Examples
     --------
@@ -76,25 +118,23 @@ class ChannelMean:
     """
 
     def __init__(self, *, channel_axis: int = -1) -> None:
+        super().__init__()
         self._channel_axis = channel_axis
-        self._sums = _Sums()
-        self._samples = 0
-        self._channels: int | None = None
-        self._count = 0
 
     @property
     def count(self) -> int:
         """Positions averaged over, of all samples together."""
-        return self._count
+        return self._seen.positions
 
     def __repr__(self) -> str:
-        seen = f"{self._channels} channels, {_number(self._samples, 'sample')}, {_number(self._count, 'position')}"
-        return f"<ChannelMean along axis {self._channel_axis}: {'nothing yet' if self._channels is None else seen}>"
+        _, channels, samples, count, _ = self._seen
+        seen = f"{channels} channels, {_number(samples, 'sample')}, {_number(count, 'position')}"
+        return f"<ChannelMean along axis {self._channel_axis}: {'nothing yet' if channels is None else seen}>"
 
     @property
     def has_integers_alone(self) -> bool:
         """Whether all samples so far were integers."""
-        return self._sums.integers is not None and self._sums.reals is None
+        return self._seen.sums.integers is not None and self._seen.sums.reals is None
 
     def update(self, sample: Any) -> None:
         """Adds one sample, (N, *S, C) in quantized steps or real units.
@@ -106,24 +146,14 @@ class ChannelMean:
         ValueError
             The sample is 0-dimensional or has no elements, or another number of channels than those before.
         """
-        self._add([sample])
-
-    def _add(self, samples: Sequence[Any]) -> None:
-        sums, count, wide = _kernels.channel_sums(samples, self._channel_axis, self._samples, self._channels)
-        self._sums.add(*sums, wide)
-        self._samples += len(samples)
-        self._count += count
-        if self._channels is None:
-            self._channels = next(part.shape[-1] for part in sums if part is not None)
+        _, channels, samples, _, _ = self._seen
+        sums, count, wide = _kernels.channel_sums([sample], self._channel_axis, samples, channels)
+        channels = next(part.shape[-1] for part in sums if part is not None)
+        self._add(_Seen(_Sums(*sums, wide), channels, 1, count))
 
     def merge(self, other: ChannelMean) -> None:
         """Adds what another accumulator has seen. ValueError if its number of channels differs."""
-        if None not in (self._channels, other._channels) and self._channels != other._channels:
-            raise ValueError(f"other: {other._channels} channels, expected {self._channels}")
-        self._sums.add(other._sums.integers, other._sums.reals, other._sums.wide)
-        self._channels = self._channels or other._channels
-        self._samples += other._samples
-        self._count += other._count
+        self._add(other._seen)
 
     def mean(self, quantization: Any = None) -> NDArray[Any]:
         """The mean of all positions of all samples.
@@ -144,13 +174,14 @@ class ChannelMean:
         ValueError
             There were no samples; the quantization is invalid or has another number of channels.
         """
-        if self._channels is None:
+        sums, channels, _, count, _ = self._seen
+        if channels is None:
             raise ValueError("samples: none given, at least one is needed")
-        mean = mean_from_sums(self._sums.integers, self._sums.reals, self._count)
+        mean = mean_from_sums(sums.integers, sums.reals, count)
         if quantization is not None:
-            scale, zero_point = _scale_and_zero_point(quantization, self._channels)
+            scale, zero_point = _scale_and_zero_point(quantization, channels)
             mean = (mean - zero_point) / scale
-        return _rounded(mean, self._sums.dtype)
+        return _rounded(mean, sums.dtype)
 
 
 def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> NDArray[Any]:
@@ -254,7 +285,7 @@ def _affine(quantization: Any) -> tuple[Any, Any]:
     return scale.tolist(), zero_point.tolist()
 
 
-class TapMean:
+class TapMean(_Accumulator):
     """The mean of what each kernel tap sees, zeros of the padding included: exact for any padding, stride and dilation.
 
     Of a transposed convolution it is the mean of what each tap adds to the output.
@@ -268,21 +299,19 @@ class TapMean:
     """
 
     def __init__(self, window: Window | TransposedWindow, *, channel_axis: int = 1) -> None:
+        super().__init__()
         self._window = window
         self._channel_axis = channel_axis
-        self._sums = _Sums()
-        self._channels: int | None = None
-        self._seen = np.zeros((*window.taps, 1))
-        self._outputs = 0
 
     @property
     def count(self) -> int:
         """Output positions averaged over, of all samples together."""
-        return self._outputs
+        return self._seen.positions
 
     def __repr__(self) -> str:
-        seen = f"{self._channels} channels, {_number(self._outputs, 'output position')}"
-        return f"<TapMean of {self._window}: {'nothing yet' if self._channels is None else seen}>"
+        _, channels, _, outputs, _ = self._seen
+        seen = f"{channels} channels, {_number(outputs, 'output position')}"
+        return f"<TapMean of {self._window}: {'nothing yet' if channels is None else seen}>"
 
     def update(self, sample: Any) -> None:
         """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size.
@@ -293,35 +322,27 @@ class TapMean:
         axis, rank = self._channel_axis, len(self._window.taps) + 2
         if len(shape) != rank or not -rank <= axis < rank or axis % rank == 0:
             raise ValueError(f"sample: shape {shape}, expected {rank} axes with the channels along axis {axis} after the batch")
-        if self._channels not in (None, shape[axis]):
-            raise ValueError(f"sample: {shape[axis]} channels, expected {self._channels} as in those before")
+        if self._seen.channels not in (None, shape[axis]):
+            raise ValueError(f"sample: {shape[axis]} channels, expected {self._seen.channels} as in those before")
         space = [size for k, size in enumerate(shape) if k not in (0, axis % rank)]
         sums, wide = self._window.tap_sums(sample, axis, space)
-        self._sums.add(*sums, wide)
-        self._channels = shape[axis]
-        seen, outputs = positions_seen(self._window, tuple(space))
-        self._outputs += shape[0] * outputs
-        self._seen += shape[0] * seen[..., None]
+        by_tap, outputs = positions_seen(self._window, tuple(space))
+        self._add(_Seen(_Sums(*sums, wide), shape[axis], 1, shape[0] * outputs, shape[0] * by_tap[..., None]))
 
     def merge(self, other: TapMean) -> None:
         """Adds what another accumulator of the same window has seen. ValueError if its number of channels differs."""
-        if None not in (self._channels, other._channels) and self._channels != other._channels:
-            raise ValueError(f"other: {other._channels} channels, expected {self._channels}")
-        self._sums.add(other._sums.integers, other._sums.reals, other._sums.wide)
-        self._channels = self._channels or other._channels
-        self._outputs += other._outputs
-        self._seen += other._seen
+        self._add(other._seen)
 
     def mean(self, quantization: Any = None) -> NDArray[Any]:
         """The mean in real units, (*K, C): float64 if any sample was float64, else float32."""
-        if self._outputs == 0:
+        sums, _, _, outputs, by_tap = self._seen
+        if outputs == 0:
             raise ValueError("samples: none with an output position, at least one is needed")
-        sums = mean_from_sums(self._sums.integers, self._sums.reals, self._outputs)
-        mean = sums.reshape(*self._window.taps, -1)
+        mean = mean_from_sums(sums.integers, sums.reals, outputs).reshape(*self._window.taps, -1)
         if quantization is not None:
             scale, zero_point = _scale_and_zero_point(quantization, mean.shape[-1])
-            mean = (mean - zero_point * (self._seen / self._outputs)) / scale
-        return _rounded(mean, self._sums.dtype)
+            mean = (mean - zero_point * (by_tap / outputs)) / scale
+        return _rounded(mean, sums.dtype)
 
 
 def _number(count: int, noun: str) -> str:
