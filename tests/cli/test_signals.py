@@ -112,7 +112,7 @@ main()
 
 MOMENTS = {
     "the command starts": ("typer.Typer", "nothing was written"),
-    "a folder is made": ("tempfile.mkdtemp", "nothing was written"),
+    "a folder is made": ("pathlib.Path.mkdir", "nothing was written"),
     "the bar is shown": ("rich.progress.Progress.start", "nothing was written"),
     "the output is in its place": ("pathlib.Path.hardlink_to", "but out.onnx is written"),
     "the report is made": ("biascorr.report.terminal.render", "but out.onnx is written"),

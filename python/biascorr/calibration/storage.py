@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import math
 import os
@@ -92,12 +93,18 @@ class Buffers:
 class TemporaryFolder:
     """A temporary folder for this process alone. Those whose processes are gone, killed, are removed when one is made.
 
-    Who makes one keeps a lock on a file in it, which the system gives up with the process, whatever ends it.
+    Who makes one keeps a lock on a file in it, which the system gives up with the process, whatever ends it. Its name is known
+    before it is there: an interrupt at any moment leaves nothing behind.
     """
 
+    _process = 0
+
     def __init__(self) -> None:
-        _remove_abandoned(Path(tempfile.gettempdir()))
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        place = Path(tempfile.gettempdir())
+        _remove_abandoned(place)
+        self.path = place / f"{_PREFIX}{os.urandom(8).hex()}"
+        self._process = os.getpid()
+        self.path.mkdir(0o700)
         unlocked = self.path / f"{_LOCK}-to-be"
         self._lock = unlocked.open("wb")
         if fcntl is not None:
@@ -106,9 +113,24 @@ class TemporaryFolder:
         unlocked.rename(self.path / _LOCK)  # nobody ever finds it without its lock
 
     def cleanup(self) -> None:
-        """Removes it: by another name, so that a thread that still writes there adds nothing."""
-        shutil.rmtree(self.path.rename(f"{self.path}-"), ignore_errors=True)
-        self._lock.close()
+        """Removes it, unless this is a forked child of its process."""
+        if self._process != os.getpid():
+            return
+        try:
+            self._remove()
+        finally:
+            self._remove()  # what an interrupt left
+
+    __del__ = cleanup
+
+    def _remove(self) -> None:
+        """By another name, so that a thread that still writes there adds nothing."""
+        renamed = Path(f"{self.path}-")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
+        if hasattr(self, "_lock"):
+            self._lock.close()
 
 
 def _remove_abandoned(place: Path) -> None:
@@ -119,12 +141,14 @@ def _remove_abandoned(place: Path) -> None:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
-            lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a link or a pipe
-            try:
+            with io.FileIO(folder / _LOCK, opener=_opened) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
+
+
+def _opened(path: str, flags: int) -> int:
+    """It may be a link or a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 class Storage:
@@ -155,9 +179,9 @@ class Storage:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._arrays.clear()
         if self._folder is not None:
             self._folder.cleanup()
+        self._arrays.clear()
 
     def __setitem__(self, key: Hashable, array: Any) -> None:
         if key in self._arrays:
