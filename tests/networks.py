@@ -19,6 +19,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 
 from biascorr import Correction, Quantization, QuantParams, correct, fake_quantize
 from biascorr.adapters.onnx.network import OnnxNetwork
+from biascorr.correction.simulation import ranges_of
 from biascorr.graph.layer import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -254,3 +255,8 @@ def quantized(model: onnx.ModelProto, batches: Iterable[Mapping[str, Array]], **
             return onnx.load(path)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def ranges_in(network: Any, batches: Any) -> Any:
+    """The ranges of tensors in some batches, as simulated quantization asks for them."""
+    return lambda names: ranges_of(network, names, batches)

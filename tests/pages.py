@@ -34,7 +34,7 @@ DOCS = PROJECT / "docs"
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
-_METHODS = re.compile(r"\b(squared|activation|iterative|empirical|mean|hybrid|analytical)( 0\.5)?( shrunk)?\b")
+_METHODS = re.compile(r"\b(equalized, )?(squared|activation|iterative|empirical|mean|hybrid|analytical)( 0\.5)?( shrunk)?\b")
 _NUMBERS = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
 
 

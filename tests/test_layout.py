@@ -28,12 +28,14 @@ BELOW = {
 EXTRAS = {
     ".": {"typing_extensions"},  # which type checkers bring; it is not imported
     "calibration": {"PIL"},
+    "correction": {"distributed"},  # for its type alone
+    "sweep": {"cloudpickle", "distributed"},
     "adapters/onnx": {"onnx", "onnxruntime", "google", "ml_dtypes"},
     "adapters/keras": {"keras", "tensorflow"},
     "adapters/tflite": {"ai_edge_litert", "flatbuffers"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "pandas"},
     "demo": {"onnx", "matplotlib", "PIL"},
-    "cli": {"typer", "rich", "tomli"},
+    "cli": {"distributed", "typer", "rich", "tomli"},
 }
 """What each folder may import of what an extra brings."""
 

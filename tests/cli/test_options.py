@@ -12,10 +12,12 @@ from biascorr.cli.app import COMMANDS, app
 from command_line import GIVEN, names_in, run
 
 ONLY_IN_PYTHON = {
+    "client": "an object that is connected; --scheduler here",
     "progress": "a function; the command line shows a bar",
     "quant_params": "one object there, --weight-bits and --per-channel here",
 }
 ONLY_HERE = {
+    "scheduler": "client=distributed.Client(address)",
     "output": "Correction.save(path)",
     "force": "Correction.save(path, force=)",
     "provenance": "Correction.save(path, provenance=)",

@@ -21,7 +21,7 @@ from biascorr import (
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.correction.simulation import input_quantizations, simulated
 from biascorr.graph.operations import BatchNorm
-from networks import Reader, biases, channel_mean, constants_of, model_from_text, run, samples, two_layers, weights
+from networks import Reader, biases, channel_mean, constants_of, model_from_text, ranges_in, run, samples, two_layers, weights
 
 X = samples(12, 3, 6, 6)
 PARAMS = BiasCorrectionParams(4, 12, 12, ["x"], ["y"])
@@ -60,7 +60,7 @@ def means(model, *, quant_params=None):
         quantized = simulated(given, replace(quant_params, activation_bits=None))
         if quant_params.activation_bits is not None:
             uncorrected = OnnxNetwork.load(network(), "model")
-            ranges = input_quantizations(uncorrected, uncorrected.layers, [{"x": X}], quant_params.activation_bits)
+            ranges = input_quantizations(uncorrected.layers, ranges_in(uncorrected, [{"x": X}]), quant_params.activation_bits)
             quantized = quantized.with_quantizers(ranges)
         model = quantized.model
     return dict(zip(OUTPUTS, (channel_mean(array, 1) for array in run(model, {"x": X}, list(OUTPUTS.values())))))
@@ -353,7 +353,8 @@ def test_ranges_of_activations_are_those_of_the_samples_for_it(ranged):
     found = corrected(
         data=np.split(x, 3), params=BiasCorrectionParams(4, ranged, fitted, ["x"], ["y"]), quant_params=quant_params
     )
-    model = simulated(OnnxNetwork.load(network(), "model"), quant_params, [{"x": x[:ranged]}])
+    given = OnnxNetwork.load(network(), "model")
+    model = simulated(given, quant_params, ranges_in(given, [{"x": x[:ranged]}]))
     reference = network()
     expected = correct(reference, x[:fitted], quantized=model.model, method="empirical").model
     for name in ("b1", "b3", "b4"):

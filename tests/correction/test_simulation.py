@@ -9,7 +9,7 @@ from biascorr import Quantization, QuantParams, fake_quantize
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.correction.simulation import input_quantizations, simulated
 from biascorr.graph.reasons import ReasonCode
-from networks import biases, model_from_text, run, samples, two_layers, weights
+from networks import biases, model_from_text, ranges_in, run, samples, two_layers, weights
 
 NEWEST = min(onnx.defs.onnx_opset_version(), 25)
 OPSETS = [opset for opset in (9, 10, 11, 13, 17, 19, 21, 23, 25) if opset <= NEWEST]
@@ -93,7 +93,7 @@ def test_the_given_network_is_not_changed():
     model = branches()
     before = model.SerializeToString()
     given = network(model)
-    simulated(given, QuantParams(activation_bits=8), [{"x": samples(2, 3, 4)}])
+    simulated(given, QuantParams(activation_bits=8), ranges_in(given, [{"x": samples(2, 3, 4)}]))
     assert given.model.SerializeToString() == model.SerializeToString() == before
 
 
@@ -101,7 +101,7 @@ def test_ranges_are_those_of_all_batches():
     given = network(two_layers())
     batches = [{"x": samples(count, 3, 6, 6, seed=seed)} for seed, count in enumerate((1, 4, 2))]
     batches[1]["x"][2, 1, 0, 0] = 9.0
-    found = input_quantizations(given, given.layers, iter(batches), 6)
+    found = input_quantizations(given.layers, ranges_in(given, iter(batches)), 6)
     for layer in given.layers:
         seen = np.concatenate([tensors(given, feeds, [layer.input])[layer.input].ravel() for feeds in batches])
         assert found[layer.name] == Quantization.from_range(seen.min(), seen.max(), 6)
@@ -113,9 +113,9 @@ def test_ranges_are_those_of_all_batches():
 def test_a_simulated_network_is_what_its_layers_are_one_by_one(per_channel, activation_bits):
     params = QuantParams(weight_bits=4, per_channel=per_channel, activation_bits=activation_bits)
     given, feeds = network(two_layers()), {"x": samples(4, 3, 6, 6)}
-    found = simulated(given, params, [feeds])
+    found = simulated(given, params, ranges_in(given, [feeds]))
     assert [layer.name for layer in found.layers] == ["first", "second", "last"]
-    quantizations = input_quantizations(given, given.layers, [feeds], activation_bits) if activation_bits else {}
+    quantizations = input_quantizations(given.layers, ranges_in(given, [feeds]), activation_bits) if activation_bits else {}
     for before, after in zip(given.layers, found.layers):
         np.testing.assert_array_equal(after.weights, params.fake_quantized(before))
         values = tensors(found, feeds, [before.input, after.input])
@@ -130,7 +130,9 @@ def test_a_simulated_network_is_what_its_layers_are_one_by_one(per_channel, acti
 
 def test_ignored_layers_stay_float():
     given, feeds = network(branches()), {"x": samples(4, 3, 4)}
-    found = simulated(given, QuantParams(weight_bits=2, activation_bits=2, ops_to_ignore=["right", "sum"]), [feeds])
+    found = simulated(
+        given, QuantParams(weight_bits=2, activation_bits=2, ops_to_ignore=["right", "sum"]), ranges_in(given, [feeds])
+    )
     before, after = ({layer.name: layer for layer in each.layers} for each in (given, found))
     for name in ("right", "sum"):
         assert after[name].input == before[name].input
@@ -152,12 +154,12 @@ def test_names_to_ignore_are_checked():
 def test_activations_need_samples_that_are_finite():
     given, params = network(branches()), QuantParams(activation_bits=8)
     with pytest.raises(ValueError, match="data: no samples, the ranges of activations need at least one"):
-        simulated(given, params, [])
+        simulated(given, params, ranges_in(given, []))
     for wrong in (np.nan, np.inf, -np.inf):
         x = samples(2, 3, 4)
         x[1, 1, 1] = wrong
         with pytest.raises(ValueError, match="layer (left|right): its input r contains nan or inf"):
-            simulated(given, params, [{"x": samples(2, 3, 4)}, {"x": x}])
+            simulated(given, params, ranges_in(given, [{"x": samples(2, 3, 4)}, {"x": x}]))
 
 
 def test_biases_of_a_simulated_network_can_be_corrected():
@@ -170,7 +172,7 @@ def test_biases_of_a_simulated_network_can_be_corrected():
     }"""
     given = network(model_from_text(text, w1=weights(4, 2), b1=biases(2), w2=weights(2, 2)))
     feeds = {"x": samples(4, 3, 4)}
-    found = simulated(given, QuantParams(activation_bits=8, weight_bits=8), [feeds])
+    found = simulated(given, QuantParams(activation_bits=8, weight_bits=8), ranges_in(given, [feeds]))
     assert [layer.output for layer in found.layers] == ["b", "c", "y"]
     (before,) = run(found.model, feeds)
     for layer in found.layers:

@@ -27,9 +27,9 @@ from biascorr.adapters.onnx import network as onnx_network
 from biascorr.adapters.onnx.network import OnnxNetwork
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage
-from biascorr.sweep import shard as shards
+from biascorr.sweep import cut
 from biascorr.sweep.measurements import Wanted
-from biascorr.sweep.shard import Shard
+from biascorr.sweep.shard import OneShard
 from biascorr.sweep.sweep import Sweep
 from networks import (
     BITS,
@@ -696,8 +696,7 @@ def test_a_sweep_runs_each_operation_once_per_batch(name, depth, is_quantized, e
         held = Samples(storage)
         for feeds in case.feeds:
             held.add(feeds, 1)
-        shard = Shard(network, held, range(held.batches), 2)
-        sweep = Sweep(network, network.layers, [shard], Wanted(inputs=True), depth=depth)
+        sweep = Sweep(network, network.layers, OneShard(held, 2), range(held.batches), Wanted(inputs=True), depth=depth)
         executed.clear()
         for stage in sweep.stages:
             sweep.measure(stage)
@@ -725,8 +724,8 @@ def test_positions_are_those_of_the_outputs_where_only_inputs_are_measured(name,
             held = Samples(storage)
             for feeds in case.feeds:
                 held.add(feeds, 1)
-            shard = Shard(network, held, range(held.batches), 2)
-            sweep = Sweep(network, network.layers, [shard], Wanted(outputs=outputs, inputs=True), depth=depth)
+            wanted = Wanted(outputs=outputs, inputs=True)
+            sweep = Sweep(network, network.layers, OneShard(held, 2), range(held.batches), wanted, depth=depth)
             measured = {name: each for stage in sweep.stages for name, each in sweep.measure(stage).items()}
         assert measured.keys() == {layer.name for layer in network.layers}
         assert all(each.output.means.any() == outputs for each in measured.values())
@@ -787,18 +786,18 @@ def test_batches_in_flight_count(budget, expected, monkeypatch):
     text = """g (float[N,4,256,256] x) => (float[N,4,1,1] z) {
         [layer] y = Conv(x, w) r = Relu(y) [second] t = Conv(r, w) z = GlobalAveragePool(t) }"""
     network = OnnxNetwork.load(model_from_text(text, w=weights(4, 4, 1, 1)), "model")
-    seen, run_in_order = set(), shards.in_order
+    seen, run_in_order = set(), cut.in_order
 
     def in_order(function, batches, workers, **options):
         seen.add(workers)
         return run_in_order(function, batches, workers, **options)
 
-    monkeypatch.setattr(shards, "in_order", in_order)
+    monkeypatch.setattr(cut, "in_order", in_order)
     with Storage(budget) as storage:
         held = Samples(storage)
         for _ in range(8):
             held.add({"x": np.ones((1, 4, 256, 256), np.float32)}, 1)
-        sweep = Sweep(network, network.layers, [Shard(network, held, range(8), 4)], Wanted())
+        sweep = Sweep(network, network.layers, OneShard(held, 4), range(8), Wanted())
         sweep.measure(sweep.stages[0])
     assert seen <= expected
     assert (max(seen) > 1) == (budget > 0)
@@ -816,7 +815,7 @@ def test_outputs_that_are_kept_are_not_written_again():
         held = Samples(storage)
         for batch in batches:
             held.add({"x": batch}, 1)
-        sweep = Sweep(network, network.layers, [Shard(network, held, range(held.batches), 2)], Wanted())
+        sweep = Sweep(network, network.layers, OneShard(held, 2), range(held.batches), Wanted())
         for stage in sweep.stages:
             sweep.measure(stage)
         kept = [outputs for _, outputs in sweep.outputs()]

@@ -118,6 +118,10 @@ class Samples:
         self._fitted: list[int] | None = None  # all that may be
         self._digest = Digest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the values: what is known of the batches."""
+        return {**self.__dict__, "storage": None, "images": None, "_digest": None}
+
     @property
     def batches(self) -> int:
         """Batches that are held: more than were read, where these had to be cut."""
@@ -218,11 +222,11 @@ class Samples:
         if batches.left_any:
             self.left_out.append(name)
 
-    def beside(self, storage: Storage) -> Samples:
-        """The same samples, with their inputs in another storage, where other tensors of the same names can be."""
+    def beside(self, storage: Storage, batches: Iterable[int]) -> Samples:
+        """The same samples, the inputs of some batches in another storage, where other tensors of the same names can be."""
         other = copy.copy(self)
         other.storage = storage
-        for batch in range(self.batches):
+        for batch in batches:
             for name in self._names:
                 storage[name, batch] = self.storage[name, batch]
         return other

@@ -99,8 +99,8 @@ class TemporaryFolder:
 
     _process = 0
 
-    def __init__(self) -> None:
-        place = Path(tempfile.gettempdir())
+    def __init__(self, within: str | None = None) -> None:
+        place = Path(within or tempfile.gettempdir())
         _remove_abandoned(place)
         self.path = place / f"{_PREFIX}{os.urandom(8).hex()}"
         self._process = os.getpid()
@@ -160,9 +160,12 @@ class Storage:
     ----------
     budget : int
         Bytes held in memory; the rest goes to disk.
+    place : path, optional
+        The folder in which the temporary one is made; None: that for temporary files.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, place: str | None = None) -> None:
+        self._place = place
         self._budget = budget
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
@@ -179,6 +182,10 @@ class Storage:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the temporary folder, and forgets all arrays."""
         if self._folder is not None:
             self._folder.cleanup()
         self._arrays.clear()
@@ -216,7 +223,7 @@ class Storage:
     def _written(self, array: NDArray[Any]) -> Path:
         with self._lock:
             if self._folder is None:
-                self._folder = TemporaryFolder()
+                self._folder = TemporaryFolder(self._place)
         path = self._folder.path / f"{next(self._numbers)}.npy"
         try:
             np.save(path, array, allow_pickle=False)

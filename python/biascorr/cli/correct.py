@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from biascorr.calibration.progress import Progress
 from biascorr.cli.options import (
+    RUN_PANEL,
     SIMULATED_PANEL,
     CorrectionOptions,
     DataOptions,
@@ -26,9 +30,16 @@ Example:
 
 _WEIGHT_BITS = 8
 
+_CONNECT = "30s"
+"""How long a scheduler has to answer."""
+
 
 def _simulated(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=SIMULATED_PANEL, show_default=False)
+
+
+def _run(metavar: str, text: str) -> Any:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel=RUN_PANEL, show_default=False)
 
 
 def correct(
@@ -51,6 +62,15 @@ def correct(
     equalize: Annotated[bool, _simulated("Also try the float model equalized.")] = False,
     fold: Annotated[bool, _simulated("Fold batch normalizations into layers first.")] = False,
     running: RunOptions = None,  # type: ignore[assignment]
+    scheduler: Annotated[
+        str | None,
+        _run(
+            "ADDRESS", "Run on the workers of this Dask scheduler: tcp://host:8786. --threads and --memory-budget: of a worker."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, _run("DIR", "Keep what is found here; started again with the same folder, a run that was killed goes on.")
+    ] = None,
     show: ShowOptions = None,  # type: ignore[assignment]
 ) -> None:
     """Correct the biases of a quantized model.
@@ -71,23 +91,44 @@ def correct(
         from biascorr.correction.correct import correct
         from biascorr.correction.quant_params import QuantParams
 
-        return correct(
-            reference,
-            samples.samples(samples.data),
-            quantized=quantized,
-            **correction.keywords(samples),
-            equalize=equalize,
-            fold=fold,
-            quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
-            batch_size=samples.batch_size,
-            max_samples=max_samples,
-            memory_budget=running.memory_budget,
-            threads=running.threads,
-            progress=progress,
-        )
+        with connected(scheduler) as client:
+            return correct(
+                reference,
+                samples.samples(samples.data),
+                quantized=quantized,
+                **correction.keywords(samples),
+                equalize=equalize,
+                fold=fold,
+                quant_params=None if quantized else QuantParams(weight_bits=weight_bits, per_channel=per_channel),
+                batch_size=samples.batch_size,
+                max_samples=max_samples,
+                memory_budget=running.memory_budget,
+                threads=running.threads,
+                client=client,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
 
     files = Files({"reference": reference, "quantized": quantized}, (samples.data, correction.validation), model)
     run(work, files, show, status_of)
+
+
+@contextlib.contextmanager
+def connected(scheduler: str | None) -> Iterator[Any]:
+    """A client of the Dask scheduler at an address; None without one. Raises ValueError where there is none."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ModuleNotFoundError as error:
+        raise ImportError(f'--scheduler needs {error.name}: pip install "biascorr[dask]"') from error
+    try:
+        client: Any = Client(scheduler, timeout=_CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scheduler: nothing answers at {scheduler}: {error}; start it: dask scheduler") from error
+    with client:
+        yield client
 
 
 def status_of(record: dict[str, Any]) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 
 from biascorr.calibration.progress import Progress, Work
 from biascorr.calibration.samples import Samples
-from biascorr.calibration.storage import Storage
 from biascorr.correction.analytical import analytical_shift
 from biascorr.correction.methods import Activation, Empirical, Mean, Method, Squared, mean_shift
 from biascorr.correction.pooling import PooledShifts
@@ -28,7 +27,8 @@ from biascorr.graph.reasons import LayerReport, Reason, ReasonCode
 from biascorr.sweep.measurements import InputMean, Measured, Wanted, empty_mean
 from biascorr.sweep.paired import PairedSweep
 from biascorr.sweep.plan import Stage, layers_across_stages, plan_stages
-from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
+from biascorr.sweep.shard import Shards, Shifted
+from biascorr.sweep.sweep import DEPTH, Sweep
 
 _PART = 4
 """One of so many fitted batches tells which candidates are the best ones."""
@@ -121,10 +121,10 @@ class CandidateBuilder:
         The candidates that are going to be made; what they share is measured for all of them.
     samples : Samples
         The samples that networks run over.
+    shards : Shards
+        The shards that run them.
     progress : callable or Work
         What is told of all that is done; see :data:`Progress`.
-    threads : int
-        Threads that it may use.
     expected : FloatOutputs, optional
         The float outputs that candidates are scored against; None: they are not scored.
     norms : mapping, optional
@@ -139,9 +139,9 @@ class CandidateBuilder:
         matches: Mapping[str, Match],
         choices: Sequence[Choice],
         samples: Samples,
+        shards: Shards,
         progress: Progress | Work,
         *,
-        threads: int,
         expected: FloatOutputs | None = None,
         norms: Mapping[str, ConvBnInfoType] | None = None,
     ) -> None:
@@ -150,7 +150,7 @@ class CandidateBuilder:
         self._matches = matches
         self._samples = samples
         self._work = Work.of(progress)
-        self._threads = threads
+        self._shards = shards
         self._expected = expected
         self._norms = norms
         self._layers = [match.quantized for match in matches.values()]
@@ -252,11 +252,9 @@ class CandidateBuilder:
         """Adds the layers of a sweep to a candidate, with known shifts or else with those that are measured; the latter."""
         pooled = PooledShifts()
         kind, units, prepared = candidate.choice.method, len(self._batches), self.preparations(candidate.choice)
-        seconds = 0.0
+        seconds = self._shards.prepared
         with self._beside(sweep, method) as paired, self._work.doing(kind, units, label, prepared=prepared) as advance:
-            for number, stage in enumerate(sweep.stages):
-                if paired is not None:
-                    paired.measure(number)
+            for stage in sweep.stages:
                 for layer, shift, positions in self._shifts_of(sweep, stage, method, known, paired):
                     pooled.add(layer, shift, positions)
                 for layer in stage.layers:
@@ -267,7 +265,7 @@ class CandidateBuilder:
                     change = self._corrected(candidate, layer, found)
                     if change is not None:
                         sweep.shift(layer, change)
-                before, seconds = seconds, sweep.prepared + (0.0 if paired is None else paired.prepared)
+                before, seconds = seconds, self._shards.prepared
                 advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return pooled
@@ -280,9 +278,9 @@ class CandidateBuilder:
             return
         pairs = {name: match.reference for name, match in self._matches.items()}
         activated = {name: tensor for name, (tensor, _) in self._activated.items()}
-        with Storage(self._samples.storage.free) as storage:
-            paired = PairedSweep(self.reference, pairs, activated, self._samples, self._batches, storage, self._threads)
-            yield paired if paired.is_beside(sweep.stages) else None
+        paired = PairedSweep(self.reference, pairs, activated, sweep, self._shards)
+        yield paired if paired.is_beside() else None
+        paired.finish()
 
     def _shifts_of(
         self, sweep: Sweep, stage: Stage, method: Method, known: Mapping[str, Shift], paired: PairedSweep | None = None
@@ -296,7 +294,7 @@ class CandidateBuilder:
                 layer = self._matches[name].quantized
                 shifts[name] = method.refined(layer, measured[name], shifts[name], after)
         if paired is not None:
-            shifts = {layer.name: paired.refined(layer, shifts[layer.name], method.steps) for layer in layers}
+            shifts = {layer.name: paired.refined(stage, layer, shifts[layer.name], method.steps) for layer in layers}
         for layer in layers:
             found = measured[layer.name]
             yield layer, method.final(layer, found, shifts[layer.name]), found.output.positions.sum()
@@ -315,8 +313,7 @@ class CandidateBuilder:
         """With the score of the network as it would be saved, which a sweep does not know to the last rounding."""
         if self._expected is None:
             return candidate
-        network = self.quantized.with_shifts(candidate.shifts) if candidate.shifts else self.quantized
-        return replace(candidate, score=self._expected.score(network))
+        return replace(candidate, score=self._expected.score(Shifted(self.quantized, candidate.shifts)))
 
     def _corrected(self, candidate: Candidate, layer: Layer, shift: Shift) -> Shift | None:
         """Adds a call of a layer to a candidate; returns the change of its bias, None where it stays as it is."""
@@ -359,14 +356,13 @@ class CandidateBuilder:
     def _measure_reference(self, batches: Sequence[int]) -> dict[str, Measured]:
         layers = list({match.reference.name: match.reference for match in self._matches.values()}.values())
         activated = {self._matches[name].reference.name: tensor for name, (tensor, _) in self._activated.items()}
-        shards = local_shards(self.reference, self._samples, self._threads, batches)
-        sweep = Sweep(self.reference, layers, shards, Wanted(activated=activated), depth=DEPTH)
+        sweep = Sweep(self.reference, layers, self._shards, batches, Wanted(activated=activated), depth=DEPTH)
         found: dict[str, Measured] = {}
-        seconds = 0.0
+        seconds = self._shards.prepared
         with self._work.doing("layers", len(batches), "float network", prepared=len(sweep.stages)) as advance:
             for stage in sweep.stages:
                 found |= sweep.measure(stage)
-                before, seconds = seconds, sweep.prepared
+                before, seconds = seconds, self._shards.prepared
                 advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return {name: found[match.reference.name] for name, match in self._matches.items()}
@@ -376,12 +372,12 @@ class CandidateBuilder:
         method = Mean({name: match.reference.weights for name, match in self._matches.items()})
         sweep = self._sweep(self.quantized, self._layers, method.wanted, depth=DEPTH)
         pooled = PooledShifts()
-        seconds = 0.0
+        seconds = self._shards.prepared
         with self._work.doing("mean", len(self._batches), prepared=len(sweep.stages)) as advance:
             for stage in sweep.stages:
                 for layer, shift, positions in self._shifts_of(sweep, stage, method, {}):
                     pooled.add(layer, shift, positions)
-                before, seconds = seconds, sweep.prepared
+                before, seconds = seconds, self._shards.prepared
                 advance(1 / len(sweep.stages), seconds - before)
         sweep.finish()
         return pooled.by_layer()
@@ -421,7 +417,7 @@ class CandidateBuilder:
         if not unknown or not self._samples.data_batches:
             return known
         feeds = next(self._samples.feeds())
-        computed = self.reference.part(feeds, unknown, threads=self._threads)(feeds)
+        computed = self.reference.part(feeds, unknown, threads=self._shards.threads)(feeds)
         return {**known, **{name: array.shape for name, array in computed.items()}}
 
     def _first_shifts(self) -> dict[str, Shift]:
@@ -441,8 +437,7 @@ class CandidateBuilder:
 
     def _sweep(self, network: Network, layers: Sequence[Layer], wanted: Wanted, *, depth: int = 1) -> Sweep:
         """A sweep over the batches that are fitted."""
-        shards = local_shards(network, self._samples, self._threads, self._batches)
-        return Sweep(network, layers, shards, wanted, depth=depth)
+        return Sweep(network, layers, self._shards, self._batches, wanted, depth=depth)
 
 
 def _worst_channels(shift: Shift) -> tuple[tuple[int, float], ...]:

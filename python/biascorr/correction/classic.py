@@ -26,12 +26,13 @@ from biascorr.correction.analytical import analytical_shift
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.pooling import PooledShifts
 from biascorr.correction.quant_params import QuantParams
-from biascorr.correction.simulation import layers_to_quantize, simulated
+from biascorr.correction.simulation import layers_to_quantize, ranges_of, simulated
 from biascorr.graph.batch_norms import ConvBnInfoType, batch_norms_around_layers, with_current_statistics
 from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import match_by_name
 from biascorr.graph.network import EditableNetwork, Feeds, ModelInput, Network, require_edits, require_float
 from biascorr.graph.reasons import LayerReport
+from biascorr.sweep.shard import OneShard
 
 _DEFAULTS = QuantParams()
 
@@ -343,13 +344,15 @@ def _candidate(
     with Storage(checked_budget(None)) as storage:
         samples = Samples(storage)
         reading = _read(batches, samples, fitted, max(fitted, measured))
-        quantized = simulated(network, quant_params, itertools.islice(reading, measured))
+        quantized = simulated(
+            network, quant_params, lambda names: ranges_of(network, names, itertools.islice(reading, measured))
+        )
         collections.deque(reading, maxlen=0)
         names = {layer.name for layer in layers}
         after = [layer for layer in quantized.layers if layer.name in names]
         matches = match_by_name(reference.layers, after)
         builder = CandidateBuilder(
-            reference, quantized, matches, [choice], samples, lambda *_: None, threads=available_cpus(), norms=norms
+            reference, quantized, matches, [choice], samples, OneShard(samples, available_cpus()), lambda *_: None, norms=norms
         )
         return builder.candidate(choice)
 

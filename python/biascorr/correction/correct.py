@@ -8,10 +8,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from os import PathLike
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from biascorr import __version__
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.arguments import check_flags, checked_choice, checked_integer, paths_of, renamed
 from biascorr.calibration.data import check_amounts
@@ -31,17 +33,22 @@ from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_is_static, check_method, check_roles, paired, with_inputs_of
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, output_pairs
 from biascorr.correction.selection import excluded_layers
-from biascorr.correction.simulation import layers_to_quantize, simulated
+from biascorr.correction.simulation import layers_to_quantize, simulated, tensor_ranges
 from biascorr.equalization.equalize import equalized
 from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
 from biascorr.equalization.result import Equalization
 from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
-from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits
+from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits, versions_of
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.report.lines import counted
 from biascorr.sweep.independence import BatchingFinder
+from biascorr.sweep.running import check_cluster, running_shards
+from biascorr.sweep.shard import Shards, Shifted
 from biascorr.typing import Data, Method, Model, ModelFile, NewBiases
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -87,6 +94,8 @@ def correct(
     metric: Callable[..., float] | None = None,
     memory_budget: int | str | None = None,
     threads: int | None = None,
+    client: Client | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Correction[Model]:
     """Corrects the biases of a quantized model, so that its outputs come nearer to those of the float model.
@@ -161,6 +170,13 @@ def correct(
         None: half of the memory that is free, in the container that this process is in.
     threads : int, optional
         Threads that run the model and the statistics, at least 1. None: one for each CPU that this process may use.
+    client : distributed.Client, optional
+        Connected to a Dask cluster, whose workers run the models, each over a part of the samples: `threads` and
+        `memory_budget` are those of a worker then. The result has the same bits, whatever workers there are; those that are
+        lost on the way are made up for. None: this process runs them.
+    checkpoint : path, optional
+        A folder for what is found on the way, made where there is none: a run that was killed goes on where it was, when it
+        is started again with the same folder, models, data and options, and gives the same result.
     progress : callable, optional
         Called with the step, how much of all the work is done, and how much there is: 1000; None while nobody knows how many
         samples there are, when those that were read are counted.
@@ -177,19 +193,23 @@ def correct(
     ImportError
         onnx and onnxruntime are not installed (``pip install "biascorr[onnx]"``); for a TFLite model, LiteRT
         (``pip install "biascorr[tflite]"``); for a Keras model, Keras and TensorFlow (``pip install "biascorr[keras]"
-        tensorflow``).
+        tensorflow``); for a client, Dask (``pip install "biascorr[dask]"``).
     OSError
-        The temporary folder is full.
+        The temporary folder is full, on all workers where there is a client; the checkpoint cannot be written, or another
+        process uses it.
     RuntimeError
         The corrected model is not valid, or computes something else than was measured, by an error of this package; `metric`
-        raised an exception, which is the cause of this one.
+        raised an exception, which is the cause of this one; workers have another version of this package, or are lost again
+        and again.
+    TimeoutError
+        There are no workers.
     TypeError
         The model or the data is of a kind that is not understood; a sample has another dtype than the input; the model is one
         whose weights cannot be changed, and no quantized one is given.
     ValueError
         An option has a value that is not allowed; a model is invalid; the quantized model is not of this float model; there
         are no samples for a method that needs some, or no end of them and no `max_samples`; a sample has other names or shapes
-        than the inputs, or nan.
+        than the inputs, or nan; the checkpoint is of other models, data, options or versions.
 
     Warns
     -----
@@ -213,7 +233,8 @@ def correct(
     check_flags(equalize=equalize, fold=fold)
     check_amounts(batch_size, max_samples)
     checked_integer("seed", seed, 0)
-    budget, threads = checked_budget(memory_budget), checked_threads(threads)
+    budget, own_threads = checked_budget(memory_budget), checked_threads(threads)
+    check_cluster(client)
     user_metric = None if metric is None else Metric(metric)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
@@ -237,7 +258,7 @@ def correct(
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
         work = Work(progress)
         inputs = (given or float_network).inputs
-        batchings = BatchingFinder(float_network, inputs, storage, threads)
+        batchings = BatchingFinder(float_network, inputs, storage, own_threads)
         read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         if data is not None:
             read(data, inputs, work)
@@ -246,17 +267,23 @@ def correct(
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
-        expected = FloatOutputs(float_network, samples, threads, user_metric, work)
-        options = Options(wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded)
-        later = [Choice("activation")] if method == "auto" else []
-        work.plan(work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize))
-        if given is not None:
-            equalization, builder = None, builder_of(options, float_network, given, pair.matches)
-            attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
-        else:
-            equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
-            options = replace(options, attempts=1 + (equalization is not None and equalization.is_anything_done))
-        result = best_of(options, attempts, given, equalization, notes)
+        settings: tuple[Any, ...] = (method, strength, shrunk, quant_params, equalize, fold, new_biases, sorted(excluded))
+        settings = (*settings, batch_size, max_samples, seed, user_metric and user_metric.name)
+        identity = functools.partial(_identity, float_network, given, samples, settings)
+        with running_shards(
+            samples, threads=threads, memory_budget=memory_budget, client=client, checkpoint=checkpoint, identity=identity
+        ) as shards:
+            expected = FloatOutputs(float_network, samples, shards, user_metric, work)
+            options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
+            later = [Choice("activation")] if method == "auto" else []
+            work.plan(work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize))
+            if given is not None:
+                equalization, builder = None, builder_of(options, float_network, given, pair.matches)
+                attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
+            else:
+                equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
+                options = replace(options, attempts=1 + (equalization is not None and equalization.is_anything_done))
+            result = best_of(options, attempts, given, equalization, notes)
     files = paths_of({"reference": reference, "quantized": quantized, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
 
@@ -288,10 +315,11 @@ def best_of(
     first = None if given is None else next(attempts)
     candidates, best, chosen = _chosen(options, attempts if first is None else itertools.chain([first], attempts))
     taken, more_notes = _refitted(options, best, candidates[0], chosen)
-    network = chosen.network.with_shifts(taken.shifts) if taken.shifts else chosen.network
+    corrected = Shifted(chosen.network, taken.shifts)
     with options.work.step("the corrected model as its runtime runs it"):
-        found = deployed(given, candidates[0], network, taken, expected)
+        found = deployed(given, candidates[0], corrected, taken, expected)
         random = expected.random_outputs()
+    network = corrected.network
     notes += [*_notes(best, candidates[0], samples, random), *more_notes, *found.notes]
     if found.is_worse and not options.is_auto:
         before, after = found.scores.values()
@@ -332,7 +360,7 @@ class Options:
     ----------
     wanted : sequence of Choice
         The candidates to make.
-    samples, work, threads
+    samples, shards, work
         See :class:`CandidateBuilder`.
     expected : FloatOutputs
         The float outputs that candidates are scored against.
@@ -350,8 +378,8 @@ class Options:
 
     wanted: Sequence[Choice]
     samples: Samples
+    shards: Shards
     work: Work
-    threads: int
     expected: FloatOutputs
     is_auto: bool
     adds_biases: bool
@@ -415,14 +443,15 @@ def _simulated_attempts(
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "reference", "simulated quantization")
     samples = options.samples
-    equalization = equalized(reference, samples, options.work, options.threads) if equalize else None
+    equalization = equalized(reference, samples, options.work, options.shards.threads) if equalize else None
     networks = {False: reference}
     if equalization is not None and equalization.is_anything_done:
         networks[True] = equalization.network
 
     def attempts() -> Iterator[Attempt]:
         for is_equalized, network in networks.items():
-            measured = simulated(network, params, samples.feeds(), options.threads)
+            ranges = functools.partial(options.shards.each, tensor_ranges, samples.data_batches, network)
+            measured = simulated(network, params, ranges)
             matches = match_by_name(network.layers, measured.layers)
             is_corrected = options.is_auto or is_equalized == (True in networks)
             yield Attempt(network, matches, builder_of(options, network, measured, matches), is_equalized, is_corrected)
@@ -445,8 +474,8 @@ def builder_of(options: Options, reference: Network, measured: BiasNetwork, matc
         },
         options.wanted,
         options.samples,
+        options.shards,
         options.work,
-        threads=options.threads,
         expected=options.expected,
     )
 
@@ -522,6 +551,18 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
     ]
 
 
+def _identity(reference: Network, given: Network | None, samples: Samples, settings: tuple[Any, ...]) -> dict[str, str]:
+    """What a checkpoint is of: all that its results depend on."""
+    return {
+        "biascorr": __version__,
+        "runtime": ", ".join(f"{name} {version}" for name, version in versions_of(reference).items()),
+        "reference": reference.digest,
+        "quantized": "none" if given is None else given.digest,
+        "data": f"{samples.digest}, {samples.count} samples",
+        "options": repr(settings),
+    }
+
+
 def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
     """The candidates to make for a method: that one, or those of "auto"."""
     return [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
@@ -595,11 +636,11 @@ def samples_out_of_range(network: Network, samples: Samples) -> list[str]:
 def _layer_errors(options: Options, attempt: Attempt, taken: Candidate) -> dict[str, tuple[float | None, float | None]]:
     """The SQNR of each layer before and after correction, by name."""
     builder, samples = attempt.builder, options.samples
-    networks = [builder.quantized, *([builder.quantized.with_shifts(taken.shifts)] if taken.shifts else [])]
+    networks = [Shifted(builder.quantized, shifts) for shifts in ({}, taken.shifts)[: 1 + bool(taken.shifts)]]
     layers = {name: match.reference.name for name, match in attempt.matches.items()}
     batches = samples.scored_batches or samples.fitted_batches
     with options.work.step("errors of layers"):
-        found = layer_errors(builder.reference, networks, layers, samples, batches, options.threads, options.work)
+        found = layer_errors(builder.reference, networks, layers, options.shards, batches, options.work)
     return {name: (sqnr, found[-1][name]) for name, sqnr in found[0].items()}
 
 

@@ -44,6 +44,11 @@ class Metric:
         if not self.evaluates_runs and not _takes(function, 2):
             raise TypeError(f"metric: {function!r} takes neither (outputs, reference) nor (run)")
 
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return str(getattr(self._function, "__qualname__", type(self._function).__qualname__))
+
     def of_sample(self, outputs: Outputs, reference: Outputs) -> float:
         """Of one sample, from the outputs of a network and those of the float one. Raises RuntimeError where it fails."""
         return self._number(outputs, reference)
@@ -60,8 +65,7 @@ class Metric:
         except Exception as error:
             if str(error).startswith(_LABEL):  # of the run that it was given
                 raise
-            name = getattr(self._function, "__qualname__", type(self._function).__qualname__)
-            raise RuntimeError(f"{_LABEL}{name} failed: {type(error).__name__}: {error}".removesuffix(": ")) from error
+            raise RuntimeError(f"{_LABEL}{self.name} failed: {type(error).__name__}: {error}".removesuffix(": ")) from error
         return _number(value)
 
 

@@ -47,6 +47,7 @@ from biascorr.graph.matching import Match
 from biascorr.graph.network import BiasNetwork, Feeds, Network, require_edits, require_float, versions_of
 from biascorr.graph.origin import origin_of
 from biascorr.sweep.independence import BatchingFinder
+from biascorr.sweep.shard import OneShard, Shifted
 from biascorr.typing import Calibration, Data, Method, Model, ModelFile, NewBiases, QuantizedType
 
 if TYPE_CHECKING:
@@ -188,14 +189,15 @@ def quantize(
         work.plan({**left, _CALIBRATING: (1 + equalize) * calibrating[_CALIBRATING]})
         editable = require_edits(network, "reference", "equalization")
         equalization = equalized(editable, samples, work, threads) if equalize else None
-        expected = FloatOutputs(network, samples, threads, user_metric, work)
+        shards = OneShard(samples, threads)
+        expected = FloatOutputs(network, samples, shards, user_metric, work)
         first = _Quantized.of(network, samples, work, settings)
         if reduce_range is None and not settings.is_wide:
             first = _without_saturation(first, network, expected, work)
         notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*first.notes, *image_notes(network, samples), *samples_out_of_range(first.network, samples)]
         excluded = excluded_layers(first.network, only, exclude)
-        options = Options(wanted, samples, work, threads, expected, method == "auto", new_biases == "add", excluded)
+        options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
         attempts = _Attempts(options, first, equalization)
         options = replace(options, attempts=1 + attempts.is_scaled, between=calibrating)
         result = best_of(options, iter(attempts), first.network, equalization, notes)
@@ -320,11 +322,12 @@ def _without_saturation(first: _Quantized, network: Network, expected: FloatOutp
     What saturates is not corrected by any bias, and 7 bits lose less after correction than before.
     """
     with work.step("quantized model as its runtime runs it"):
-        exact, found = expected.score(first.network), expected.score_deployed(first.network)
+        quantized = Shifted(first.network, {})
+        exact, found = expected.score(quantized), expected.score_deployed(quantized)
         if not exact.sqnr - found.sqnr > _SATURATED:
             return first
         reduced = _Quantized.of(network, first.samples, work, replace(first.settings, reduce_range=True))
-        better = expected.score_deployed(reduced.network)
+        better = expected.score_deployed(Shifted(reduced.network, {}))
     if found.is_better_than(better):
         return first
     note = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from biascorr.correction.candidates import Candidate
 from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score
 from biascorr.graph.network import BiasNetwork, arithmetic_of
+from biascorr.sweep.shard import Shifted
 
 _OTHERWISE = 1.0
 """dB by which a runtime's own arithmetic may change a score unmentioned."""
@@ -40,7 +41,7 @@ class Deployed:
 
 
 def deployed(
-    given: BiasNetwork | None, before: Candidate, network: BiasNetwork, best: Candidate, expected: FloatOutputs
+    given: BiasNetwork | None, before: Candidate, corrected: Shifted, best: Candidate, expected: FloatOutputs
 ) -> Deployed:
     """Has a runtime take a corrected model, and compare what it computes with what was measured, and with the one given.
 
@@ -51,18 +52,21 @@ def deployed(
     ValueError
         It does not take the one that was given either.
     """
+    network = corrected.network
+    uncorrected = None if given is None else Shifted(given, {})
     try:
-        if given is None or before.score is NOT_SCORED:
+        if given is None or uncorrected is None or before.score is NOT_SCORED:
             network.check()
             return Deployed()
-        agreement = expected.agreement(network)
-        scores = {str(before.choice): expected.score_deployed(given)}
-        scores[str(best.choice)] = scores[str(before.choice)] if network is given else expected.score_deployed(network)
+        agreement = expected.agreement(corrected)
+        scores = {str(before.choice): expected.score_deployed(uncorrected)}
+        scores[str(best.choice)] = scores[str(before.choice)] if network is given else expected.score_deployed(corrected)
     except ValueError as error:
         if given is not None:
             given.check()
         raise RuntimeError(f"the corrected model is not valid, so it is not returned: {error}") from error
-    if agreement < _SAME / 2 and agreement < min(expected.agreement(given), _SAME) - _SAME / 2:
+    assert uncorrected is not None
+    if agreement < _SAME / 2 and agreement < min(expected.agreement(uncorrected), _SAME) - _SAME / 2:
         raise RuntimeError(
             f"the corrected model gives other outputs than were measured (they agree to {agreement:.0f} dB), so it is not "
             "returned"

@@ -19,11 +19,12 @@ all samples does not count, where another one differs; nor has a sample an SQNR 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,10 @@ from biascorr.calibration.samples import Samples
 from biascorr.correction.metrics import Metric, Run
 from biascorr.graph.network import BiasNetwork, Feeds, Network
 from biascorr.graph.operations import Kind
+from biascorr.sweep.shard import Function, Shard, Shards, Shifted
 from biascorr.sweep.sweep import outputs_of
+
+R = TypeVar("R")
 
 _CEILING = 100.0
 """dB of a sample without any error: no quantizer comes near, and more must not outweigh other samples."""
@@ -181,6 +185,58 @@ NOT_SCORED = Score((math.nan,))
 """The score of outputs that cannot be compared."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What an output of a sample adds to its score.
+
+    Parameters
+    ----------
+    signal, noise : float
+        The energies of the float output and of the error; of integers, how many there are and how many are wrong.
+    divergence : float or None
+        The mean over positions; None where they are no probabilities.
+    has_elements, are_integers : bool
+        Whether there are any elements, whether they are integers.
+    reference : bytes
+        A digest of the float output: the same where the values are.
+    """
+
+    signal: float
+    noise: float
+    divergence: float | None
+    has_elements: bool
+    are_integers: bool
+    reference: bytes
+
+    @classmethod
+    def of(cls, reference: Sequence[NDArray[Any]], computed: Sequence[NDArray[Any]]) -> Terms | None:
+        """From the arrays of an output and the computed ones; None where codes would be compared with real numbers."""
+        pairs = [_alike(r, q) for r, q in itertools.zip_longest(reference, computed)]
+        pairs = [(r, q) for r, q in pairs if r.dtype.kind == q.dtype.kind]
+        if not pairs:
+            return None
+        signals, noises = zip(*(_energies(r, q) for r, q in pairs))
+        divergence = None
+        if all(map(_are_probabilities, pairs)):
+            positions = sum(math.prod(r.shape[:-1]) for r, _ in pairs)
+            divergence = sum(_divergence(r, q) for r, q in pairs) / max(1, positions)
+        has_elements, are_integers = any(r.size for r, _ in pairs), any(r.dtype.kind != "f" for r, _ in pairs)
+        return cls(sum(signals), sum(noises), divergence, has_elements, are_integers, _digest(reference))
+
+
+def _digest(arrays: Sequence[NDArray[Any]]) -> bytes:
+    """The same for equal values: of zeros with either sign, of any nan."""
+    found = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        found.update(f"{array.shape}".encode())
+        values = np.ascontiguousarray(array)
+        if values.dtype.kind == "f":
+            values = values + values.dtype.type(0)
+            values[np.isnan(values)] = np.nan
+        found.update(repr(values.tolist()).encode() if values.dtype.hasobject else values.reshape(-1).view(np.uint8).data)
+    return found.digest()
+
+
 class _Output:
     """One output, sample by sample."""
 
@@ -188,29 +244,22 @@ class _Output:
         self._signals: list[float] = []
         self._noises: list[float] = []
         self._divergences: list[float] = []
-        self._first: Sequence[NDArray[Any]] | None = None
+        self._first: bytes | None = None
         self.is_constant = True
         self.has_elements = False
         self._are_integers = False
         self.are_probabilities = True
 
-    def add(self, reference: Sequence[NDArray[Any]], computed: Sequence[NDArray[Any]], times: int) -> None:
-        """Adds a sample, or as many as cannot be told apart: the arrays of it, and those that are compared with them."""
-        pairs = [_alike(r, q) for r, q in itertools.zip_longest(reference, computed)]
-        pairs = [(r, q) for r, q in pairs if r.dtype.kind == q.dtype.kind]
-        if self._first is None:
-            self._first = reference
-        else:
-            self.is_constant &= len(reference) == len(self._first) and all(map(_same, reference, self._first))
-        self.has_elements |= any(r.size for r, _ in pairs)
-        self._are_integers |= any(r.dtype.kind != "f" for r, _ in pairs)
-        signals, noises = zip(*(_energies(r, q) for r, q in pairs))
-        self._signals += [sum(signals)] * times
-        self._noises += [sum(noises)] * times
-        self.are_probabilities &= all(map(_are_probabilities, pairs))
-        if self.are_probabilities:
-            positions = sum(math.prod(r.shape[:-1]) for r, _ in pairs)
-            self._divergences += [sum(_divergence(r, q) for r, q in pairs) / max(1, positions)] * times
+    def add(self, terms: Terms, times: int) -> None:
+        """Adds a sample, or as many as cannot be told apart."""
+        self._first = self._first or terms.reference
+        self.is_constant &= terms.reference == self._first
+        self.has_elements |= terms.has_elements
+        self._are_integers |= terms.are_integers
+        self._signals += [terms.signal] * times
+        self._noises += [terms.noise] * times
+        self.are_probabilities &= terms.divergence is not None
+        self._divergences += [terms.divergence or 0.0] * times
 
     @property
     def is_varying(self) -> bool:
@@ -266,10 +315,6 @@ def _plain(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.float32) if values.dtype.isbuiltin == 2 else values
 
 
-def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
-
-
 def _energies(reference: NDArray[Any], computed: NDArray[Any]) -> tuple[float, float]:
     """Signal and noise; of integers, how many there are and how many are wrong."""
     if reference.dtype.kind != "f":
@@ -322,8 +367,13 @@ class OutputErrors:
 
         Samples that cannot be told apart, so many, are compared as one.
         """
-        if any(_kinds_agree(r, q) for r, q in itertools.zip_longest(reference, computed)):
-            self._outputs.setdefault(name, _Output()).add(reference, computed, times)
+        terms = Terms.of(reference, computed)
+        if terms is not None:
+            self.add_terms(name, terms, times=times)
+
+    def add_terms(self, name: str, terms: Terms, *, times: int = 1) -> None:
+        """Adds what an output of a sample adds, or of as many as cannot be told apart."""
+        self._outputs.setdefault(name, _Output()).add(terms, times)
 
     @property
     def outputs(self) -> dict[str, float]:
@@ -356,131 +406,72 @@ def _means(outputs: NDArray[np.float64]) -> tuple[float, ...]:
         return tuple((np.nansum(outputs, axis=0) / counts).tolist())
 
 
-def _kinds_agree(r: NDArray[Any] | None, q: NDArray[Any] | None) -> bool:
-    one, other = _alike(r, q)
-    return one.dtype.kind == other.dtype.kind
+@dataclass(frozen=True)
+class BatchErrors:
+    """What a batch adds to the score of a network.
+
+    Parameters
+    ----------
+    terms : list of (str, Terms, int)
+        Of each output and sample in order, and for how many samples that cannot be told apart.
+    metrics : list of float
+        The user's own metric of each sample.
+    """
+
+    terms: list[tuple[str, Terms, int]]
+    metrics: list[float] = field(default_factory=list)
 
 
-class FloatOutputs:
-    """The outputs of a float network for the samples that are scored, which those of other networks are compared with.
-
-    Outputs are compared by name, those that are left by position; those that no layer of the other network has a part in are
-    left out.
+class KeptOutputs:
+    """The outputs of a float network for some batches, which those of other networks are compared with.
 
     Parameters
     ----------
     network : Network
-        The float network, which runs when its outputs are first needed.
+        The float network.
     samples : Samples
         The samples, in whose storage the outputs are kept.
-    threads : int
-        Threads that run networks.
-    metric : Metric, optional
-        The user's own, which decides in place of the other measures.
-    work : Work, optional
-        What is told of batches that are done.
     """
 
-    def __init__(
-        self, network: Network, samples: Samples, threads: int, metric: Metric | None = None, work: Work | None = None
-    ) -> None:
+    def __init__(self, network: Network, samples: Samples) -> None:
         self._network = network
         self._samples = samples
-        self._threads = threads
-        self._metric = metric
-        self._work = Work.of(work)
-        self._batches = samples.scored_batches
-        self._is_known = False
-
-    def score(self, network: Network) -> Score:
-        """The score of a network, which runs over the batches with scored samples."""
-        if not self._batches:
-            return NOT_SCORED
-        if not self._is_known:
-            with self._work.step("float outputs"):
-                self.keep(self._run(self._network, self._batches))
-        return self._score(
-            network, self._run(network, self._batches, "score"), lambda feeds: network.part(feeds, network.outputs)
-        )
 
     def keep(self, outputs: Iterable[tuple[int, Feeds]]) -> None:
-        """Keeps what the float network gives out for each batch, which then need not run."""
+        """Keeps what the float network gives out for each batch."""
         for batch, computed in outputs:
             for name, value in computed.items():
                 self._samples.storage["float", name, batch] = value
-        self._is_known = True
+
+    def has(self, batch: int) -> bool:
+        """Whether the outputs for a batch are kept."""
+        return all(("float", name, batch) in self._samples.storage for name in self._network.outputs)
 
     def kept(self, name: str, batch: int) -> Any:
         """An output of the float network for a batch."""
         return self._samples.storage["float", name, batch]
 
-    def score_deployed(self, network: BiasNetwork) -> Score:
-        """The score of a model as its own runtime runs it."""
-        run = network.deployed(threads=self._threads)
-        batches = zip(self._batches, self._samples.feeds(self._batches))
-        outputs = ((batch, run(feeds)) for batch, feeds in batches)
-        return self._score(network, self._work.each(outputs, "deployed", len(self._batches)), lambda _: run)
-
-    def agreement(self, network: BiasNetwork) -> float:
-        """How near the outputs that are measured come to those that its own runtime computes without optimizations, in dB.
-
-        For one batch; infinite where there is nothing to compare.
-        """
-        batches = self._batches[:1]
-        (_, measured), errors = next(self._run(network, batches)), OutputErrors()
-        for name, value in network.deployed(threads=self._threads, optimized=False)(next(self._samples.feeds(batches))).items():
-            errors.add(name, arrays_of(measured[name]), arrays_of(value))
-        return min(errors.outputs.values(), default=math.inf)
-
-    def random_outputs(self, run: Callable[[Sequence[int]], Iterable[tuple[int, Feeds]]] | None = None) -> list[str]:
-        """The outputs that the float network, or what runs it over batches, does not give again, but for rounding.
-
-        It starts with a later batch this time: a network that draws random numbers may draw the same ones in each session.
-        """
-        batches = self._batches[1:][-_TRIES:] or self._batches
-        again = self._run(self._network, batches) if run is None else run(batches)
-        errors = self.errors({name: name for name in self._network.outputs}, again)
-        return [name for name, sqnr in errors.outputs.items() if sqnr < _REPEATED]
-
-    def _run(self, network: Network, batches: Sequence[int], kind: str = "float") -> Iterator[tuple[int, Feeds]]:
-        return self._work.each(outputs_of(network, self._samples, batches, self._threads), kind, len(batches))
-
-    def _score(
-        self, network: Network, outputs: Iterable[tuple[int, Feeds]], prepare: Callable[[Feeds], Callable[[Feeds], Any]]
-    ) -> Score:
-        if self._metric is None:
-            return self.errors(self.pairs(network), outputs).score
-        pairs, found = output_pairs(self._network, network), list[float]()
-        if self._metric.evaluates_runs:
-            found.append(self._metric.of_run(self._runner(pairs, prepare)))
-        else:
-            outputs = self._with_metrics(self._metric, pairs, outputs, found)
-        return replace(self.errors(self.pairs(network), outputs).score, metrics=tuple(found))
-
-    def errors(self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]]) -> OutputErrors:
-        """The errors of outputs, batch by batch."""
-        errors = OutputErrors()
+    def errors(self, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]]) -> Iterator[BatchErrors]:
+        """The errors of outputs, batch by batch; `pairs` are those of the float network and those that are compared."""
         for batch, computed in outputs:
+            terms = []
             for name, found in pairs.items():
-                parts = self.apart(name, computed[found], batch)
-                for expected, values in parts:
-                    errors.add(name, expected, values, times=self._samples.sizes[batch] // len(parts))
-        return errors
+                parts = self._apart(name, computed[found], batch)
+                times = self._samples.sizes[batch] // len(parts)
+                terms += [(name, each, times) for each in (Terms.of(*part) for part in parts) if each is not None]
+            yield BatchErrors(terms)
 
-    def _with_metrics(
-        self, metric: Metric, pairs: Mapping[str, str], outputs: Iterable[tuple[int, Feeds]], metrics: list[float]
-    ) -> Iterator[tuple[int, Feeds]]:
-        """Gives outputs on, batch by batch, and adds the metric of each sample to a list; it may write into what it gets."""
-        for batch, computed in outputs:
-            size = self._samples.sizes[batch]
-            apart = {name: self.apart(name, computed[found], batch) for name, found in pairs.items()}
-            are_apart = all(len(parts) == size for parts in apart.values())
-            for k in range(size if are_apart else 1):
-                ours, theirs = ({name: _copied(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
-                metrics.extend([metric.of_sample(ours, theirs)] * (1 if are_apart else size))
-            yield batch, computed
+    def metrics(self, metric: Metric, pairs: Mapping[str, str], computed: Feeds, batch: int) -> list[float]:
+        """The user's own metric of each sample of a batch; it may write into what it gets."""
+        size = self._samples.sizes[batch]
+        apart = {name: self._apart(name, computed[found], batch) for name, found in pairs.items()}
+        are_apart, found = all(len(parts) == size for parts in apart.values()), list[float]()
+        for k in range(size if are_apart else 1):
+            ours, theirs = ({name: _copied(parts[k][which]) for name, parts in apart.items()} for which in (1, 0))
+            found += [metric.of_sample(ours, theirs)] * (1 if are_apart else size)
+        return found
 
-    def apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
+    def _apart(self, name: str, computed: Any, batch: int) -> list[tuple[list[NDArray[Any]], list[NDArray[Any]]]]:
         """For each sample of a batch, the arrays of an output and the computed ones; all as one where they are not apart."""
         expected = self.kept(name, batch)
         if all(isinstance(each, np.ndarray) and each.ndim for each in (expected, computed)):
@@ -488,6 +479,94 @@ class FloatOutputs:
             if len(ours) == len(theirs):
                 return [([r], [q]) for r, q in zip(ours, theirs)]
         return [(arrays_of(expected), arrays_of(computed))]
+
+
+def joined(errors: Iterable[BatchErrors]) -> OutputErrors:
+    """The errors of all batches."""
+    found = OutputErrors()
+    for batch in errors:
+        for name, terms, times in batch.terms:
+            found.add_terms(name, terms, times=times)
+    return found
+
+
+class FloatOutputs:
+    """The outputs of a float network for the samples that are scored, which those of other networks are compared with.
+
+    Outputs are compared by name, those that are left by position; those that no layer of the other network has a part in are
+    left out. They stay where they are computed; what travels is the errors of each sample.
+
+    Parameters
+    ----------
+    network : Network
+        The float network, which runs when its outputs are first needed.
+    samples : Samples
+        The samples.
+    shards : Shards
+        The shards that run networks, and keep the outputs.
+    metric : Metric, optional
+        The user's own, which decides in place of the other measures.
+    work : Work, optional
+        What is told of batches that are done.
+    """
+
+    def __init__(
+        self, network: Network, samples: Samples, shards: Shards, metric: Metric | None = None, work: Work | None = None
+    ) -> None:
+        self._network = network
+        self._samples = samples
+        self._shards = shards
+        self._metric = metric
+        self._work = Work.of(work)
+        self._batches = samples.scored_batches
+        self._is_known = False
+
+    def score(self, network: Shifted) -> Score:
+        """The score of a network, which runs over the batches with scored samples."""
+        if not self._batches:
+            return NOT_SCORED
+        if not self._is_known:
+            with self._work.step("float outputs"):
+                self._each("float", kept_outputs, self._network)
+            self._is_known = True
+        return self._score(network, "score", lambda feeds: network.network.part(feeds, network.network.outputs))
+
+    def score_deployed(self, network: Shifted) -> Score:
+        """The score of a model as its own runtime runs it."""
+        return self._score(network, "deployed", lambda _: network.network.deployed(threads=self._shards.threads))
+
+    def agreement(self, network: Shifted) -> float:
+        """How near the outputs that are measured come to those that its own runtime computes without optimizations, in dB.
+
+        For one batch; infinite where there is nothing to compare.
+        """
+        errors = joined(self._shards.each(runtime_errors, self._batches[:1], network))
+        return min(errors.outputs.values(), default=math.inf)
+
+    def random_outputs(self) -> list[str]:
+        """The outputs that the float network does not give again.
+
+        It starts with a later batch this time: a network that draws random numbers may draw the same ones in each session.
+        """
+        return random_among(self._each("float", repeated_errors, self._network, batches=batches_again(self._batches)))
+
+    def _score(self, network: Shifted, kind: str, prepare: Callable[[Feeds], Callable[[Feeds], Any]]) -> Score:
+        metric = self._metric
+        if metric is None or not metric.evaluates_runs:
+            found = self._each(kind, errors_of_outputs, network, self._network, metric, kind == "deployed")
+            score = joined(found).score
+            return (
+                score
+                if metric is None
+                else replace(score, metrics=tuple(itertools.chain.from_iterable(each.metrics for each in found)))
+            )
+        value = metric.of_run(self._runner(output_pairs(self._network, network.network), prepare))
+        found = self._each(kind, errors_of_outputs, network, self._network, None, kind == "deployed")
+        return replace(joined(found).score, metrics=(value,))
+
+    def _each(self, kind: str, function: Function[R], *arguments: Any, batches: Sequence[int] | None = None) -> list[R]:
+        batches = self._batches if batches is None else batches
+        return [*self._work.each(self._shards.each(function, batches, *arguments), kind, len(batches))]
 
     def _runner(self, pairs: Mapping[str, str], prepare: Callable[[Feeds], Callable[[Feeds], Any]]) -> Run:
         """Runs a network on batches of the user's, and calls its outputs as the float network does."""
@@ -504,12 +583,71 @@ class FloatOutputs:
 
         return run
 
-    def pairs(self, network: Network) -> dict[str, str]:
-        """The outputs that are compared: of the float network, and of the other one."""
-        changing, codes, expected = _outputs_of_layers(network), _codes(network), _codes(self._network)
-        pairs = output_pairs(self._network, network)
-        pairs = {name: found for name, found in pairs.items() if (name in expected) == (found in codes)}
-        return {name: found for name, found in pairs.items() if found in changing} or pairs
+
+def batches_again(batches: Sequence[int]) -> Sequence[int]:
+    """Those that tell a random network when they run again."""
+    return batches[1:][-_TRIES:] or batches
+
+
+def random_among(errors: Iterable[BatchErrors]) -> list[str]:
+    """The outputs that a network did not give again, but for rounding."""
+    return [name for name, sqnr in joined(errors).outputs.items() if sqnr < _REPEATED]
+
+
+def kept_outputs(shard: Shard, batches: Sequence[int], network: Network) -> Iterator[None]:
+    """Keeps the outputs of the float network on a shard, where they are not kept yet."""
+    kept = KeptOutputs(network, shard.samples)
+    missing = [batch for batch in batches if not kept.has(batch)]
+    yield from (None for batch in batches if batch not in missing)
+    for output in outputs_of(shard, network, missing):
+        kept.keep([output])
+        yield
+
+
+def errors_of_outputs(
+    shard: Shard, batches: Sequence[int], network: Shifted, reference: Network, metric: Metric | None, is_deployed: bool
+) -> Iterator[BatchErrors]:
+    """The errors of a network on a shard, in exact arithmetic or as its own runtime runs it, batch by batch."""
+    kept, other = _kept(shard, batches, reference), network.network
+    pairs, all_pairs = compared_outputs(reference, other), output_pairs(reference, other)
+    for batch, computed in _deployed(shard, batches, other) if is_deployed else outputs_of(shard, other, batches):
+        metrics = [] if metric is None else kept.metrics(metric, all_pairs, computed, batch)
+        (found,) = kept.errors(pairs, [(batch, computed)])
+        yield replace(found, metrics=metrics)
+
+
+def repeated_errors(shard: Shard, batches: Sequence[int], network: Network) -> Iterator[BatchErrors]:
+    """The errors of the float network that runs again."""
+    return _kept(shard, batches, network).errors({name: name for name in network.outputs}, outputs_of(shard, network, batches))
+
+
+def runtime_errors(shard: Shard, batches: Sequence[int], network: Shifted) -> Iterator[BatchErrors]:
+    """The errors of a network as its own runtime runs it without optimizations, beside what is measured."""
+    other = network.network
+    for (_, measured), (_, found) in zip(outputs_of(shard, other, batches), _deployed(shard, batches, other, optimized=False)):
+        terms = {name: Terms.of(arrays_of(measured[name]), arrays_of(value)) for name, value in found.items()}
+        yield BatchErrors([(name, each, 1) for name, each in terms.items() if each is not None])
+
+
+def _kept(shard: Shard, batches: Sequence[int], network: Network) -> KeptOutputs:
+    for _ in kept_outputs(shard, batches, network):
+        pass
+    return KeptOutputs(network, shard.samples)
+
+
+def _deployed(
+    shard: Shard, batches: Sequence[int], network: BiasNetwork, *, optimized: bool = True
+) -> Iterator[tuple[int, Feeds]]:
+    run = network.deployed(threads=shard.threads, optimized=optimized)
+    yield from ((batch, run(feeds)) for batch, feeds in zip(batches, shard.samples.feeds(batches)))
+
+
+def compared_outputs(reference: Network, network: Network) -> dict[str, str]:
+    """The outputs that are compared: of the float network, and of the other one."""
+    changing, codes, expected = _outputs_of_layers(network), _codes(network), _codes(reference)
+    pairs = output_pairs(reference, network)
+    pairs = {name: found for name, found in pairs.items() if (name in expected) == (found in codes)}
+    return {name: found for name, found in pairs.items() if found in changing} or pairs
 
 
 def output_pairs(reference: Network, network: Network) -> dict[str, str]:

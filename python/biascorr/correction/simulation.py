@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -10,10 +11,14 @@ from biascorr.correction.quant_params import QuantParams
 from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.network import EditableNetwork, Edits, Feeds, Network
 from biascorr.quantization import Quantization
+from biascorr.sweep.shard import Shard
+
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+"""The least and the greatest value of tensors, by name."""
 
 
 def simulated(
-    network: EditableNetwork, params: QuantParams, batches: Iterable[Feeds] = (), threads: int = 0
+    network: EditableNetwork, params: QuantParams, ranges: Callable[[Sequence[str]], Iterable[Ranges]] = lambda _: ()
 ) -> EditableNetwork:
     """A copy of a network that is quantized in simulation.
 
@@ -23,10 +28,9 @@ def simulated(
         Float.
     params : QuantParams
         How it is quantized.
-    batches : iterable of mappings
-        Calibration samples, which the ranges of activations are measured on; read only if these are quantized.
-    threads : int
-        Threads that run the network; 0: all there are.
+    ranges : callable
+        Called with tensors; gives their ranges in each batch of calibration samples, as :func:`ranges_of`. Called only if
+        activations are quantized.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def simulated(
     copy = network.edited(Edits(weights={layer.name: params.fake_quantized(layer) for layer in without_later_calls(layers)}))
     if params.activation_bits is None:
         return copy
-    return copy.with_quantizers(input_quantizations(network, layers, batches, params.activation_bits, threads))
+    return copy.with_quantizers(input_quantizations(layers, ranges, params.activation_bits))
 
 
 def layers_to_quantize(network: Network, params: QuantParams) -> list[Layer]:
@@ -56,29 +60,35 @@ def layers_to_quantize(network: Network, params: QuantParams) -> list[Layer]:
 
 
 def input_quantizations(
-    network: Network, layers: Sequence[Layer], batches: Iterable[Feeds], bits: int, threads: int = 0
+    layers: Sequence[Layer], ranges: Callable[[Sequence[str]], Iterable[Ranges]], bits: int
 ) -> dict[str, Quantization]:
     """The quantization of the input of each layer, by its name: the grid over the range that it has in all batches.
 
     Layers that read quantized values have none. Raises ValueError where a tensor is not finite or there are no batches.
     """
     reading = [layer for layer in layers if layer.input_quantization is None]
-    ranges = _ranges(network, {layer.input: layer.name for layer in reading}, batches, threads)
-    return {layer.name: Quantization.from_range(*ranges[layer.input], bits) for layer in reading}
-
-
-def _ranges(
-    network: Network, readers: dict[str, str], batches: Iterable[Feeds], threads: int
-) -> dict[str, tuple[float, float]]:
-    """The least and the greatest value of each tensor, at most and at least 0; `readers` are the layers that errors name."""
-    ranges, compute = dict.fromkeys(readers, (0.0, 0.0)), None
-    for feeds in batches:
-        compute = compute or network.part(feeds, list(readers), threads=threads)
-        for name, array in compute(feeds).items():
-            least, greatest = float(array.min(initial=ranges[name][0])), float(array.max(initial=ranges[name][1]))
+    readers = {layer.input: layer.name for layer in reading}
+    whole, has_samples = dict.fromkeys(readers, (0.0, 0.0)), False
+    for found in ranges(list(readers)):
+        has_samples = True
+        for name, (least, greatest) in found.items():
             if not np.isfinite([least, greatest]).all():
                 raise ValueError(f"layer {readers[name]}: its input {name} contains nan or inf")
-            ranges[name] = least, greatest
-    if compute is None:
+            whole[name] = min(whole[name][0], least), max(whole[name][1], greatest)
+    if not has_samples:
         raise ValueError("data: no samples, the ranges of activations need at least one")
-    return ranges
+    return {layer.name: Quantization.from_range(*whole[layer.input], bits) for layer in reading}
+
+
+def ranges_of(network: Network, names: Sequence[str], batches: Iterable[Feeds], threads: int = 0) -> Iterator[Ranges]:
+    """The least and the greatest value of tensors, at most and at least 0, batch by batch."""
+    compute = None
+    for feeds in batches:
+        compute = compute or network.part(feeds, names, threads=threads)
+        arrays = compute(feeds).items()
+        yield {name: (float(array.min(initial=0.0)), float(array.max(initial=0.0))) for name, array in arrays}
+
+
+def tensor_ranges(shard: Shard, batches: Sequence[int], network: Network, names: Sequence[str]) -> Iterator[Ranges]:
+    """See :func:`ranges_of`; of some batches of a shard."""
+    return ranges_of(network, names, shard.samples.feeds(batches), shard.threads)

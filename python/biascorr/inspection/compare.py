@@ -30,7 +30,17 @@ from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.result import Correction
-from biascorr.correction.scoring import NOT_SCORED, FloatOutputs, Score, arrays_of, output_pairs
+from biascorr.correction.scoring import (
+    NOT_SCORED,
+    KeptOutputs,
+    Score,
+    arrays_of,
+    batches_again,
+    compared_outputs,
+    joined,
+    output_pairs,
+    random_among,
+)
 from biascorr.equalization.result import Equalization, largest_change
 from biascorr.graph.network import BiasNetwork, Feeds, ModelInput, require_biases, versions_of
 from biascorr.inspection.inputs import are_transposed, merged_inputs, paired_inputs, text_of_shape
@@ -269,10 +279,11 @@ def compare(
         samples.read(data, inputs, work, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
         samples.score_all()
         work.plan({"running": (1 + len(named)) * len(samples.scored_batches)})
-        expected = FloatOutputs(network, samples, threads)
+        expected = KeptOutputs(network, samples)
         ours = _Timed(network, samples, threads, work, _name_of(reference) or "reference")
         expected.keep(ours.outputs())
-        random = expected.random_outputs(ours.again)
+        again = ours.again(batches_again(samples.scored_batches))
+        random = random_among(expected.errors({name: name for name in network.outputs}, again))
         ours.forget()
         found = [
             _compared(expected, network, _Timed(_loaded(name, model), samples, threads, work, name, pairs[name]), model)
@@ -407,14 +418,14 @@ class _Timed:
         return self._run({self._names.get(name, name): array for name, array in feeds.items()})
 
 
-def _compared(expected: FloatOutputs, reference: BiasNetwork, model: _Timed, given: Any) -> tuple[ModelComparison, list[str]]:
+def _compared(expected: KeptOutputs, reference: BiasNetwork, model: _Timed, given: Any) -> tuple[ModelComparison, list[str]]:
     """A model beside the reference, which is released then; and remarks."""
     assert model.network is not None
     network, name = model.network, model.name
-    pairs = expected.pairs(network)
+    pairs = compared_outputs(reference, network)
     classes = _class_axis(reference, given)
     watched = {output: _Watched(f"{name}: output {output}", classes) for output in pairs}
-    errors = expected.errors(pairs, _watch(expected, model.outputs(), pairs, watched))
+    errors = joined(expected.errors(pairs, _watch(expected, model.outputs(), pairs, watched)))
     outputs = [
         OutputComparison(output, sqnr, errors.divergences.get(output), watched[output].top1, watched[output].largest_change)
         for output, sqnr in errors.outputs.items()
@@ -441,7 +452,7 @@ def _class_axis(reference: BiasNetwork, given: Any) -> int:
 
 
 def _watch(
-    expected: FloatOutputs, outputs: _Outputs, pairs: Mapping[str, str], watched: Mapping[str, _Watched]
+    expected: KeptOutputs, outputs: _Outputs, pairs: Mapping[str, str], watched: Mapping[str, _Watched]
 ) -> Iterator[tuple[int, Feeds]]:
     for batch, computed in outputs:
         for name, found in pairs.items():

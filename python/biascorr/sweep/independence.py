@@ -19,7 +19,8 @@ from biascorr.calibration.samples import SampleMeans, Samples
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput, Network
 from biascorr.sweep.measurements import Wanted
-from biascorr.sweep.sweep import DEPTH, Sweep, local_shards
+from biascorr.sweep.shard import OneShard
+from biascorr.sweep.sweep import DEPTH, Sweep
 
 _TOLERANCE = 1e-3
 """Part of the largest value by which one sample may differ alone and in a batch: kernels for other sizes round otherwise."""
@@ -82,8 +83,8 @@ class BatchingFinder:
             probes = Samples(storage)
             for batch in batches:
                 probes.add(*batch)
-            shards = local_shards(self._network, probes, self._threads, range(probes.batches))
-            sweep = Sweep(self._network, self._network.layers, shards, Wanted(), depth=DEPTH)
+            shards = OneShard(probes, self._threads)
+            sweep = Sweep(self._network, self._network.layers, shards, range(probes.batches), Wanted(), depth=DEPTH)
             try:
                 for stage in sweep.stages:
                     is_first &= all(_is_along_first_axis(each.output, size, places) for each in sweep.measure(stage).values())

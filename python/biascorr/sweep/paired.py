@@ -8,24 +8,20 @@ are over the positions of all samples, f is the float layer's.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from biascorr.calibration.samples import Samples
-from biascorr.calibration.storage import Storage
 from biascorr.graph.layer import Layer
 from biascorr.graph.network import Network, Shift
+from biascorr.sweep.cut import Cut, in_order
 from biascorr.sweep.measurements import Wanted
-from biascorr.sweep.plan import Stage
-from biascorr.sweep.shard import Shard, in_order
+from biascorr.sweep.plan import Stage, SweepPlan
+from biascorr.sweep.shard import Shard, Shards
 from biascorr.sweep.sweep import Sweep
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _LEAST_SLOPE = 0.02
 """Mean squared slope that is added to each channel's: one that is flat almost everywhere is not moved far."""
@@ -45,94 +41,145 @@ class PairedSweep:
         The float layer of each layer that is corrected, by the name of the latter.
     activated : mapping from str to str
         The float tensors after activations, by the same names.
-    samples : Samples
-        The samples, in whose storage the live tensors of the quantized network are.
-    batches : sequence of int
-        The batches that are swept.
-    storage : Storage
-        Where those of the float one are held.
-    threads : int
-        Threads that it may use.
+    ours : Sweep
+        That of the quantized network.
+    shards : Shards
+        The shards that run both.
     """
 
     def __init__(
-        self,
-        reference: Network,
-        pairs: Mapping[str, Layer],
-        activated: Mapping[str, str],
-        samples: Samples,
-        batches: Sequence[int],
-        storage: Storage,
-        threads: int,
+        self, reference: Network, pairs: Mapping[str, Layer], activated: Mapping[str, str], ours: Sweep, shards: Shards
     ) -> None:
-        self._reference = reference
         self._pairs = pairs
         self._activated = activated
-        self._samples = samples
-        self._batches = batches
-        self._float = samples.beside(storage)
-        self._threads = threads
+        self._ours = ours
+        self._shards = shards
         layers = list({layer.name: layer for layer in pairs.values()}.values())
-        shard = Shard(reference, self._float, self._batches, threads)
-        self._sweep = Sweep(reference, layers, [shard], Wanted(outputs=False))
-        self._prepared = 0.0
+        self._sweep = Sweep(reference, layers, shards, ours.batches, Wanted(outputs=False), is_beside=True)
 
-    @property
-    def prepared(self) -> float:
-        """Seconds in which the network was made ready to run, so far."""
-        return self._sweep.prepared + self._prepared
-
-    def is_beside(self, stages: Sequence[Stage]) -> bool:
+    def is_beside(self) -> bool:
         """Whether the layers of each stage of the quantized network are those of a stage here, in the same order."""
-        theirs = [{self._pairs[layer.name].name for layer in stage.layers} for stage in stages]
+        theirs = [{self._pairs[layer.name].name for layer in stage.layers} for stage in self._ours.stages]
         return theirs == [{layer.name for layer in stage.layers} for stage in self._sweep.stages]
 
-    def measure(self, stage: int) -> None:
-        """Runs a stage, after those before it."""
-        self._sweep.measure(self._sweep.stages[stage])
-
-    def refined(self, layer: Layer, shift: Shift, steps: int) -> Shift:
-        """A better shift of a layer of the last stage; the same where it has no activation."""
-        expected, tensor = self._pairs[layer.name], self._activated.get(layer.name)
-        ours, theirs = ([(each.output, batch) for batch in self._batches] for each in (layer, expected))
-        is_live = all(one in self._samples.storage and other in self._float.storage for one, other in zip(ours, theirs))
-        if tensor is None or not is_live or any(map(self._differs, ours, theirs)):
+    def refined(self, stage: Stage, layer: Layer, shift: Shift, steps: int) -> Shift:
+        """A better shift of a layer of a stage that was measured last; the same where it has no activation."""
+        tensor = self._activated.get(layer.name)
+        if tensor is None:
             return shift
-        workers = max(1, min(len(ours), self._threads))
-        given = {expected.output: self._float.storage[theirs[0]]}
-        start = time.monotonic()
-        compute = self._reference.part(given, [tensor], threads=max(1, self._threads // workers))
-        self._prepared += time.monotonic() - start
-
-        def activated(values: NDArray[Any]) -> NDArray[Any]:
-            return compute({expected.output: values})[tensor]
-
-        def sums(pair: tuple[NDArray[Any], NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            y, goal = pair
-            moved = y + layer.along_channels(shift).astype(y.dtype)
-            found = activated(moved)
-            moved += difference
-            slope = _rows(activated(moved), layer.output_axis)
-            found = _rows(found, layer.output_axis)
-            slope -= found
-            slope *= 1 / difference
-            return _dots(slope, found - _rows(goal, layer.output_axis)), _dots(slope, slope)
-
-        def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-            return list(in_order(function, items, workers, alone=self._threads == 1))
-
-        goals = each(lambda key: activated(self._float.storage[key]), theirs)
+        pair = Pair(self._ours.plan, self._sweep.plan, stage.number, layer.name, self._pairs[layer.name].name, tensor)
+        arguments = pair, self._ours.shifts
+        goals = [*self._shards.each(goals_of, self._ours.batches, *arguments)]
+        if not all(goal.is_comparable for goal in goals):
+            return shift
         count = sum(goal.size for goal in goals) // layer.channels
-        square = np.mean([np.mean(np.square(self._float.storage[key], dtype=np.float64)) for key in theirs])
-        difference = goals[0].dtype.type(_DIFFERENCE * np.sqrt(square) + 1e-30)
+        difference = _DIFFERENCE * np.sqrt(np.mean([goal.square for goal in goals])) + 1e-30
         for _ in range(steps):
-            errors, squares = zip(*each(sums, zip((self._samples.storage[key] for key in ours), goals)))
+            found = self._shards.each(gauss_newton_sums, self._ours.batches, *arguments, shift, float(difference))
+            errors, squares = zip(*found)
             shift = shift - sum(errors) / (sum(squares) + _LEAST_SLOPE * max(1, count))
         return shift
 
-    def _differs(self, ours: tuple[str, int], theirs: tuple[str, int]) -> bool:
-        one, other = self._samples.storage[ours], self._float.storage[theirs]
-        return one.shape != other.shape or one.dtype != other.dtype or one.dtype.kind != "f" or not one.size
+    def finish(self) -> None:
+        """Drops the live tensors."""
+        self._sweep.finish()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the quantized network, and the float one beside it.
+
+    Parameters
+    ----------
+    ours, theirs : SweepPlan
+        The sweeps.
+    stage : int
+        The stage of both that makes their outputs.
+    layer, expected : str
+        The layers.
+    activated : str
+        The float tensor after the activation.
+    """
+
+    ours: SweepPlan
+    theirs: SweepPlan
+    stage: int
+    layer: str
+    expected: str
+    activated: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is known of the outputs of a pair for a batch.
+
+    Parameters
+    ----------
+    is_comparable : bool
+        Whether they can be compared value by value.
+    size : int
+        Values.
+    square : float
+        The mean square of the float one.
+    """
+
+    is_comparable: bool
+    size: int = 0
+    square: float = 0.0
+
+
+def goals_of(shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[str, NDArray[Any]]) -> Iterator[Goal]:
+    """What is known of the outputs of a pair, batch by batch."""
+    (ours, layer), (theirs, expected) = _at(shard, batches, pair, shifts)
+    for batch in batches:
+        one, other = ours.live(layer, batch), theirs.live(expected, batch)
+        if one is None or other is None or _differ(one, other):
+            yield Goal(False)
+        else:
+            yield Goal(True, other.size, float(np.mean(np.square(other, dtype=np.float64))))
+
+
+def gauss_newton_sums(
+    shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[str, NDArray[Any]], shift: Shift, difference: float
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """The sums of g e and of g^2 of each channel, batch by batch; slopes are taken over a difference."""
+    (ours, layer), (theirs, expected) = _at(shard, batches, pair, shifts)
+    workers = max(1, min(len(batches), shard.threads))
+    example = theirs.live(expected, batches[0])
+    assert example is not None
+    compute = theirs.part({expected.output: example}, [pair.activated], workers)
+    step = example.dtype.type(difference)
+
+    def activated(values: NDArray[Any]) -> NDArray[Any]:
+        return compute({expected.output: values})[pair.activated]
+
+    def sums(batch: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        y, goal = ours.live(layer, batch), theirs.activated(expected, batch, activated)
+        assert y is not None
+        moved = y + layer.along_channels(shift).astype(y.dtype)
+        found = activated(moved)
+        moved += step
+        slope = _rows(activated(moved), layer.output_axis)
+        found = _rows(found, layer.output_axis)
+        slope -= found
+        slope *= 1 / step
+        return _dots(slope, found - _rows(goal, layer.output_axis)), _dots(slope, slope)
+
+    yield from in_order(sums, batches, workers, alone=shard.threads == 1)
+
+
+def _at(
+    shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[str, NDArray[Any]]
+) -> tuple[tuple[Cut, Layer], tuple[Cut, Layer]]:
+    """Both cuts after the stage of a pair, and its layers."""
+    ours, theirs = shard.cut(pair.ours, batches), shard.cut(pair.theirs, batches)
+    ours.run_to(pair.stage + 1, shifts)
+    theirs.run_to(pair.stage + 1, {})
+    return (ours, ours.layer(pair.stage, pair.layer)), (theirs, theirs.layer(pair.stage, pair.expected))
+
+
+def _differ(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one.shape != other.shape or one.dtype != other.dtype or one.dtype.kind != "f" or not one.size
 
 
 def _dots(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:

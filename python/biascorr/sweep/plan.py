@@ -8,12 +8,14 @@ The layers of a stage do not depend on each other, and all before them are corre
 from __future__ import annotations
 
 import collections
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from biascorr.graph.layer import Layer
 from biascorr.graph.network import Network
 from biascorr.graph.operations import Kind
+from biascorr.sweep.measurements import Wanted
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,52 @@ class Stage:
 
     Parameters
     ----------
+    number : int
+        Its place among the stages of a network.
     layers : list of Layer
         The layers whose shifts are found at its end.
     given, kept, dropped : list of str
         The live tensors that it reads; those that it makes; those that nothing reads after it.
     """
 
+    number: int
     layers: list[Layer] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPlan:
+    """All that a shard has to know of a sweep; small but for the network, which it has.
+
+    Parameters
+    ----------
+    network : Network
+        The network that runs.
+    layers : tuple of str
+        The layers that end stages.
+    wanted : Wanted
+        The measurements to make of them.
+    depth : int
+        Layers on one path that are measured in one stage; 1 where they are corrected.
+    is_beside : bool
+        Whether another sweep of tensors with the same names goes on at the same time.
+    name : str
+        A name that no other sweep has.
+    """
+
+    network: Network
+    layers: tuple[str, ...]
+    wanted: Wanted
+    depth: int = 1
+    is_beside: bool = False
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def stages(self) -> list[Stage]:
+        """The stages; the last has no layers."""
+        known = {layer.name: layer for layer in self.network.layers}
+        return plan_stages(self.network, [known[name] for name in self.layers], self.depth)
 
 
 def plan_stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> list[Stage]:
@@ -65,7 +103,7 @@ def plan_stages(network: Network, layers: Sequence[Layer], depth: int = 1) -> li
     last = max([0, *made.values(), *(made[name] + 1 for name in measured)])
     for source in set().union(*(sources[name] for name in network.outputs if name in sources)):
         read.setdefault(source, set()).add(last)
-    stages = [Stage() for _ in range(last + 1)]
+    stages = [Stage(number) for number in range(last + 1)]
     for layer in layers:
         stages[made[layer.output]].layers.append(layer)
     for name, readers in read.items():

@@ -1,198 +1,177 @@
-"""A shard: the live tensors of some batches at a cut of a network, and the threads that move the cut forward.
+"""A shard: the samples of some batches, and all that runs over them. Whoever runs shards asks them for the results of batches.
 
-A stage runs once per batch, from the live tensors; what the biases of its layers are to change by is added to their live
-outputs before these are read. So every operation runs once per sample, however many layers there are. Quantized tensors are
-held as their codes: what dequantizes them runs where it is read.
+A function of a shard is complete: it names the network, the batches and the shifts so far, and makes anew what the shard has
+not got, live tensors or outputs. So a shard may be lost, and another one with the same samples goes on.
 """
 
 from __future__ import annotations
 
-import collections
-import time
+import abc
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from biascorr.calibration.samples import Samples
+from biascorr.calibration.storage import Storage
+from biascorr.graph.network import BiasNetwork, Shift
+from biascorr.sweep.cut import Cut
+from biascorr.sweep.plan import SweepPlan
 
-from biascorr import _kernels
-from biascorr.calibration.samples import SampleMeans, Samples
-from biascorr.calibration.storage import Buffers
-from biascorr.graph.layer import Layer
-from biascorr.graph.network import Feeds, Network, Shift
-from biascorr.sweep.measurements import Measurements, Wanted
-from biascorr.sweep.plan import Stage
-
-T = TypeVar("T")
 R = TypeVar("R")
-
-_AMPLE = 64
-"""A stage hardly makes more than so many times the bytes that it reads: with as much memory free, nothing has to be counted."""
 
 
 class Shard:
-    """The part of a sweep that some batches take.
+    """The samples of some batches, with the live tensors of the sweeps over them.
 
     Parameters
     ----------
-    network : Network
-        The network that runs.
     samples : Samples
-        The samples, in whose storage the live tensors are.
-    batches : sequence of int
-        The batches of this shard, in order.
+        The samples, in whose storage live tensors are held.
     threads : int
-        Threads that it may use.
+        Threads that may be used.
+
+    Attributes
+    ----------
+    prepared : float
+        Seconds in which networks were made ready to run, so far.
     """
 
-    def __init__(self, network: Network, samples: Samples, batches: Sequence[int], threads: int) -> None:
-        self._network = network
-        self._samples = samples
-        self._batches = list(batches)
-        self._threads = threads
-        self._shifted: set[tuple[str, int]] = set()
-        self._buffers = Buffers()
-        self.prepared = 0.0  # seconds in which the network was made ready to run
-        self._made = 0  # bytes that the stage made of the last batch
+    def __init__(self, samples: Samples, threads: int) -> None:
+        self.samples = samples
+        self.threads = threads
+        self._cuts: dict[str, tuple[Cut, Storage | None]] = {}
+        self._prepared = 0.0
 
-    def measure(self, stage: Stage, wanted: Wanted, shifts: Mapping[str, NDArray[Any]]) -> Measurements:
-        """Runs a stage and measures it.
+    @property
+    def prepared(self) -> float:
+        """Seconds in which networks were made ready to run, so far."""
+        return self._prepared + sum(cut.prepared for cut, _ in self._cuts.values())
 
-        Parameters
-        ----------
-        stage : Stage
-            The stage, whose live tensors are here.
-        wanted : Wanted
-            The measurements to make.
-        shifts : mapping from str to ndarray
-            The change of each layer's output so far, by the name of the tensor and aligned with it.
-        """
-        found = Measurements()
-        tensors = list(dict.fromkeys([*stage.kept, *wanted.tensors(stage.layers)]))
-        for batch, results, part in self._run(stage, tensors, wanted, shifts):
-            found.merge(part)
-            self._keep(stage, results, batch)
-        self._buffers.clear()
-        return found
+    def cut(self, plan: SweepPlan, batches: Sequence[int]) -> Cut:
+        """Where a sweep over these batches is; before its first stage, where it is not known here."""
+        if plan.name not in self._cuts:
+            storage = Storage(self.samples.storage.free) if plan.is_beside else None
+            samples = self.samples if storage is None else self.samples.beside(storage, batches)
+            self._cuts[plan.name] = Cut(plan, samples, batches, self.threads), storage
+        return self._cuts[plan.name][0]
 
-    def outputs(self, stage: Stage, shifts: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, Feeds]]:
-        """Runs the last stage; gives the outputs of the model for each batch."""
-        for batch, results, _ in self._run(stage, self._network.outputs, Wanted(outputs=False), shifts):
-            yield batch, results
+    def finish(self, name: str) -> None:
+        """Drops what is live of a sweep of this name."""
+        if name in self._cuts:
+            cut, storage = self._cuts.pop(name)
+            self._prepared += cut.prepared
+            cut.close()
+            if storage is not None:
+                storage.close()
 
-    def drop(self, stage: Stage) -> None:
-        """Drops what is live for the last stage and has not been dropped."""
-        storage = self._samples.storage
-        for key in ((name, batch) for name in stage.dropped for batch in self._batches):
-            if key in storage:
-                storage.pop(key)
-
-    def measure_activated(self, layer: Layer, tensor: str, shift: Shift) -> list[SampleMeans]:
-        """The means of the tensor after the activation of a layer whose live output a shift is added to."""
-        aligned = layer.along_channels(shift)
-        if not self._batches:
-            return []
-        compute = self._part(
-            {layer.output: self._samples.storage[layer.output, self._batches[0]]}, [tensor], len(self._batches)
-        )
-
-        def measure(batch: int) -> SampleMeans:
-            array = self._samples.storage[layer.output, batch]
-            shifted = self._buffers.take(array.shape, array.dtype)
-            np.add(array, aligned.astype(array.dtype), out=shifted)
-            (activated,) = compute({layer.output: shifted}).values()
-            means = self._samples.means(activated, layer.output_axis, batch)
-            self._buffers.give(shifted)
-            self._buffers.give(activated)
-            return means
-
-        return list(in_order(measure, self._batches, self._workers(len(self._batches)), alone=self._threads == 1))
-
-    def _run(
-        self, stage: Stage, tensors: Sequence[str], wanted: Wanted, shifts: Mapping[str, NDArray[Any]]
-    ) -> Iterator[tuple[int, Feeds, Measurements]]:
-        """The tensors of each batch in order, and what is measured of it; what nothing reads any more is dropped."""
-
-        def run(batch: int) -> tuple[int, Feeds, Measurements]:
-            results = compute(self._feeds(stage, batch, shifts))
-            return batch, results, Measurements.of_batch(stage.layers, wanted, results, self._samples, batch)
-
-        for batches, workers in self._in_turns(stage, shifts):
-            compute = self._part(self._feeds(stage, batches[0], shifts), tensors, workers)
-            for batch, results, part in in_order(run, batches, workers, alone=self._threads == 1):
-                yield batch, results, part
-                self._drop(stage, results, batch)
-                self._made = sum(getattr(value, "nbytes", 0) for value in results.values())
-
-    def _in_turns(self, stage: Stage, shifts: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Sequence[int], int]]:
-        """Batches and the threads that may work on as many of them at once, within what is left of the memory budget.
-
-        Where that could be too little for all threads, the first batch runs alone, to see what one takes.
-        """
-        workers = self._workers(len(self._batches))
-        if not self._batches:
-            return
-        read = sum(array.nbytes for array in self._feeds(stage, self._batches[0], shifts).values())
-        if workers == 1 or self._samples.storage.free >= _AMPLE * read * workers:
-            yield self._batches, workers
-            return
-        yield self._batches[:1], 1
-        room = self._samples.storage.free // max(1, read + self._made)
-        yield self._batches[1:], max(1, min(workers, len(self._batches) - 1, room - 1))
-
-    def _workers(self, batches: int) -> int:
-        return max(1, min(batches, self._threads))
-
-    def _drop(self, stage: Stage, results: Feeds, batch: int) -> None:
-        for name in stage.dropped:
-            array = self._samples.storage.pop((name, batch))
-            if array is not None and name not in results:  # what is handed out may be kept
-                self._buffers.give(array)
-
-    def _keep(self, stage: Stage, results: Feeds, batch: int) -> None:
-        """Keeps what is live; the memory of the rest can be written again."""
-        storage = self._samples.storage
-        for name in stage.kept:
-            storage[name, batch] = results[name]
-        for name, array in results.items():
-            if name not in stage.given and not (name in stage.kept and storage.holds((name, batch))):
-                self._buffers.give(array)
-
-    def _part(self, given: Feeds, wanted: Sequence[str], workers: int) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
-        threads = max(1, self._threads // self._workers(workers))
-        start = time.monotonic()
-        compute = self._network.part(given, wanted, threads=threads, allocator=self._buffers)
-        self.prepared += time.monotonic() - start
-        return compute
-
-    def _feeds(self, stage: Stage, batch: int, shifts: Mapping[str, NDArray[Any]]) -> Feeds:
-        return {name: self._live(name, batch, shifts) for name in stage.given}
-
-    def _live(self, name: str, batch: int, shifts: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        array: NDArray[Any] = self._samples.storage[name, batch]
-        if name not in shifts or (name, batch) in self._shifted:
-            return array
-        array += shifts[name].astype(array.dtype)
-        if self._samples.storage.holds((name, batch)):
-            self._shifted.add((name, batch))  # in place; what is on disk is read anew
-        return array
+    def close(self) -> None:
+        """Drops what is live of all sweeps."""
+        for _, storage in self._cuts.values():
+            if storage is not None:
+                storage.close()
+        self._cuts.clear()
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, *, alone: bool = False) -> Iterator[R]:
-    """The results of a function for each item, in order, by several threads that are never far ahead.
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A network with shifts added to the biases of layers; the shifts alone travel to where it runs.
 
-    Where there are several, or where they are to work `alone`, kernels take no other threads.
+    Parameters
+    ----------
+    base : BiasNetwork
+        The network.
+    shifts : mapping from str to ndarray
+        See :meth:`BiasNetwork.with_shifts`; none: the network itself.
     """
-    waiting: collections.deque[Future[R]] = collections.deque()
-    with ThreadPoolExecutor(workers, initializer=_kernels.work_alone if alone or workers > 1 else None) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+
+    base: BiasNetwork
+    shifts: Mapping[str, Shift]
+
+    @functools.cached_property
+    def network(self) -> BiasNetwork:
+        """The network with the shifts, made when it is first needed."""
+        return self.base.with_shifts(self.shifts) if self.shifts else self.base
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shifted, (self.base, self.shifts)
+
+
+Function = Callable[..., Iterator[R]]
+"""Called with a shard, some of its batches in order, and arguments; gives one result per batch. A function of a module."""
+
+
+class Shards(abc.ABC):
+    """Shards that have all batches between them.
+
+    Attributes
+    ----------
+    threads : int
+        Threads that may be used here.
+    """
+
+    threads: int
+
+    @property
+    @abc.abstractmethod
+    def prepared(self) -> float:
+        """Seconds in which networks were made ready to run, so far."""
+
+    @abc.abstractmethod
+    def each(self, function: Function[R], batches: Sequence[int], *arguments: Any) -> Iterator[R]:
+        """The results of a function for each of some batches, in their order."""
+
+    def merged(self, function: Function[R], batches: Sequence[int], *arguments: Any, merge: Callable[[R, R], None]) -> R | None:
+        """The results for all batches in one, each merged into those before; None of no batches."""
+        return _merged(self.each(function, batches, *arguments), merge)
+
+    @abc.abstractmethod
+    def finish(self, plan: SweepPlan) -> None:
+        """Drops what is live of a sweep."""
+
+    def __enter__(self) -> Shards:
+        return self
+
+    @abc.abstractmethod
+    def __exit__(self, *error: object) -> None:
+        """Frees what is held."""
+
+
+def _merged(results: Iterable[R], merge: Callable[[R, R], None]) -> R | None:
+    found = None
+    for each in results:
+        if found is None:
+            found = each
+        else:
+            merge(found, each)
+    return found
+
+
+class OneShard(Shards):
+    """The shard of this machine.
+
+    Parameters
+    ----------
+    samples, threads
+        See :class:`Shard`.
+    """
+
+    def __init__(self, samples: Samples, threads: int) -> None:
+        self.threads = threads
+        self._shard = Shard(samples, threads)
+
+    @property
+    def prepared(self) -> float:
+        """Seconds in which networks were made ready to run, so far."""
+        return self._shard.prepared
+
+    def each(self, function: Function[R], batches: Sequence[int], *arguments: Any) -> Iterator[R]:
+        """The results of a function for each of some batches, in their order."""
+        return function(self._shard, batches, *arguments)
+
+    def finish(self, plan: SweepPlan) -> None:
+        """Drops what is live of a sweep."""
+        self._shard.finish(plan.name)
+
+    def __exit__(self, *error: object) -> None:
+        self._shard.close()

@@ -4,30 +4,23 @@ for stage in sweep.stages:
     measurements = sweep.measure(stage)
     for layer in stage.layers:
         sweep.shift(layer, ...)     # from what was measured
-outputs = sweep.outputs()
+sweep.finish()
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from numpy.typing import NDArray
 
-from biascorr.calibration.samples import SampleMeans, Samples
+from biascorr.calibration.samples import SampleMeans
 from biascorr.graph.layer import Layer
 from biascorr.graph.network import Feeds, Network, Shift
 from biascorr.sweep.measurements import Measured, Measurements, Wanted
-from biascorr.sweep.plan import Stage, plan_stages
-from biascorr.sweep.shard import Shard
-
-T = TypeVar("T")
-
-LayerValues = dict[str, list[NDArray[Any]]]
-"""Some values of the outputs of layers, by name, batch by batch."""
+from biascorr.sweep.plan import Stage, SweepPlan
+from biascorr.sweep.shard import Shard, Shards
 
 DEPTH = 8
 """Layers measured in one stage where nothing is corrected: more hold more activations of a batch at once."""
@@ -39,11 +32,6 @@ _MANY = 2000
 """Operations beyond which a network is not run at once: what onnxruntime takes to prepare them grows faster than they do."""
 
 
-def local_shards(network: Network, samples: Samples, threads: int, batches: Sequence[int]) -> list[Shard]:
-    """The shards that run these batches on this machine: one, with threads."""
-    return [Shard(network, samples, batches, threads)]
-
-
 class Sweep:
     """One sweep of a network.
 
@@ -53,81 +41,106 @@ class Sweep:
         The network that runs.
     layers : sequence of Layer
         The layers that end stages.
-    shards : sequence of Shard
-        The shards that run the stages, each over other batches, in the order of the batches.
+    shards : Shards
+        The shards that run the stages.
+    batches : sequence of int
+        The batches that are swept.
     wanted : Wanted
         The measurements to make of the layers.
     depth : int
         Layers on one path that are measured in one stage; 1 where they are corrected.
+    is_beside : bool
+        Whether another sweep of tensors with the same names goes on at the same time.
+
+    Attributes
+    ----------
+    shifts : dict from str to ndarray
+        The change of each layer's output so far, by the name of the tensor and aligned with it.
     """
 
     def __init__(
-        self, network: Network, layers: Sequence[Layer], shards: Sequence[Shard], wanted: Wanted, *, depth: int = 1
+        self,
+        network: Network,
+        layers: Sequence[Layer],
+        shards: Shards,
+        batches: Sequence[int],
+        wanted: Wanted,
+        *,
+        depth: int = 1,
+        is_beside: bool = False,
     ) -> None:
-        *self.stages, self._last = plan_stages(network, layers, depth)
+        self.plan = SweepPlan(network, tuple(layer.name for layer in layers), wanted, depth, is_beside)
+        *self.stages, self._last = self.plan.stages()
+        self.batches = batches
+        self.shifts: dict[str, NDArray[Any]] = {}
         self._shards = shards
-        self._wanted = wanted
-        self._shifts: dict[str, NDArray[Any]] = {}
-
-    @property
-    def prepared(self) -> float:
-        """Seconds in which the network was made ready to run, so far."""
-        return sum(shard.prepared for shard in self._shards)
 
     def measure(self, stage: Stage) -> dict[str, Measured]:
         """Runs a stage, after those before it; the measurements of its layers by name."""
-        found = self._measured(stage)
-        are_measured = self._wanted.outputs or self._wanted.inputs
-        return {layer.name: found.of(layer, self._wanted) for layer in stage.layers if are_measured}
-
-    def values(self, stage: Stage) -> LayerValues:
-        """Runs a stage, after those before it; some values of the outputs of its layers by name, batch by batch."""
-        found = self._measured(stage).values
-        return {layer.name: found[layer.output] for layer in stage.layers}
-
-    def _measured(self, stage: Stage) -> Measurements:
-        found = Measurements()
-        for part in self._of_each(lambda shard: shard.measure(stage, self._wanted, self._shifts)):
-            found.merge(part)
-        return found
+        wanted = self.plan.wanted
+        found = self._shards.merged(
+            stage_measurements, self.batches, self.plan, stage.number, self.shifts, merge=Measurements.merge
+        )
+        are_measured = wanted.outputs or wanted.inputs
+        return {layer.name: (found or Measurements()).of(layer, wanted) for layer in stage.layers if are_measured}
 
     def measure_activated(self, stage: Stage, shifts: Mapping[str, Shift]) -> dict[str, SampleMeans]:
         """The means after the activations of layers, by name, were these shifts added to the layers' outputs."""
         found = {}
         for layer in stage.layers:
-            if layer.name in self._wanted.activated and layer.name in shifts:
-                tensor, shift = self._wanted.activated[layer.name], shifts[layer.name]
-                parts = self._of_each(functools.partial(Shard.measure_activated, layer=layer, tensor=tensor, shift=shift))
-                found[layer.name] = SampleMeans.joined([part for each in parts for part in each])
+            if layer.name in self.plan.wanted.activated and layer.name in shifts:
+                arguments = self.plan, stage.number, self.shifts, layer.name, shifts[layer.name]
+                found[layer.name] = SampleMeans.joined([*self._shards.each(activated_means, self.batches, *arguments)])
         return found
 
     def shift(self, layer: Layer, change: Shift) -> None:
         """Changes the bias of a layer of the stage that was measured last, for all stages that follow."""
-        self._shifts[layer.output] = layer.along_channels(change)
+        self.shifts[layer.output] = layer.along_channels(change)
 
     def outputs(self) -> Iterator[tuple[int, Feeds]]:
         """The outputs of the model for each batch, after all stages."""
-        for shard in self._shards:
-            yield from shard.outputs(self._last, self._shifts)
-
-    def _of_each(self, work: Callable[[Shard], T]) -> list[T]:
-        """The results of all shards, in their order; they work at the same time."""
-        if len(self._shards) == 1:
-            return [work(self._shards[0])]
-        with ThreadPoolExecutor(len(self._shards)) as pool:
-            return list(pool.map(work, self._shards))
+        return self._shards.each(final_outputs, self.batches, self.plan, self.shifts)
 
     def finish(self) -> None:
-        """Drops the live tensors, where the outputs were not asked for."""
-        for shard in self._shards:
-            shard.drop(self._last)
+        """Drops the live tensors."""
+        self._shards.finish(self.plan)
 
 
-def outputs_of(network: Network, samples: Samples, batches: Sequence[int], threads: int) -> Iterator[tuple[int, Feeds]]:
-    """Outputs of a network for some batches; in stages where it is too large to run at once."""
+def stage_measurements(
+    shard: Shard, batches: Sequence[int], plan: SweepPlan, stage: int, shifts: Mapping[str, NDArray[Any]]
+) -> Iterator[Measurements]:
+    """Runs a stage on a shard and measures it, batch by batch."""
+    return shard.cut(plan, batches).measure(stage, shifts)
+
+
+def activated_means(
+    shard: Shard,
+    batches: Sequence[int],
+    plan: SweepPlan,
+    stage: int,
+    shifts: Mapping[str, NDArray[Any]],
+    layer: str,
+    shift: Shift,
+) -> Iterator[SampleMeans]:
+    """The means after the activation of a layer of a stage on a shard, were a shift added to its output, batch by batch."""
+    cut = shard.cut(plan, batches)
+    cut.run_to(stage + 1, shifts)
+    return cut.measure_activated(cut.layer(stage, layer), plan.wanted.activated[layer], shift)
+
+
+def final_outputs(
+    shard: Shard, batches: Sequence[int], plan: SweepPlan, shifts: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[int, Feeds]]:
+    """The outputs of a network on a shard, after all stages of a sweep."""
+    return shard.cut(plan, batches).outputs(shifts)
+
+
+def outputs_of(shard: Shard, network: Network, batches: Sequence[int]) -> Iterator[tuple[int, Feeds]]:
+    """Outputs of a network for some batches of a shard; in stages where it is too large to run at once."""
     weights = sum(math.prod(layer.weights.shape) * layer.weights.dtype.itemsize for layer in network.layers)
     layers = network.layers if weights > _LARGE or len(network.operations) > _MANY else []
-    sweep = Sweep(network, layers, local_shards(network, samples, threads, batches), Wanted(outputs=False), depth=DEPTH)
-    for stage in sweep.stages:
-        sweep.measure(stage)
-    yield from sweep.outputs()
+    plan = SweepPlan(network, tuple(layer.name for layer in layers), Wanted(outputs=False), DEPTH)
+    try:
+        yield from final_outputs(shard, batches, plan, {})
+    finally:
+        shard.finish(plan.name)

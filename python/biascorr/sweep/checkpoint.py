@@ -1,0 +1,220 @@
+"""A checkpoint: the results of shards so far, in a folder, so that a run that was killed goes on where it was.
+
+    run.json        what the run is of: versions, models, data, options
+    000017.record   the result of the 17th call of a function of shards: a line, SHA-256 of what follows, and that
+
+A run asks its shards for the same results in the same order as any other run of the same kind; those that are recorded are not
+computed again. A record that is not whole counts as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody is kept from using one folder twice
+    fcntl = None  # type: ignore[assignment]
+
+from biascorr.sweep.plan import SweepPlan
+from biascorr.sweep.shard import Function, Shards
+
+R = TypeVar("R")
+
+_RUN = "run.json"
+
+_MAGIC = b"biascorr record 1\n"
+
+_NUMPY = {
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "numpy.core.numeric": {"_frombuffer"},
+}
+
+
+class Checkpoint:
+    """A folder of records. A context manager: at its end, another run may use it.
+
+    Parameters
+    ----------
+    folder : path
+        The folder, which is made where there is none.
+    identity : mapping from str to str
+        What the run is of, by what errors call it.
+
+    Raises
+    ------
+    ValueError
+        The folder is that of another run, or has other files.
+    OSError
+        It cannot be made or written to, or another run uses it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, str]) -> None:
+        self._folder = Path(folder)
+        self._check_place()
+        self._folder.mkdir(exist_ok=True)
+        self._lock = self._locked()
+        try:
+            self._check(identity)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def record(self, number: int) -> Any:
+        """What was recorded so; None where nothing whole was."""
+        try:
+            content = self._path(number).read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, payload = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
+        if not content.startswith(_MAGIC) or hashlib.sha256(payload).digest() != digest:
+            return None
+        return _Unpickler(io.BytesIO(payload)).load()
+
+    def keep(self, number: int, value: Any) -> None:
+        """Records a value, whole or not at all."""
+        payload = pickle.dumps(value, protocol=5)
+        self._write(self._path(number), _MAGIC + hashlib.sha256(payload).digest() + payload)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.record"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        temporary = path.with_suffix(".new")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise OSError(error.errno, f"checkpoint: cannot be written: {error.strerror}", str(path)) from error
+
+    def _check_place(self) -> None:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"checkpoint: {self._folder} is a file, expected a folder")
+        if not self._folder.exists() and not self._folder.absolute().parent.is_dir():
+            raise FileNotFoundError(f"checkpoint: no such folder: {self._folder.absolute().parent}")
+
+    def _locked(self) -> Any:
+        lock = (self._folder / ".lock").open("ab")
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise BlockingIOError(
+                    f"checkpoint: {self._folder} is in use by another process; wait for it, or stop it"
+                ) from None
+        return lock
+
+    def _check(self, identity: Mapping[str, str]) -> None:
+        path = self._folder / _RUN
+        names = {each.name for each in self._folder.iterdir()} - {".lock"}
+        if _RUN not in names and any(not name.endswith(".new") for name in names):
+            raise ValueError(f"checkpoint: {self._folder} has other files; give a folder that is new or empty")
+        if _RUN not in names:
+            self._write(path, json.dumps(dict(identity), indent=1).encode())
+            return
+        try:
+            found = json.loads(path.read_bytes())
+            others = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"checkpoint: {path} is damaged ({error}); remove the folder, and begin anew") from error
+        if others:
+            said = "; ".join(f"{name}: {found.get(name)}, now {identity.get(name)}" for name in others)
+            raise ValueError(
+                f"checkpoint: {self._folder} is of another run ({said}); give another folder, or remove this one to begin anew"
+            )
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes arrays, and what this package keeps numbers in, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _NUMPY.get(module, ()):
+            return getattr(importlib.import_module(module), name)
+        if module.startswith("biascorr."):
+            found = getattr(importlib.import_module(module), name, None)
+            if dataclasses.is_dataclass(found) or module == "biascorr.statistics":
+                return found
+        raise pickle.UnpicklingError(f"checkpoint: a record has {module}.{name}, which no run writes; remove the folder")
+
+
+class RecordedShards(Shards):
+    """Shards whose results are recorded, and not computed where they were.
+
+    Parameters
+    ----------
+    shards : Shards
+        The shards.
+    checkpoint : Checkpoint
+        Where.
+    """
+
+    def __init__(self, shards: Shards, checkpoint: Checkpoint) -> None:
+        self.threads = shards.threads
+        self._shards = shards
+        self._checkpoint = checkpoint
+        self._numbers = itertools.count()
+
+    @property
+    def prepared(self) -> float:
+        """Seconds in which networks were made ready to run, so far."""
+        return self._shards.prepared
+
+    def each(self, function: Function[R], batches: Sequence[int], *arguments: Any) -> Iterator[R]:
+        """The results of a function for each of some batches, in their order."""
+        number = next(self._numbers)
+        found = self._known(number, function, batches)
+        return self._recorded(number, function, batches, arguments) if found is None else iter(found)
+
+    def _recorded(self, number: int, function: Function[R], batches: Sequence[int], arguments: Sequence[Any]) -> Iterator[R]:
+        results = []
+        for each in self._shards.each(function, batches, *arguments):
+            results.append(each)
+            yield each
+        self._checkpoint.keep(number, (function.__name__, list(batches), results))
+
+    def merged(self, function: Function[R], batches: Sequence[int], *arguments: Any, merge: Callable[[R, R], None]) -> R | None:
+        """The results for all batches in one, each merged into those before; None of no batches."""
+        number = next(self._numbers)
+        found = self._known(number, function, batches)
+        if found is None:
+            result = self._shards.merged(function, batches, *arguments, merge=merge)
+            found = [] if result is None else [result]
+            self._checkpoint.keep(number, (function.__name__, list(batches), found))
+        return next(iter(found), None)
+
+    def finish(self, plan: SweepPlan) -> None:
+        """Drops what is live of a sweep."""
+        self._shards.finish(plan)
+
+    def __exit__(self, *error: object) -> None:
+        self._shards.__exit__(*error)
+
+    def _known(self, number: int, function: Function[R], batches: Sequence[int]) -> list[R] | None:
+        found = self._checkpoint.record(number)
+        if found is None or found[:2] != (function.__name__, list(batches)):
+            return None
+        results: list[R] = found[2]
+        return results
