@@ -38,6 +38,17 @@ class Tripled(keras.Layer):
         return self.three * x
 
 
+class Counting(keras.Layer):
+    """One that counts its calls."""
+
+    def build(self, shape):  # noqa: ARG002
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.count.assign_add(1.0)
+        return x + self.count
+
+
 def halved(x):
     return 0.5 * x
 
@@ -45,6 +56,12 @@ def halved(x):
 def own():
     parts = [layers.Conv2D(4, 3, activation=halved, name="first"), Doubled(name="doubled"), Tripled(name="tripled")]
     return chain(*parts, layers.Lambda(lambda x: x[:, 1:] + 1, name="moved"), layers.Conv2D(3, 1, name="last"))
+
+
+def with_lora():
+    model = randomized(chain(layers.Conv2D(4, 3, name="first"), layers.Dense(5, name="last")))
+    model.get_layer("last").enable_lora(2)
+    return randomized(model)
 
 
 def normalized():
@@ -68,6 +85,8 @@ MODELS = {
     "sequential": sequential,
     "nested": nested,
     "own layers": own,
+    "counting": lambda: chain(layers.Conv2D(4, 3, name="first"), Counting(name="counting")),
+    "LoRA": with_lora,
     "adapted": normalized,
     "einsum": einsum,
     "bfloat16": half,
@@ -140,7 +159,7 @@ def test_a_model_that_keras_does_not_read_as_it_wrote_it_is_refused():
 # Digests
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "own layers"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("own layers", "counting", "LoRA")])
 def test_a_model_has_one_digest_however_it_is_given(name, tmp_path):
     model = MODELS[name]()
     model.save(tmp_path / "model.keras")
@@ -182,3 +201,11 @@ def test_all_that_is_computed_with_is_in_the_digest():
     ]
     assert len({each.digest for each in networks}) == len(networks)
     assert loaded(with_norms()).digest == network.digest
+
+
+def test_where_a_class_is_defined_is_not_in_the_digest(monkeypatch):
+    model = own()
+    before = loaded(model).digest
+    for each in (Doubled, halved):
+        monkeypatch.setattr(each, "__module__", "__main__")
+    assert loaded(model).digest == before

@@ -323,6 +323,7 @@ def test_a_quantized_number_that_grows_stays_quantized(shape):
     network, shift = OnnxNetwork.load(quantized, "quantized"), np.array([0.1, -0.2, 0.0, 1.0])
     moved = network.with_shifts({"layer": shift})
     assert [each.op_type for each in moved.model.graph.node] == [each.op_type for each in quantized.graph.node]
+    assert moved.facts().shapes["bd"][-3:] == (4, 1, 1)
     applied = network.bias_change(network.layers[0], shift).applied
     np.testing.assert_allclose(moved.layers[0].bias.ravel(), 0.25 + applied, rtol=1e-6)
 

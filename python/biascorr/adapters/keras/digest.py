@@ -20,8 +20,8 @@ from biascorr.adapters.keras.running import Values
 from biascorr.adapters.keras.steps import Steps
 from biascorr.graph.operations import BatchNorm
 
-_NOT_COMPUTED = {"build_config", "compile_config", "shared_object_id"}
-"""Entries of configurations that make no difference to what is computed."""
+_NOT_COMPUTED = {"build_config", "compile_config", "module", "registered_name", "shared_object_id"}
+"""Entries of configurations that make no difference to what is computed; a class of a script is in another module elsewhere."""
 
 
 def digest_of(steps: Steps, values: Values, statistics: Mapping[str, BatchNorm]) -> str:
@@ -74,11 +74,10 @@ def _add(digest: Any, *arrays: Any) -> None:
 def _plain(config: Any) -> Any:
     """A configuration without what is not computed with, the code of its functions as what it does."""
     if isinstance(config, dict):
-        return {
-            key: _of_code(value) if key == "code" else _plain(value)
-            for key, value in config.items()
-            if key not in _NOT_COMPUTED
-        }
+        if config.get("class_name") == "function" and isinstance(config.get("config"), str):
+            return {"function": config["config"].rpartition(">")[2]}  # without the package that it is registered in
+        others = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
+        return {key: _of_code(value) if key == "code" else _plain(value) for key, value in others.items()}
     return [_plain(each) for each in config] if isinstance(config, (list, tuple)) else config
 
 

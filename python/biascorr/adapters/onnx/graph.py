@@ -317,6 +317,7 @@ class Graph:
         if own is None:
             self.set_input(node, index, self.add_initializer(base, array))
             return
+        self.is_rewired |= tuple(own.dims) != array.shape
         self.values.pop(key_of(own) or "", None)
         tensor = tensor_of(array, own.name, self.values)
         if own.doc_string:
