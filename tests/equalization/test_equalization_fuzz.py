@@ -182,6 +182,6 @@ def test_random_graphs(example: Example) -> None:
 
 
 @pytest.mark.slow
-@random_graphs(300)
+@random_graphs(120)
 def test_many_random_graphs(example: Example) -> None:
     check(example)

@@ -415,8 +415,9 @@ def test_twins_compute_the_same(name):
 # Correction
 
 
-@pytest.mark.parametrize("per_channel", [False, True], ids=["per_tensor", "per_channel"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "per_channel"), [*((method, False) for method in METHODS), ("mean", True), ("empirical", True)]
+)
 @pytest.mark.parametrize("name", NODES)
 def test_simulated_quantization(name, method, per_channel):
     params = QuantParams("tf", weight_bits=BITS, per_channel=per_channel)

@@ -1,5 +1,6 @@
 """Tensors that are no arrays of numbers that numpy has, in any place: every method works around them."""
 
+import itertools
 import re
 import warnings
 
@@ -52,19 +53,31 @@ MORE = {**CONSTANTS, **ZERO, "square": weights(5, 5, axis=1, seed=4)}
 LOCAL = """<domain: "local", opset_import: ["" : 17]> Parts (t) => (s) { s = SequenceConstruct(t) }"""
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("budget", [None, 0])
-def test_sequences_and_optionals(name, method, budget):
+def with_sequences(name):
     body, output = SEQUENCES[name]
     model = model_from_text(f"g (float[N,6] x) => ({output}) {{ {body} }} {LOCAL}", **MORE)
     model.opset_import.append(helper.make_opsetid("local", 1))
+    return model
+
+
+IN_MEMORY_AND_NOT = [*((method, None) for method in METHODS), ("auto", 0), ("mean", 0)]
+"""Methods, and bytes that are held in memory."""
+
+
+@pytest.mark.parametrize(("method", "budget"), IN_MEMORY_AND_NOT)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences_and_optionals(name, method, budget):
+    model = with_sequences(name)
     correction = corrected(model, samples(16, 6), method=method, quant_params=PARAMS, memory_budget=budget)
-    assert [row.name for row in correction.report] == (["a", "m", "z"] if "[m]" in body else ["a", "z"])
+    assert [row.name for row in correction.report] == (["a", "m", "z"] if "[m]" in SEQUENCES[name][0] else ["a", "z"])
     assert "none" in correction.scores
     if method == "empirical":
         assert correction.scores["empirical"].sqnr > correction.scores["none"].sqnr
-    equalize(model, samples(16, 6))
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_network_with_sequences_is_equalized(name):
+    equalize(with_sequences(name), samples(16, 6))
 
 
 def test_maps_and_text_are_not_scored():
@@ -118,8 +131,7 @@ def test_layers_behind_numbers_that_others_gave_are_corrected_as_ever(name, meth
 OTHERS = {"bfloat16": TensorProto.BFLOAT16, "float8_e4m3fn": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
 
 
-@pytest.mark.parametrize("budget", [None, 0])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "budget"), IN_MEMORY_AND_NOT)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_inputs_and_outputs_of_types_that_numpy_has_not(kind, method, budget):
     """They are the same numbers as in float32, and so are the biases and the scores."""
@@ -183,8 +195,10 @@ def quantized_before(layer_inputs, kind, *, transposed=False, doubled=False):
     return nodes, constants
 
 
-@pytest.mark.parametrize("form", ["plain", "transposed", "doubled"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [*((method, "plain") for method in METHODS), *itertools.product(("auto", "mean"), ("transposed", "doubled"))],
+)
 @pytest.mark.parametrize("kind", ZERO_POINTS)
 def test_activations_on_any_grid(kind, method, form):
     """The shift of the first layer is the weight error times the mean of what it reads, whatever the codes are."""

@@ -1,5 +1,7 @@
 """Simulated quantization of ONNX models: every kind of layer, wherever its weights and its bias are kept."""
 
+import copy
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,11 +215,16 @@ IDS = [case.name.replace(" ", "_") for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 
+@functools.cache
+def correction_of(case, per_channel=False):
+    return mean_corrected(case.model(), [case.samples()], per_channel=per_channel)
+
+
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per_tensor", "per_channel"])
 @every_case
 def test_mean_output_is_that_of_the_float_layer(case, per_channel):
     model = case.model()
-    correction = mean_corrected(model, [case.samples()], per_channel=per_channel)
+    correction = correction_of(case, per_channel)
     expected = case.mean_output(model)
     assert np.abs(case.mean_output(case.quantized(model, per_channel)) - expected).max() > 0.001
     np.testing.assert_allclose(case.mean_output(case.quantized(correction.model, per_channel)), expected, rtol=1e-6, atol=1e-6)
@@ -235,7 +242,7 @@ def test_any_number_of_bits(case, bits):
 @every_case
 def test_result_is_valid_and_its_outputs_keep_names_and_shapes(case):
     model = case.model()
-    corrected = mean_corrected(model, [case.samples()]).model
+    corrected = copy.deepcopy(correction_of(case).model)
     onnx.checker.check_model(corrected, full_check=True)
     assert corrected.graph.output == model.graph.output
     assert corrected.graph.input == model.graph.input
@@ -264,7 +271,7 @@ def test_shifts_move_the_output_of_the_layer_along_its_axis(case):
 
 @every_case
 def test_report_of_one_layer(case):
-    correction = mean_corrected(case.model(), [case.samples()])
+    correction = correction_of(case)
     (layer,) = correction.report
     assert (layer.name, layer.op, layer.method) == ("layer", layer.op, "mean")
     assert layer.op in ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -279,7 +286,7 @@ def test_report_of_one_layer(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.bias == "changed"], ids=lambda case: case.name)
 def test_nothing_but_the_bias_changes(case):
     model = case.model()
-    corrected = mean_corrected(model, [case.samples()]).model
+    corrected = copy.deepcopy(correction_of(case).model)
     assert stripped(corrected, ["b"]) == stripped(model, ["b"])
     assert not np.array_equal(constants_of(corrected)["b"], constants_of(model)["b"])
 
@@ -287,7 +294,7 @@ def test_nothing_but_the_bias_changes(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.bias != "changed"], ids=lambda case: case.name)
 def test_nothing_but_one_new_bias_is_in_the_graph(case):
     model = case.model()
-    corrected = mean_corrected(model, [case.samples()]).model
+    corrected = copy.deepcopy(correction_of(case).model)
     before, after = constants_of(model), constants_of(corrected)
     read = {name for node in corrected.graph.node for name in node.input}
     assert len(after.keys() - before.keys()) == 1
