@@ -209,3 +209,13 @@ def test_where_a_class_is_defined_is_not_in_the_digest(monkeypatch):
     for each in (Doubled, halved):
         monkeypatch.setattr(each, "__module__", "__main__")
     assert loaded(model).digest == before
+
+
+def test_where_a_function_is_registered_is_not_in_the_digest():
+    def doubled(x):
+        return 2 * x
+
+    model = chain(layers.Dense(2, activation=doubled, name="last"))
+    before = loaded(model).digest
+    keras.saving.register_keras_serializable("scripts")(doubled)
+    assert loaded(model).digest == before
