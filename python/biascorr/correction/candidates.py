@@ -279,8 +279,10 @@ class CandidateBuilder:
         pairs = {name: match.reference for name, match in self._matches.items()}
         activated = {name: tensor for name, (tensor, _) in self._activated.items()}
         paired = PairedSweep(self.reference, pairs, activated, sweep, self._shards)
-        yield paired if paired.is_beside() else None
-        paired.finish()
+        try:
+            yield paired if paired.is_beside() else None
+        finally:
+            paired.finish()
 
     def _shifts_of(
         self, sweep: Sweep, stage: Stage, method: Method, known: Mapping[str, Shift], paired: PairedSweep | None = None

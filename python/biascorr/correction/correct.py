@@ -277,12 +277,11 @@ def correct(
             options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
             later = [Choice("activation")] if method == "auto" else []
             work.plan(work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize))
-            if given is not None:
-                equalization, builder = None, builder_of(options, float_network, given, pair.matches)
-                attempts: Iterable[Attempt] = [Attempt(given, pair.matches, builder)]
+            if given is None:
+                options, equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
             else:
-                equalization, attempts = _simulated_attempts(options, float_network, params, equalize)
-                options = replace(options, attempts=1 + (equalization is not None and equalization.is_anything_done))
+                attempt = Attempt(given, pair.matches, builder_of(options, float_network, given, pair.matches))
+                equalization, attempts = None, iter([attempt])
             result = best_of(options, attempts, given, equalization, notes)
     files = paths_of({"reference": reference, "quantized": quantized, "data": data, "validation": validation})
     return replace(result, seconds=time.perf_counter() - started, files=files)
@@ -439,7 +438,7 @@ def _to_simulate(network: Network, params: QuantParams, fold: bool, equalize: bo
 
 def _simulated_attempts(
     options: Options, network: Network, params: QuantParams, equalize: bool
-) -> tuple[Equalization | None, Iterator[Attempt]]:
+) -> tuple[Options, Equalization | None, Iterator[Attempt]]:
     """With simulated quantization of the float network, and of the equalized one where that is asked for."""
     reference = require_edits(network, "reference", "simulated quantization")
     samples = options.samples
@@ -456,7 +455,7 @@ def _simulated_attempts(
             is_corrected = options.is_auto or is_equalized == (True in networks)
             yield Attempt(network, matches, builder_of(options, network, measured, matches), is_equalized, is_corrected)
 
-    return equalization, attempts()
+    return replace(options, attempts=len(networks)), equalization, attempts()
 
 
 def builder_of(options: Options, reference: Network, measured: BiasNetwork, matches: Mapping[str, Match]) -> CandidateBuilder:

@@ -57,6 +57,7 @@ class Cut:
         self._threads = threads
         self.stages = plan.stages()
         self._done = 0  # stages
+        self._is_whole = True  # no stage was left before its end
         self._shifted: set[tuple[str, int]] = set()
         self._activated: list[tuple[str, str, int]] = []
         self._buffers = Buffers()
@@ -77,8 +78,8 @@ class Cut:
         yield from self._measured(self.stages[number], self._wanted, shifts)
 
     def run_to(self, number: int, shifts: Mapping[str, NDArray[Any]]) -> None:
-        """Runs all stages before one, those that have not run yet: all of them where that one has run already."""
-        if number < self._done:
+        """Runs all stages before one, those that have not run yet: all of them where that one has run already, in part even."""
+        if number < self._done or not self._is_whole:
             self._forget()
         while self._done < number:
             for _ in self._measured(self.stages[self._done], Wanted(outputs=False), shifts):
@@ -90,12 +91,13 @@ class Cut:
 
     def _measured(self, stage: Stage, wanted: Wanted, shifts: Mapping[str, NDArray[Any]]) -> Iterator[Measurements]:
         self._forget_activated()
+        self._is_whole = False
         tensors = list(dict.fromkeys([*stage.kept, *wanted.tensors(stage.layers)]))
         for batch, results, part in self._run(stage, tensors, wanted, shifts):
             self._keep(stage, results, batch)
             yield part
         self._buffers.clear()
-        self._done = stage.number + 1
+        self._done, self._is_whole = stage.number + 1, True
 
     def outputs(self, shifts: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, Feeds]]:
         """Runs the last stage; gives the outputs of the model for each batch."""
@@ -112,7 +114,7 @@ class Cut:
                 storage.pop(key)
         self._forget_activated()
         self._shifted.clear()
-        self._done = 0
+        self._done, self._is_whole = 0, True
 
     def close(self) -> None:
         """Drops all that is live, and all memory."""

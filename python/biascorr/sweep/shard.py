@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,11 +30,6 @@ class Shard:
         The samples, in whose storage live tensors are held.
     threads : int
         Threads that may be used.
-
-    Attributes
-    ----------
-    prepared : float
-        Seconds in which networks were made ready to run, so far.
     """
 
     def __init__(self, samples: Samples, threads: int) -> None:
@@ -123,7 +118,13 @@ class Shards(abc.ABC):
 
     def merged(self, function: Function[R], batches: Sequence[int], *arguments: Any, merge: Callable[[R, R], None]) -> R | None:
         """The results for all batches in one, each merged into those before; None of no batches."""
-        return _merged(self.each(function, batches, *arguments), merge)
+        found: list[R] = []
+        for each in self.each(function, batches, *arguments):
+            if found:
+                merge(found[0], each)
+            else:
+                found.append(each)
+        return next(iter(found), None)
 
     @abc.abstractmethod
     def finish(self, plan: SweepPlan) -> None:
@@ -135,16 +136,6 @@ class Shards(abc.ABC):
     @abc.abstractmethod
     def __exit__(self, *error: object) -> None:
         """Frees what is held."""
-
-
-def _merged(results: Iterable[R], merge: Callable[[R, R], None]) -> R | None:
-    found = None
-    for each in results:
-        if found is None:
-            found = each
-        else:
-            merge(found, each)
-    return found
 
 
 class OneShard(Shards):
