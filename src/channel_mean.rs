@@ -21,6 +21,16 @@ const TILE_BYTES: usize = 512 << 10;
 /// ... but into no more than these, which bounds the memory that the tiles' sums take.
 const MAX_TILES: usize = 64;
 
+/// A real sample that lies in memory in the order of its axes is summed in pieces, and these in order, so that parts of it that are
+/// elsewhere come to the same bits. A piece has as many steps of the first axis as take so many bytes ...
+const PIECE_BYTES: usize = 1 << 20;
+
+/// ... and at least so many positions, so that it takes little to add its sums.
+const PIECE_POSITIONS: usize = 1 << 12;
+
+/// Sums of pieces that may wait to be added, 1 MB of them: threads wait for each other less often.
+const WAITING_SUMS: usize = 1 << 16;
+
 /// Channels that are worth a tile of their own: 1024 f64 fill two pages.
 const MANY_CHANNELS: usize = 1024;
 
@@ -68,20 +78,67 @@ pub fn channel_sums<T: Element>(samples: &[Sample<T>], totals: &mut [SumOf<T>]) 
     };
     let mut waiting = Vec::new();
     for (group, samples) in samples.chunk_by(alike).enumerate() {
-        add_tiles(group, samples, &mut waiting);
-        if waiting.len() >= MAX_TILES {
-            fold_tiles(std::mem::take(&mut waiting), totals)?;
-        }
+        let Some(piece) = samples.first().and_then(piece_len).filter(|_| !SumOf::<T>::EXACT) else {
+            add_tiles(group, samples, nest_of(samples), &mut waiting);
+            if waiting.len() >= MAX_TILES {
+                fold_tiles(std::mem::take(&mut waiting), totals)?;
+            }
+            continue;
+        };
+        fold_tiles(std::mem::take(&mut waiting), totals)?;
+        merge(totals, &piecewise_sums(samples, piece, totals.len())?);
     }
     fold_tiles(waiting, totals)
 }
 
-fn add_tiles<'a, T>(group: usize, samples: &'a [Sample<'a, T>], tiles: &mut Vec<Tile<'a, T>>) {
-    let [sample, ..] = samples else { return };
-    let channel = |k: usize| isize::from(k == sample.channel_axis);
-    let axes = sample.shape.iter().zip(sample.strides).enumerate();
-    let axes = axes.map(|(k, (&len, &stride))| Axis { len, strides: [stride, channel(k), 0] });
-    let mut nest = Nest::new(axes.collect()).normalized();
+/// Steps of the first axis that make up a piece; None where there is one piece, or the order in memory is another one.
+fn piece_len<T>(sample: &Sample<T>) -> Option<usize> {
+    if sample.channel_axis == 0 {
+        return None;
+    }
+    let mut row = 1;
+    for (&len, &stride) in sample.shape.iter().zip(sample.strides).skip(1).rev() {
+        if len != 1 && stride != row as isize {
+            return None;
+        }
+        row *= len;
+    }
+    let positions = row / sample.shape[sample.channel_axis];
+    let piece = (PIECE_BYTES / (row * size_of::<T>())).max(PIECE_POSITIONS.div_ceil(positions));
+    (sample.strides[0] == row as isize && sample.shape[0] > piece).then_some(piece)
+}
+
+/// The sums of one sample, of each piece and then of all in order.
+fn piecewise_sums<T: Element>(samples: &[Sample<T>], piece: usize, channels: usize) -> Result<Vec<SumOf<T>>, Error> {
+    let mut sums = vec![SumOf::<T>::default(); channels];
+    let mut waiting = Vec::new();
+    let whole = nest_of(samples);
+    let Axis { len, strides } = whole.axes[0];
+    for (group, start) in (0..len).step_by(piece).enumerate() {
+        let mut nest = whole.clone();
+        nest.axes[0].len = piece.min(len - start);
+        nest.origin[0] = start as isize * strides[0];
+        add_tiles(group, samples, nest, &mut waiting);
+        if waiting.len() >= MAX_TILES.max(WAITING_SUMS / channels) {
+            fold_tiles(std::mem::take(&mut waiting), &mut sums)?;
+        }
+    }
+    fold_tiles(waiting, &mut sums)?;
+    Ok(sums)
+}
+
+/// The axes of the first sample as they are given.
+fn nest_of<T>(samples: &[Sample<T>]) -> Nest<3> {
+    let axes = samples.iter().take(1).flat_map(|sample| {
+        let channel = |k: usize| isize::from(k == sample.channel_axis);
+        let axes = sample.shape.iter().zip(sample.strides).enumerate();
+        axes.map(move |(k, (&len, &stride))| Axis { len, strides: [stride, channel(k), 0] })
+    });
+    Nest::new(axes.collect())
+}
+
+fn add_tiles<'a, T>(group: usize, samples: &'a [Sample<'a, T>], nest: Nest<3>, tiles: &mut Vec<Tile<'a, T>>) {
+    let mut nest = nest.normalized();
     if samples.len() > 1 {
         nest.axes.insert(0, Axis { len: samples.len(), strides: [0, 0, 1] });
     }
@@ -574,6 +631,18 @@ mod tests {
     #[test]
     fn cancellation_keeps_every_bit_of_f64() {
         assert_eq!(sums(&[1e300, 1.0, -1e300], &[3, 1], 1)[0], Compensated { sum: 0.0, error: 1.0 });
+    }
+
+    #[test]
+    fn a_sample_has_the_sums_of_its_pieces_in_order() {
+        let shape = [300, 64, 32];
+        let x: Vec<f32> = (0..300 * 64 * 32).map(|i| (1.37 * i as f32).sin() * 2f32.powi(i % 41)).collect();
+        let piece = 128; // of 1 MB; 64 would have 4096 positions
+        let mut expected = [Compensated::default(); 32];
+        for piece in x.chunks(piece * 64 * 32) {
+            merge(&mut expected, &sums(piece, &[piece.len() / (64 * 32), 64, 32], 2));
+        }
+        assert_eq!(sums(&x, &shape, 2), expected);
     }
 
     #[test]

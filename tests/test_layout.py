@@ -26,7 +26,7 @@ BELOW = {
 """What each folder may import besides itself, lowest first."""
 
 EXTRAS = {
-    ".": {"typing_extensions"},  # which type checkers bring; it is not imported
+    ".": {"dask", "typing_extensions"},  # the latter, which type checkers bring, is not imported
     "calibration": {"PIL"},
     "correction": {"distributed"},  # for its type alone
     "sweep": {"cloudpickle", "distributed"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -86,12 +87,34 @@ class _Accumulator:
         self._seen = _Seen()
         self._locks: dict[int, threading.Lock] = {}
 
+    @property
+    def has_integers_alone(self) -> bool:
+        """Whether all samples so far were integers."""
+        return self._seen.sums.integers is not None and self._seen.sums.reals is None
+
     def _add(self, seen: _Seen) -> None:
         with self._locks.setdefault(os.getpid(), threading.Lock()):  # a forked child may find that of its parent taken
             self._seen = self._seen.plus(seen)
 
+    @staticmethod
+    def _of_collections(samples: Any, empty: Any, channel_axis: int) -> _Seen:
+        """What is seen of dask collections by such an accumulator."""
+        from biascorr.dask_sums import summed
+
+        found: _Seen = summed(samples, empty, channel_axis)._seen
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_locks": {}}
+
+
+def _is_in_dask(samples: Any) -> bool:
+    """Whether samples are in dask collections, which nobody has who has not imported dask."""
+    if "dask" not in sys.modules:
+        return False
+    from biascorr.dask_sums import has_collections
+
+    return has_collections(samples)
 
 
 class ChannelMean(_Accumulator):
@@ -131,13 +154,11 @@ class ChannelMean(_Accumulator):
         seen = f"{channels} channels, {_number(samples, 'sample')}, {_number(count, 'position')}"
         return f"<ChannelMean along axis {self._channel_axis}: {'nothing yet' if channels is None else seen}>"
 
-    @property
-    def has_integers_alone(self) -> bool:
-        """Whether all samples so far were integers."""
-        return self._seen.sums.integers is not None and self._seen.sums.reals is None
-
     def update(self, sample: Any) -> None:
         """Adds one sample, (N, *S, C) in quantized steps or real units.
+
+        A dask collection is computed and adds all of its samples, as an accumulator that has seen them; see
+        :func:`prepare_input_mean`.
 
         Raises
         ------
@@ -146,6 +167,10 @@ class ChannelMean(_Accumulator):
         ValueError
             The sample is 0-dimensional or has no elements, or another number of channels than those before.
         """
+        if _is_in_dask(sample):
+            found = self._of_collections(sample, ChannelMean(channel_axis=self._channel_axis), self._channel_axis)
+            self._add(found._replace(samples=1) if hasattr(type(sample), "chunks") else found)  # an array is one sample
+            return
         _, channels, samples, _, _ = self._seen
         sums, count, wide = _kernels.channel_sums([sample], self._channel_axis, samples, channels)
         channels = next(part.shape[-1] for part in sums if part is not None)
@@ -189,10 +214,11 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
 
     Parameters
     ----------
-    calibration_input : iterable of ndarray, each (N, *S, C)
+    calibration_input : iterable of ndarray, each (N, *S, C); dask collection
         Samples, channels last, of any rank >= 1; shapes may differ in all but C. Any integer, boolean or floating dtype,
         those of ml_dtypes included. An iterator is consumed once, one sample in memory at a time; an
-        array is one sample.
+        array is one sample. A dask array of any chunks is one sample too; a bag has samples, so has a list of delayed ones;
+        all are summed where they are, by the scheduler that is in use, and only sums come here.
     quantization : Quantization or None
         The quantization of the samples: any object with `scale` (steps per unit) and `zero_point`, both scalar or (C,).
         None: the samples are real numbers; integer samples are averaged as they are.
@@ -217,7 +243,8 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
 
     Notes
     -----
-    Each position weighs the same. Integers are summed exactly. nan and inf propagate as in numpy.
+    Each position weighs the same. Integers are summed exactly. nan and inf propagate as in numpy. The mean of a dask collection
+    has the bits of that of the same samples in numpy (an array in C order), however it is divided and whoever computes it.
 
     Examples
     --------
@@ -226,15 +253,19 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     """
     if isinstance(calibration_input, np.ndarray):
         calibration_input = [calibration_input]
-    if type(calibration_input) is list or type(calibration_input) is tuple:
+    if _is_in_dask(calibration_input):
+        means = ChannelMean()
+        means.update(calibration_input)
+    elif type(calibration_input) is list or type(calibration_input) is tuple:
         scale, zero_point = _affine(quantization)
         mean = _kernels.channel_mean(calibration_input, -1, scale, zero_point)
         if quantization is not None and (scale if type(scale) is float else scale[0]) < _FEW_STEPS:
             _warn_of_a_step(mean, quantization, all(_is_integer(sample) for sample in calibration_input))
         return mean
-    means = ChannelMean()
-    for sample in _one_by_one(calibration_input):
-        means.update(sample)
+    else:
+        means = ChannelMean()
+        for sample in _one_by_one(calibration_input):
+            means.update(sample)
     mean = means.mean(quantization)
     if quantization is not None:
         _warn_of_a_step(mean, quantization, means.has_integers_alone)
@@ -316,8 +347,14 @@ class TapMean(_Accumulator):
     def update(self, sample: Any) -> None:
         """Adds one batch, (N, C, *S) in quantized steps or real units, of any spatial size.
 
+        A dask collection is computed, and adds all of its batches.
+
         Raises ValueError where its rank is not that of the window, or its number of channels not that of those before.
         """
+        if _is_in_dask(sample):
+            empty = TapMean(self._window, channel_axis=self._channel_axis)
+            self._add(self._of_collections(sample, empty, self._channel_axis))
+            return
         shape = np.shape(sample)
         axis, rank = self._channel_axis, len(self._window.taps) + 2
         if len(shape) != rank or not -rank <= axis < rank or axis % rank == 0:
