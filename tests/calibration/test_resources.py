@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from biascorr import correct, equalize
-from biascorr.calibration.resources import available_cpus, checked_threads, free_memory
+from biascorr.calibration.resources import available_cpus, checked_threads, free_memory, is_in_memory
 from biascorr.calibration.storage import bytes_from_text, checked_budget
 from networks import samples, two_layers
 
@@ -36,6 +37,22 @@ def test_a_host_without_groups(root):
 def test_no_files_at_all(tmp_path):
     assert free_memory(tmp_path) > 0
     assert available_cpus(tmp_path) == CPUS
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("/tmp", True), ("/tmp/a/b", True), ("/tmp/disk/a", False), ("/home", False), ("/a b/c", True), ("/tmpfs", False)],
+)
+def test_a_folder_in_memory(folder, expected, root):
+    mounts = [
+        "/dev/sda / ext4 rw 0 0",
+        "tmpfs /tmp tmpfs rw,size=1g 0 0",
+        "/dev/sdb /tmp/disk xfs rw 0 0",
+        "none /a\\040b ramfs rw 0 0",
+    ]
+    write(root, "proc/self/mounts", "\n".join(mounts))
+    assert is_in_memory(Path(folder), root) is expected
+    assert not is_in_memory(Path(folder), root / "nothing")
 
 
 def version_2(root, group="/", *, at="", limit=None, used=0, inactive=0, cpus=None):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from biascorr.calibration import storage as module
 from biascorr.calibration.storage import Storage, TemporaryFolder, _remove_abandoned
 
 HOLD = """
@@ -78,6 +79,52 @@ def test_a_full_disk_is_said_with_the_remedy(place, monkeypatch):
     assert str(place) in str(raised.value) or str(place) in str(raised.value.filename)
     assert raised.value.errno == errno.ENOSPC
     assert not list(place.iterdir())
+
+
+def test_a_folder_in_memory_that_is_full_is_said_before_it_ends_the_process(place, monkeypatch):
+    monkeypatch.setattr(module, "is_in_memory", lambda _: True)
+    monkeypatch.setattr(module, "free_memory", lambda: 1000)
+    with Storage(0) as storage:
+        storage["x"] = np.ones(10)
+        with pytest.raises(OSError, match="in memory, which is full; set TMPDIR to a folder on a disk") as raised:
+            storage["y"] = np.ones(100)
+        assert raised.value.errno == errno.ENOSPC
+        assert str(place) in raised.value.filename
+        np.testing.assert_array_equal(storage["x"], np.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "chosen", "expected"),
+    [
+        ({"/tmp"}, {}, "/var/tmp"),
+        ({"/tmp", "/var/tmp"}, {}, "/tmp"),
+        (set(), {}, "/tmp"),
+        ({"/tmp"}, {"TMPDIR": "/tmp"}, "/tmp"),
+    ],
+)
+def test_the_temporary_folder_is_on_a_disk_unless_one_is_chosen(in_memory, chosen, expected, monkeypatch):
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(module, "is_in_memory", lambda folder: str(folder) in in_memory)
+    assert module._place() == Path(expected)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.usefixtures("place")
+def test_what_is_lent_takes_nothing_and_stays_with_its_owner(budget):
+    with Storage(budget) as owner, Storage(budget) as other:
+        owner["x"] = np.ones(10)
+        free = other.free
+        owner.lend("x", other)
+        np.testing.assert_array_equal(other["x"], np.ones(10))
+        assert other.free == free
+        assert other.holds("x") == owner.holds("x")
+        assert other.pop("x") is None
+        assert "x" not in other
+        np.testing.assert_array_equal(owner["x"], np.ones(10))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])

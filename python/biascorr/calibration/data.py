@@ -5,6 +5,7 @@ Whatever the source, batches come out one by one, checked against the inputs of 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -34,6 +35,7 @@ from biascorr.calibration.datasets import (
 )
 from biascorr.calibration.images import ImageRows, Images
 from biascorr.calibration.remedies import ARRAYS, fits
+from biascorr.calibration.slices import Slices, arrays_of_group, is_sliceable
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
@@ -52,14 +54,14 @@ def resolved(data: Any, name: str = "data") -> Any:
     ValueError: data: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
     """
     if not isinstance(data, (str, PathLike)):
-        return data
+        return arrays_of_group(data)
     text = os.fspath(data)
     if not isinstance(text, str) or not is_function(text) or Path(text).exists():
         return data
     found = function_from_name(text, name)()
     if found is None:
         raise ValueError(f"{name}: {text!r} returned None, expected samples")
-    return found
+    return arrays_of_group(found)
 
 
 def number_of_batches(
@@ -88,7 +90,7 @@ def _number_of_elements(data: Any) -> int | None:
 
 def _has_samples(data: Any) -> bool:
     """Whether samples are along an axis of the data itself."""
-    return isinstance(data, (np.ndarray, Mapping)) or is_tensor(data)
+    return isinstance(data, (np.ndarray, Mapping)) or is_tensor(data) or is_sliceable(data)
 
 
 def _number_in(data: DataSet, inputs: Sequence[ModelInput], batch_size: int, most: int | None) -> int | None:
@@ -162,8 +164,11 @@ def batches_from_data(
     )
 
 
-Batches = Iterator[tuple[str, dict[str, NDArray[Any]], int | None]]
-"""The name that errors give a batch, the batch, and how many samples it has, where the data says so."""
+Batches = Iterator[tuple[str, dict[str, Any], int | None]]
+"""The name that errors give a batch, the batch, and how many samples it has, where the data says so.
+
+Its arrays may be functions that read them: who only looks whether there is another batch reads nothing.
+"""
 
 
 class Limited:
@@ -213,7 +218,7 @@ class Limited:
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
         left = math.inf if self._most is None else self._most
         for done, (label, batch, known) in enumerate(self._batches, start=1):
-            feeds = {each.name: _fitting(batch[each.name], each, label) for each in self._inputs}
+            feeds = {each.name: _fitting(_read_now(batch[each.name]), each, label) for each in self._inputs}
             batching = self._batchings(feeds)
             size = known or batching.size(feeds)
             if size == 0:
@@ -234,6 +239,10 @@ class Limited:
         if self._is_lasting:
             return next(self._batches, None) is not None
         return self._count is None or done < self._count
+
+
+def _read_now(array: Any) -> NDArray[Any]:
+    return array() if isinstance(array, functools.partial) else array  # type: ignore[no-any-return]
 
 
 def _named_batches(data: Any, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
@@ -281,7 +290,7 @@ def _ends_with_labels(arrays: tuple[Any, ...]) -> bool:
 def _each(batches: Iterable[Any], inputs: Sequence[ModelInput], name: str, remedies: Remedies = ITERABLE) -> Batches:
     for k, batch in enumerate(batches):
         label = f"{name}[{k}]"
-        yield label, _by_name(batch, inputs, label, remedies), None
+        yield label, _whole_arrays(_by_name(batch, inputs, label, remedies)), None
 
 
 def _from_data_set(data: DataSet, inputs: Sequence[ModelInput], name: str, batch_size: int, most: int | None) -> Batches:
@@ -303,7 +312,7 @@ def _grouped(
     size = fixed or batch_size
     alone = [replace(each, shape=each.shape and _without(each.shape, axes[each.name])) for each in inputs]
     elements = itertools.islice(elements, _whole(most, fixed))
-    named = (_by_name(element, alone, f"{name}[{k}]", remedies) for k, element in enumerate(elements))
+    named = (_whole_arrays(_by_name(element, alone, f"{name}[{k}]", remedies)) for k, element in enumerate(elements))
     copies = ({key: array.copy() for key, array in sample.items()} for sample in named)  # a loader may fill them again
     for start in itertools.count(0, size):
         samples = list(itertools.islice(copies, size))
@@ -343,6 +352,10 @@ def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str, remedies: Reme
         hint = f"; drop labels and all else, e.g. {remedies.others.format(chosen=chosen)}" if more else ""
         raise ValueError(f"{name}: has {found}, the model's inputs are {', '.join(names)}{hint}")
     return {key: _array(batch[key], f"{name}: input {key}") for key in names}
+
+
+def _whole_arrays(batch: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    return {key: array.whole() if isinstance(array, (Slices, _Rows)) else array for key, array in batch.items()}
 
 
 def _without_labels(count: int, remedies: Remedies, before: int = 0) -> str:
@@ -387,6 +400,8 @@ def _array(values: Any, name: str) -> Any:
         raise TypeError(f"{name}: a ragged tensor, expected one whose rows have one length, e.g. x.to_tensor()")
     if hasattr(values, "dense_shape"):
         raise TypeError(f"{name}: a sparse tensor, expected a dense one, e.g. tf.sparse.to_dense(x)")
+    if is_sliceable(values):
+        return Slices(values, name)
     if isinstance(values, (np.ndarray, _Rows, ImageRows)):
         return values
     if isinstance(values, Images):
@@ -446,12 +461,23 @@ def _has_rank(array: Any, model_input: ModelInput) -> bool:
     return model_input.shape is None or array.ndim <= len(model_input.shape)
 
 
-def _part(array: Any, model_input: ModelInput, axis: int | None, start: int, stop: int) -> NDArray[Any]:
+def _part(array: Any, model_input: ModelInput, axis: int | None, start: int, stop: int) -> Any:
+    """A batch of an array, or what reads it; one sample without its axis where the input has none for it."""
+    if isinstance(array, (Slices, _Rows)):
+        is_one = axis is not None and not _has_rank(array, model_input)
+        return functools.partial(_read_part, array, axis, start, stop, is_one)
     if axis is None:
         return np.asarray(array[:] if array.ndim else array)
     if axis:
         return np.ascontiguousarray(np.asarray(array[:])[(np.s_[:],) * axis + (np.s_[start:stop],)])
     return np.asarray(array[start:stop] if _has_rank(array, model_input) else array[start])
+
+
+def _read_part(array: Slices | _Rows, axis: int | None, start: int, stop: int, is_one: bool) -> NDArray[Any]:
+    if axis is None:
+        return array.whole()
+    part = array.read(axis, start, stop)
+    return part[0] if is_one else part
 
 
 def _from_path(path: Path, inputs: Sequence[ModelInput], name: str, batch_size: int) -> Batches:
@@ -461,7 +487,8 @@ def _from_path(path: Path, inputs: Sequence[ModelInput], name: str, batch_size: 
     for file in _files(path, name):
         for label, arrays in _without_names(file, _read(file, name), inputs):
             found = _by_name(arrays, inputs, label)
-            yield label, {key: array[:] if isinstance(array, _Rows) else array for key, array in found.items()}, None
+            later = {key: functools.partial(array.whole) for key, array in found.items() if isinstance(array, _Rows)}
+            yield label, {**found, **later}, None
 
 
 def _files(folder: Path, name: str = "data") -> list[Path]:
@@ -539,19 +566,23 @@ class _Rows:
             raise ValueError(f"{missing} bytes are missing")
         return rows
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    def whole(self) -> NDArray[Any]:
+        """All of them."""
+        return self.read(0, 0, self.shape[0])
 
-    def __getitem__(self, key: int | slice) -> NDArray[Any]:
-        start, stop, _ = key.indices(len(self)) if isinstance(key, slice) else (key, key + 1, 1)
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+    def read(self, axis: int, start: int, stop: int) -> NDArray[Any]:
+        """A part along an axis: as many stretches of the file as there are steps of the axes before that."""
+        array = np.empty((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype)
+        row = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+        if not array.size:
+            return array
+        stretches = array.reshape(math.prod(self.shape[:axis]), -1).view(np.uint8)
         with self._path.open("rb") as file:
-            file.seek(self._offset + start * row)
-            raw = file.read((stop - start) * row)
-        if len(raw) < (stop - start) * row:
-            raise ValueError(f"data: {self._path}: changed while it was read")
-        array = np.frombuffer(bytearray(raw), self.dtype).reshape(stop - start, *self.shape[1:])
-        return array if isinstance(key, slice) else array[0]
+            for k, stretch in enumerate(stretches):
+                file.seek(self._offset + (k * self.shape[axis] + start) * row)
+                if file.readinto(stretch.data) < stretch.nbytes:
+                    raise ValueError(f"data: {self._path}: changed while it was read")
+        return array
 
 
 def _fitting(array: NDArray[Any], expected: ModelInput, name: str) -> NDArray[Any]:

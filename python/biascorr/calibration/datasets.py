@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.calibration.slices import is_sliceable
 from biascorr.graph.network import ModelInput
 
 _INFINITE = -1
@@ -76,6 +77,8 @@ class DataSet:
 
 def data_set_from(data: Any) -> DataSet | None:
     """The data set that an object is: a tf.data.Dataset, a keras.utils.PyDataset, a torch Dataset; None for others."""
+    if is_sliceable(data):
+        return None
     if hasattr(data, "element_spec") and hasattr(data, "cardinality"):
         count = int(data.cardinality())
         known = count if count >= 0 else None

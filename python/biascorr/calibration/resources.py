@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,14 @@ _UNLIMITED = 1 << 60
 def free_memory(root: Path = _ROOT) -> int:
     """Bytes that can still be had."""
     return max(0, min(_free_on_host(root), *_free_in_groups(root), _UNLIMITED))
+
+
+def is_in_memory(folder: Path, root: Path = _ROOT) -> bool:
+    """Whether what files in a folder have is in memory, which it takes from this process or its container."""
+    mounts = [line.split() for line in _text(root / "proc/self/mounts").splitlines()]
+    kinds = {Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount[1])): mount[2] for mount in mounts}
+    inside = [folder.absolute(), *folder.absolute().parents]
+    return next((kinds[each] for each in inside if each in kinds), "") in ("tmpfs", "ramfs")
 
 
 def available_cpus(root: Path = _ROOT) -> int:

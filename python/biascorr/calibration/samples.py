@@ -179,7 +179,7 @@ class Samples:
             self.storage[name, self.batches] = array
         if validation:
             self._validation.add(self.batches)
-        first = sum(self.sizes)
+        first = int(self._indices[-1][-1]) + 1 if self._indices else 0
         self._indices.append(np.arange(first, first + size))
 
     def read(
@@ -228,7 +228,7 @@ class Samples:
         other.storage = storage
         for batch in batches:
             for name in self._names:
-                storage[name, batch] = self.storage[name, batch]
+                self.storage.lend((name, batch), storage)
         return other
 
     def score_all(self) -> None:

@@ -26,7 +26,7 @@ except ImportError:  # not on Windows, where folders of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 from biascorr.arguments import checked_integer
-from biascorr.calibration.resources import free_memory
+from biascorr.calibration.resources import free_memory, is_in_memory
 
 _PREFIX = "biascorr-"
 """What the names of temporary folders start with."""
@@ -100,7 +100,7 @@ class TemporaryFolder:
     _process = 0
 
     def __init__(self, within: str | None = None) -> None:
-        place = Path(within or tempfile.gettempdir())
+        place = Path(within) if within else _place()
         _remove_abandoned(place)
         self.path = place / f"{_PREFIX}{os.urandom(8).hex()}"
         self._process = os.getpid()
@@ -131,6 +131,14 @@ class TemporaryFolder:
         shutil.rmtree(renamed, ignore_errors=True)
         if hasattr(self, "_lock"):
             self._lock.close()
+
+
+def _place() -> Path:
+    """The folder for temporary files; /var/tmp, where nobody chose one and that of the system is in memory."""
+    place, other = Path(tempfile.gettempdir()), Path("/var/tmp")
+    is_chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")) or place != Path("/tmp")
+    is_better = not is_chosen and is_in_memory(place) and os.access(other, os.W_OK | os.X_OK) and not is_in_memory(other)
+    return other if is_better else place
 
 
 def _remove_abandoned(place: Path) -> None:
@@ -169,7 +177,9 @@ class Storage:
         self._budget = budget
         self._held = 0
         self._arrays: dict[Hashable, NDArray[Any] | Path] = {}
+        self._counted: dict[Hashable, int] = {}  # bytes of those that are held
         self._folder: TemporaryFolder | None = None
+        self._is_in_memory = False
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -197,6 +207,7 @@ class Storage:
         with self._lock:
             fits = self._held + size <= self._budget or not _is_plain(array)
             self._held += size * fits
+            self._counted[key] = size * fits
         self._arrays[key] = array if fits else self._written(array)
 
     def __getitem__(self, key: Hashable) -> Any:
@@ -207,14 +218,20 @@ class Storage:
         return key in self._arrays
 
     def pop(self, key: Hashable) -> NDArray[Any] | None:
-        """Forgets an array; returns it if it was in memory."""
+        """Forgets an array; returns it if it was in memory, and is not lent."""
         found = self._arrays.pop(key)
+        if key not in self._counted:
+            return None
+        with self._lock:
+            self._held -= self._counted.pop(key)
         if isinstance(found, Path):
             found.unlink()
             return None
-        with self._lock:
-            self._held -= _bytes_of(found)
         return found
+
+    def lend(self, key: Hashable, other: Storage) -> None:
+        """Has another storage give out the same array too, wherever it is; there, it takes nothing."""
+        other._arrays[key] = self._arrays[key]
 
     def holds(self, key: Hashable) -> bool:
         """Whether an array is in memory, so that whoever changes it changes it for all."""
@@ -224,6 +241,13 @@ class Storage:
         with self._lock:
             if self._folder is None:
                 self._folder = TemporaryFolder(self._place)
+                self._is_in_memory = is_in_memory(self._folder.path)
+        if self._is_in_memory and free_memory() < 2 * array.nbytes:
+            raise OSError(
+                errno.ENOSPC,
+                "activations cannot be kept: this folder is in memory, which is full; set TMPDIR to a folder on a disk",
+                str(self._folder.path),
+            )
         path = self._folder.path / f"{next(self._numbers)}.npy"
         try:
             np.save(path, array, allow_pickle=False)

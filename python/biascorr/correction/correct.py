@@ -106,11 +106,12 @@ def correct(
         The float model: ONNX, TFLite or Keras.
     data : array, mapping, iterable, CalibrationDataReader or path, optional
         Calibration samples, as the model takes them. An array, or a mapping from input names to arrays, holds samples along
-        the first axis, or along that which an ONNX model calls the batch. An iterable, be it a `CalibrationDataReader`, a
-        `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`, gives batches: arrays, tuples with one array per
-        input, or mappings; a `tf.data.Dataset` may also give single samples. A path is an .npy or .npz file or a folder of
-        them, one batch per file; :func:`biascorr.images` makes samples of a folder of images; "module:function" is what this
-        function returns. Only the method "analytical" does without.
+        the first axis, or along that which an ONNX model calls the batch; an array of zarr, h5py or dask, or one mapped from a
+        file, is read part by part. An iterable, be it a `CalibrationDataReader`, a `tf.data.Dataset`, a
+        `keras.utils.PyDataset` or a torch `DataLoader`, gives batches: arrays, tuples with one array per input, or mappings; a
+        `tf.data.Dataset` may also give single samples. A path is an .npy or .npz file or a folder of them, one batch per file;
+        :func:`biascorr.images` makes samples of a folder of images; "module:function" is what this function returns. Only the
+        method "analytical" does without.
     quantized : path, bytes, onnx.ModelProto or keras.Model, optional
         The same model quantized: ONNX in QDQ or QOperator format or with MatMulNBits, or TFLite; its biases are corrected.
         None: the float model is quantized in simulation, and the float model with corrected biases is returned.
@@ -619,12 +620,16 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequenc
 
 def samples_out_of_range(network: Network, samples: Samples) -> list[str]:
     """Remarks on inputs whose samples are not what the quantized network was made for."""
-    notes = []
-    for name, (low, high) in input_ranges(network).items():
-        arrays = [feeds[name] for feeds in samples.feeds()]
-        outside = sum(int(np.count_nonzero((array < low) | (array > high))) for array in arrays)
-        count = sum(array.size for array in arrays)
+    notes, ranges = [], input_ranges(network)
+    counts = dict.fromkeys(ranges, (0, 0))
+    for feeds in samples.feeds() if ranges else ():
+        for name, (low, high) in ranges.items():
+            outside, count = counts[name]
+            array = feeds[name]
+            counts[name] = outside + int(np.count_nonzero((array < low) | (array > high))), count + array.size
+    for name, (outside, count) in counts.items():
         if outside > _OUTSIDE * count:
+            low, high = ranges[name]
             notes.append(
                 f"{outside / count:.0%} of the values of input {name} are outside of {low:.4g} to {high:.4g}, which is all "
                 "that the quantized model takes: are the samples scaled as for the float model?"
