@@ -1,7 +1,7 @@
-//! Runs one kernel once, on one thread, for callgrind to count the instructions of `measured`.
+//! Runs kernels once each, on one thread, for callgrind to count the instructions of `measured`.
 //!
-//! `instructions <case> <elements>` prints the CPU tier and the number of elements that the kernel took, about as many as
-//! asked for; `instructions --list` prints the cases. `tests/instructions.py` runs them all.
+//! `instructions (<case> <elements>)...` prints for each the CPU tier and the number of elements that the kernel took, about as
+//! many as asked for; `instructions --list` prints the cases. `tests/instructions.py` runs them all.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -170,14 +170,15 @@ fn strides_of(shape: &[usize]) -> Vec<isize> {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let cases = cases();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["--list"] => cases.keys().for_each(|name| println!("{name}")),
-        [name, elements] => {
-            let run = cases.get(name).ok_or("no such case")?;
-            parallel::set_num_threads(1)?;
-            println!("{} {}", simd::tier().name(), run(elements.parse()?)?);
-        }
-        _ => return Err("usage: instructions --list | <case> <elements>".into()),
+    if arguments == ["--list"] {
+        cases.keys().for_each(|name| println!("{name}"));
+        return Ok(());
+    }
+    parallel::set_num_threads(1)?;
+    for pair in arguments.chunks(2) {
+        let [name, elements] = pair else { return Err("usage: instructions --list | (<case> <elements>)...".into()) };
+        let run = cases.get(name).ok_or("no such case")?;
+        println!("{} {}", simd::tier().name(), run(elements.parse()?)?);
     }
     Ok(())
 }
