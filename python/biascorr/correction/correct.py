@@ -42,6 +42,7 @@ from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits, versions_of
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.report.lines import counted
+from biascorr.sweep.checkpoint import checked_folder
 from biascorr.sweep.independence import BatchingFinder
 from biascorr.sweep.running import check_cluster, running_shards
 from biascorr.sweep.shard import Shards, Shifted
@@ -236,6 +237,7 @@ def correct(
     checked_integer("seed", seed, 0)
     budget, own_threads = checked_budget(memory_budget), checked_threads(threads)
     check_cluster(client)
+    folder = checked_folder(checkpoint)
     user_metric = None if metric is None else Metric(metric)
     for name, is_given in {"quant_params": quant_params is not None, "equalize": equalize, "fold": fold}.items():
         if quantized is not None and is_given:
@@ -268,11 +270,21 @@ def correct(
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
-        settings: tuple[Any, ...] = (method, strength, shrunk, quant_params, equalize, fold, new_biases, sorted(excluded))
-        settings = (*settings, batch_size, max_samples, seed, user_metric and user_metric.name)
+        settings: dict[str, Any] = {
+            "method": method,
+            "strength": float(strength),
+            "shrunk": bool(shrunk),
+            "quant_params": replace(params, use_cuda=False, ops_to_ignore=sorted(params.ops_to_ignore or ())),
+            "equalize": bool(equalize),
+            "fold": bool(fold),
+            "new_biases": new_biases,
+            "layers left out": sorted(excluded),
+            "seed": int(seed),
+            "metric": user_metric and user_metric.name,
+        }
         identity = functools.partial(_identity, float_network, given, samples, settings)
         with running_shards(
-            samples, threads=threads, memory_budget=memory_budget, client=client, checkpoint=checkpoint, identity=identity
+            samples, threads=threads, memory_budget=memory_budget, client=client, checkpoint=folder, identity=identity
         ) as shards:
             expected = FloatOutputs(float_network, samples, shards, user_metric, work)
             options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
@@ -551,15 +563,18 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
     ]
 
 
-def _identity(reference: Network, given: Network | None, samples: Samples, settings: tuple[Any, ...]) -> dict[str, str]:
+def _identity(reference: Network, given: Network | None, samples: Samples, settings: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint is of: all that its results depend on."""
+    versions = {name: version for name, version in versions_of(reference).items() if name != "python"}
+    batches = [f"{len([*group])} of {size}" for size, group in itertools.groupby(samples.sizes)]
     return {
         "biascorr": __version__,
-        "runtime": ", ".join(f"{name} {version}" for name, version in versions_of(reference).items()),
+        **versions,
         "reference": reference.digest,
         "quantized": "none" if given is None else given.digest,
-        "data": f"{samples.digest}, {samples.count} samples",
-        "options": repr(settings),
+        "data": f"{samples.digest or 'none'}, {samples.count} samples",
+        "batches": ", ".join(batches),
+        **{name: str(value) for name, value in settings.items()},
     }
 
 

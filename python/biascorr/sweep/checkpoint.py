@@ -10,7 +10,6 @@ computed again. A record that is not whole counts as none.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib
 import io
@@ -18,9 +17,10 @@ import itertools
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 try:
     import fcntl
@@ -34,15 +34,48 @@ R = TypeVar("R")
 
 _RUN = "run.json"
 
+_LOCK = ".lock"
+
 _MAGIC = b"biascorr record 1\n"
 
-_NUMPY = {
+_RECORDED = {
     "numpy": {"dtype", "ndarray"},
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
     "numpy._core.numeric": {"_frombuffer"},
     "numpy.core.numeric": {"_frombuffer"},
+    "biascorr.calibration.samples": {"SampleMeans"},
+    "biascorr.correction.scoring": {"BatchErrors", "Terms"},
+    "biascorr.statistics": {"ChannelMean", "TapMean", "_Seen", "_Sums"},
+    "biascorr.sweep.measurements": {"Measurements"},
+    "biascorr.sweep.paired": {"Goal"},
+    "biascorr.windows": {"TransposedWindow", "Window"},
 }
+"""What results of shards are made of: nothing else is made of a record, by module."""
+
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+
+def checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
+    """The place of a checkpoint, wherever the process goes; None without one.
+
+    Raises TypeError, ValueError or FileNotFoundError where none can be there.
+    """
+    if folder is None:
+        return None
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: {folder!r}, expected the path of a folder")
+    if not os.fspath(folder):
+        raise ValueError("checkpoint: an empty path, expected that of a folder")
+    try:
+        place = Path(os.fsdecode(folder)).expanduser().absolute()
+    except RuntimeError as error:  # ~ of nobody
+        raise ValueError(f"checkpoint: {os.fsdecode(folder)}: {error}") from error
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint: no such folder: {place.parent}")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"checkpoint: {place} is a file, expected a folder")
+    return place
 
 
 class Checkpoint:
@@ -50,7 +83,7 @@ class Checkpoint:
 
     Parameters
     ----------
-    folder : path
+    folder : Path
         The folder, which is made where there is none.
     identity : mapping from str to str
         What the run is of, by what errors call it.
@@ -63,12 +96,13 @@ class Checkpoint:
         It cannot be made or written to, or another run uses it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, str]) -> None:
-        self._folder = Path(folder)
-        self._check_place()
-        self._folder.mkdir(exist_ok=True)
-        self._lock = self._locked()
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self._folder = folder
+        with self._writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._lock = (folder / _LOCK).open("ab")
         try:
+            self._take(self._lock)
             self._check(identity)
         except BaseException:
             self._lock.close()
@@ -81,18 +115,22 @@ class Checkpoint:
         self._lock.close()
 
     def record(self, number: int) -> Any:
-        """What was recorded so; None where nothing whole was."""
+        """What was recorded so; None where nothing whole was. Raises ValueError where no run has recorded it."""
+        path = self._path(number)
         try:
-            content = self._path(number).read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
         digest, payload = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
         if not content.startswith(_MAGIC) or hashlib.sha256(payload).digest() != digest:
             return None
-        return _Unpickler(io.BytesIO(payload)).load()
+        try:
+            return _Unpickler(io.BytesIO(payload)).load()
+        except Exception as error:
+            raise ValueError(f"checkpoint: {path} is no record of a run ({error}); remove the folder to begin anew") from error
 
     def keep(self, number: int, value: Any) -> None:
-        """Records a value, whole or not at all."""
+        """Records a value, whole or not at all. Raises OSError where it cannot be written."""
         payload = pickle.dumps(value, protocol=5)
         self._write(self._path(number), _MAGIC + hashlib.sha256(payload).digest() + payload)
 
@@ -101,63 +139,64 @@ class Checkpoint:
 
     def _write(self, path: Path, content: bytes) -> None:
         temporary = path.with_suffix(".new")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise OSError(error.errno, f"checkpoint: cannot be written: {error.strerror}", str(path)) from error
-
-    def _check_place(self) -> None:
-        if self._folder.exists() and not self._folder.is_dir():
-            raise ValueError(f"checkpoint: {self._folder} is a file, expected a folder")
-        if not self._folder.exists() and not self._folder.absolute().parent.is_dir():
-            raise FileNotFoundError(f"checkpoint: no such folder: {self._folder.absolute().parent}")
-
-    def _locked(self) -> Any:
-        lock = (self._folder / ".lock").open("ab")
-        if fcntl is not None:
+        with self._writing(path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise BlockingIOError(
-                    f"checkpoint: {self._folder} is in use by another process; wait for it, or stop it"
-                ) from None
-        return lock
+                temporary.write_bytes(content)
+                temporary.replace(path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = (
+                f"checkpoint: cannot be written: {error.strerror}; give another folder, or make room and start it again: "
+                "it goes on where it was"
+            )
+            raise OSError(error.errno, text, str(path)) from error
+
+    def _take(self, lock: IO[bytes]) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"checkpoint: {self._folder} is in use by another run; wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
 
     def _check(self, identity: Mapping[str, str]) -> None:
         path = self._folder / _RUN
-        names = {each.name for each in self._folder.iterdir()} - {".lock"}
-        if _RUN not in names and any(not name.endswith(".new") for name in names):
-            raise ValueError(f"checkpoint: {self._folder} has other files; give a folder that is new or empty")
-        if _RUN not in names:
+        names = {each.name for each in self._folder.iterdir()} - {_LOCK, path.with_suffix(".new").name}
+        if not names:
             self._write(path, json.dumps(dict(identity), indent=1).encode())
             return
+        if _RUN not in names:
+            raise ValueError(f"checkpoint: {self._folder} has other files; give a folder that is new or empty")
         try:
-            found = json.loads(path.read_bytes())
-            others = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"checkpoint: {path} is damaged ({error}); remove the folder, and begin anew") from error
+            found = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"checkpoint: {path} is damaged ({error}); remove the folder to begin anew") from error
+        others = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
         if others:
             said = "; ".join(f"{name}: {found.get(name)}, now {identity.get(name)}" for name in others)
+            said = _DIGEST.sub(r"\1...", said)
             raise ValueError(
                 f"checkpoint: {self._folder} is of another run ({said}); give another folder, or remove this one to begin anew"
             )
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes arrays, and what this package keeps numbers in, and nothing else."""
+    """Makes what results of shards are made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _NUMPY.get(module, ()):
-            return getattr(importlib.import_module(module), name)
-        if module.startswith("biascorr."):
-            found = getattr(importlib.import_module(module), name, None)
-            if dataclasses.is_dataclass(found) or module == "biascorr.statistics":
-                return found
-        raise pickle.UnpicklingError(f"checkpoint: a record has {module}.{name}, which no run writes; remove the folder")
+        if name not in _RECORDED.get(module, ()):
+            raise pickle.UnpicklingError(f"it has {module}.{name}")
+        return getattr(importlib.import_module(module), name)
 
 
 class RecordedShards(Shards):
@@ -214,7 +253,7 @@ class RecordedShards(Shards):
 
     def _known(self, number: int, function: Function[R], batches: Sequence[int]) -> list[R] | None:
         found = self._checkpoint.record(number)
-        if found is None or found[:2] != (function.__name__, list(batches)):
+        if not isinstance(found, tuple) or found[:2] != (function.__name__, list(batches)):
             return None
         results: list[R] = found[2]
         return results

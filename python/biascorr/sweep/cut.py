@@ -92,7 +92,7 @@ class Cut:
     def _measured(self, stage: Stage, wanted: Wanted, shifts: Mapping[str, NDArray[Any]]) -> Iterator[Measurements]:
         self._forget_activated()
         self._is_whole = False
-        tensors = list(dict.fromkeys([*stage.kept, *wanted.tensors(stage.layers)]))
+        tensors = list(dict.fromkeys([*stage.kept, *self._wanted.tensors(stage.layers)]))  # so that a runtime fuses the same
         for batch, results, part in self._run(stage, tensors, wanted, shifts):
             self._keep(stage, results, batch)
             yield part

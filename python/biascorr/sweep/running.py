@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,12 +35,12 @@ def running_shards(
     threads: int | None,
     memory_budget: int | str | None,
     client: Client | None,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoint: Path | None,
     identity: Callable[[], Mapping[str, str]],
 ) -> Iterator[Shards]:
     """The shards of some samples; see :func:`biascorr.correct` for the parameters.
 
-    `identity` is what a checkpoint has to be of, see :class:`Checkpoint`; it is asked for only if there is one.
+    `checkpoint` is a folder that was checked; `identity` is what it has to be of, see :class:`Checkpoint`, asked for only then.
     """
     with contextlib.ExitStack() as stack:
         shards: Shards
@@ -52,5 +51,5 @@ def running_shards(
 
             shards = ClusterShards(client, samples, threads, None if memory_budget is None else checked_budget(memory_budget))
         if checkpoint is not None:
-            shards = RecordedShards(shards, stack.enter_context(Checkpoint(Path(checkpoint), identity())))
+            shards = RecordedShards(shards, stack.enter_context(Checkpoint(checkpoint, identity())))
         yield stack.enter_context(shards)
