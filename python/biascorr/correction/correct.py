@@ -267,10 +267,12 @@ def correct(
             read(data, inputs, work)
         if validation is not None:
             read(validation, inputs, work, validation=True)
+        read_sizes = samples.sizes
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
         settings: dict[str, Any] = {
+            "batches": ", ".join(f"{len([*group])} of {size}" for size, group in itertools.groupby(read_sizes)),
             "method": method,
             "strength": float(strength),
             "shrunk": bool(shrunk),
@@ -565,15 +567,12 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
 
 def _identity(reference: Network, given: Network | None, samples: Samples, settings: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint is of: all that its results depend on."""
-    versions = {name: version for name, version in versions_of(reference).items() if name != "python"}
-    batches = [f"{len([*group])} of {size}" for size, group in itertools.groupby(samples.sizes)]
     return {
         "biascorr": __version__,
-        **versions,
+        **{name: version for name, version in versions_of(reference).items() if name != "python"},
         "reference": reference.digest,
         "quantized": "none" if given is None else given.digest,
         "data": f"{samples.digest or 'none'}, {samples.count} samples",
-        "batches": ", ".join(batches),
         **{name: str(value) for name, value in settings.items()},
     }
 

@@ -34,6 +34,8 @@ R = TypeVar("R")
 
 _RUN = "run.json"
 
+_NEW_RUN = "run.new"
+
 _LOCK = ".lock"
 
 _MAGIC = b"biascorr record 1\n"
@@ -100,6 +102,7 @@ class Checkpoint:
         self._folder = folder
         with self._writing(folder):
             folder.mkdir(exist_ok=True)
+            self._check_is_own()
             self._lock = (folder / _LOCK).open("ab")
         try:
             self._take(self._lock)
@@ -121,6 +124,8 @@ class Checkpoint:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise OSError(error.errno, f"checkpoint: cannot be read: {error.strerror}", str(path)) from error
         digest, payload = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
         if not content.startswith(_MAGIC) or hashlib.sha256(payload).digest() != digest:
             return None
@@ -169,14 +174,16 @@ class Checkpoint:
         except OSError:  # a file system without locks
             pass
 
+    def _check_is_own(self) -> None:
+        names = {each.name for each in self._folder.iterdir()}
+        if _RUN not in names and names - {_LOCK, _NEW_RUN}:
+            raise ValueError(f"checkpoint: {self._folder} has other files; give a folder that is new or empty")
+
     def _check(self, identity: Mapping[str, str]) -> None:
         path = self._folder / _RUN
-        names = {each.name for each in self._folder.iterdir()} - {_LOCK, path.with_suffix(".new").name}
-        if not names:
+        if not path.exists():
             self._write(path, json.dumps(dict(identity), indent=1).encode())
             return
-        if _RUN not in names:
-            raise ValueError(f"checkpoint: {self._folder} has other files; give a folder that is new or empty")
         try:
             found = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError, RecursionError) as error:
