@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -109,11 +110,15 @@ def test_a_command_that_is_killed_goes_on_when_it_is_given_again(runs, tmp_path)
     assert {**ours, "seconds": None} == {**theirs, "seconds": None}
 
 
+def record_of(correction: Any) -> dict[str, Any]:
+    return {**correction.to_dict(), "seconds": None, "model": correction.model.SerializeToString(deterministic=True)}
+
+
 class Stopped(BaseException):
     """Ends a run as a kill does: nothing catches it."""
 
 
-def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str = "given") -> None:
+def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str = "given", **options: Any) -> None:
     """A run that is stopped when so many results are recorded."""
     keep = checkpoint.Checkpoint.keep
 
@@ -124,9 +129,9 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch, folder: Path, kin
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoint, "keep", stopping)
-        model, x, options = arguments(kind)
+        model, x, others = arguments(kind)
         with pytest.raises(Stopped):
-            correct(model, x, checkpoint=folder, **options)
+            correct(model, x, checkpoint=folder, **others, **options)
 
 
 @pytest.fixture
@@ -187,8 +192,26 @@ def test_a_run_catches_up_with_no_more_than_the_sweep_that_it_was_in(monkeypatch
 @pytest.mark.parametrize("count", [3, 12])  # in the float network; in the quantized one, beside the float one
 def test_a_stage_that_is_run_again_has_the_same_bits_though_nothing_is_measured(monkeypatch, tmp_path, count):
     model, x, options = arguments("deep")
-    expected = correct(model, x, **options)
+    expected = record_of(correct(model, x, **options))
     stopped_after(count, monkeypatch, tmp_path / "stopped", "deep")
-    found = correct(model, x, checkpoint=tmp_path / "stopped", **options)
-    assert found.model == expected.model
-    assert {**found.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
+    assert record_of(correct(model, x, checkpoint=tmp_path / "stopped", **options)) == expected
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_a_cluster_and_back_on_this_machine(monkeypatch, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    model, x, options = arguments("deep")
+    expected = record_of(correct(model, x, **options))
+    options_of_cluster: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(processes=True, local_directory=tmp_path, **options_of_cluster) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        stopped_after(3, monkeypatch, tmp_path / "begun here", "deep")
+        stopped_after(3, monkeypatch, tmp_path / "begun there", "deep", client=client)
+        stopped_after(12, monkeypatch, tmp_path / "begun there", "deep")
+        stopped_after(30, monkeypatch, tmp_path / "begun there", "deep", client=client)
+        assert record_of(correct(model, x, checkpoint=tmp_path / "begun here", client=client, **options)) == expected
+    assert record_of(correct(model, x, checkpoint=tmp_path / "begun there", **options)) == expected
+    recorded = [steps_recorded(tmp_path / name) for name in ("begun here", "begun there")]
+    assert recorded[0] == recorded[1]

@@ -50,7 +50,7 @@ _RECORDED = {
     "biascorr.correction.scoring": {"BatchErrors", "Terms"},
     "biascorr.statistics": {"ChannelMean", "TapMean", "_Seen", "_Sums"},
     "biascorr.sweep.measurements": {"Measurements"},
-    "biascorr.sweep.paired": {"Goal"},
+    "biascorr.sweep.paired": {"Goal", "Sums"},
     "biascorr.windows": {"TransposedWindow", "Window"},
 }
 """What results of shards are made of: nothing else is made of a record, by module."""

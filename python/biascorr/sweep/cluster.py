@@ -263,7 +263,7 @@ class ClusterShards(Shards):
 
     def _settled(self, pending: Mapping[Any, _Remote]) -> list[tuple[Any, _Remote]]:
         """The futures that are done, or whose workers are gone; waits a while for one."""
-        with contextlib.suppress(TimeoutError, distributed.TimeoutError):
+        with self._client.as_current(), contextlib.suppress(TimeoutError, distributed.TimeoutError):
             distributed.wait(list(pending), timeout=_LOOK, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
         settled = [(future, remote) for future, remote in pending.items() if future.status != "pending"]
         if settled or not pending:

@@ -75,9 +75,10 @@ class PairedSweep:
         count = sum(goal.size for goal in goals) // layer.channels
         difference = _DIFFERENCE * np.sqrt(np.mean([goal.square for goal in goals])) + 1e-30
         for _ in range(steps):
-            found = self._shards.each(gauss_newton_sums, self._ours.batches, *arguments, shift, float(difference))
-            errors, squares = zip(*found)
-            shift = shift - sum(errors) / (sum(squares) + _LEAST_SLOPE * max(1, count))
+            of = *arguments, shift, float(difference)
+            found = self._shards.merged(gauss_newton_sums, self._ours.batches, *of, merge=Sums.add)
+            assert found is not None
+            shift = shift - found.errors / (found.squares + _LEAST_SLOPE * max(1, count))
         return shift
 
     def finish(self) -> None:
@@ -128,6 +129,25 @@ class Goal:
     square: float = 0.0
 
 
+@dataclass
+class Sums:
+    """What a step towards a shift is made of.
+
+    Parameters
+    ----------
+    errors, squares : ndarray, (C,), float64
+        The sums of g e and of g^2.
+    """
+
+    errors: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    def add(self, later: Sums) -> None:
+        """Adds those of the batches that follow."""
+        self.errors = self.errors + later.errors
+        self.squares = self.squares + later.squares
+
+
 def goals_of(shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[str, NDArray[Any]]) -> Iterator[Goal]:
     """What is known of the outputs of a pair, batch by batch."""
     (ours, layer), (theirs, expected) = _at(shard, batches, pair, shifts)
@@ -141,7 +161,7 @@ def goals_of(shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[s
 
 def gauss_newton_sums(
     shard: Shard, batches: Sequence[int], pair: Pair, shifts: Mapping[str, NDArray[Any]], shift: Shift, difference: float
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+) -> Iterator[Sums]:
     """The sums of g e and of g^2 of each channel, batch by batch; slopes are taken over a difference."""
     (ours, layer), (theirs, expected) = _at(shard, batches, pair, shifts)
     workers = max(1, min(len(batches), shard.threads))
@@ -153,7 +173,7 @@ def gauss_newton_sums(
     def activated(values: NDArray[Any]) -> NDArray[Any]:
         return compute({expected.output: values})[pair.activated]
 
-    def sums(batch: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def sums(batch: int) -> Sums:
         y, goal = ours.live(layer, batch), theirs.activated(expected, batch, activated)
         assert y is not None
         moved = y + layer.along_channels(shift).astype(y.dtype)
@@ -163,7 +183,7 @@ def gauss_newton_sums(
         found = _rows(found, layer.output_axis)
         slope -= found
         slope *= 1 / step
-        return _dots(slope, found - _rows(goal, layer.output_axis)), _dots(slope, slope)
+        return Sums(_dots(slope, found - _rows(goal, layer.output_axis)), _dots(slope, slope))
 
     yield from in_order(sums, batches, workers, alone=shard.threads == 1)
 
