@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
 .PHONY: demo demo-tflite test pytest pytest-adapters pytest-keras bench quality quality-keras quality-tflite quality-choice
-.PHONY: instructions memcheck docs lint format clean
+.PHONY: instructions memcheck fuzz fuzz-kernels fuzz-readers docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,7 @@ KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/how-to/keras.m
 
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
 	cargo test --quiet --no-default-features
+	cargo test --quiet --manifest-path fuzz/Cargo.toml --target-dir target/fuzz
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target pytest pytest-adapters pytest-keras
 
 # Any of these may have no test of those that were asked for (status 5).
@@ -108,6 +109,26 @@ memcheck:
 		done; \
 	done
 
+# Inputs that nobody means to give, for SECONDS=600. TARGET=kernels: by libFuzzer, under AddressSanitizer, of the same toolchain;
+# onnx, tflite, npy, npz, config: files, by atheris. What is worth keeping is in build/fuzz.
+fuzz: fuzz-$(if $(filter kernels,$(TARGET)),kernels,readers)
+
+fuzz-kernels: export RUSTC_BOOTSTRAP = 1
+fuzz-kernels: export RUSTFLAGS = -Zsanitizer=address -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,$(COVERAGE))
+fuzz-kernels: export ASAN_OPTIONS = allocator_may_return_null=1
+fuzz-kernels: COVERAGE = level=4 inline-8bit-counters pc-table trace-compares
+fuzz-kernels: HOST = $(shell rustc -vV | sed -n 's/host: //p')
+fuzz-kernels: LIMITS = -max_total_time=$(or $(SECONDS),600) -max_len=512 -len_control=0 -timeout=60 -print_final_stats=1
+fuzz-kernels:
+	mkdir -p build/fuzz/kernels/corpus
+	cargo build --quiet --release --manifest-path fuzz/Cargo.toml --features libfuzzer --target $(HOST) --target-dir target/fuzz
+	target/fuzz/$(HOST)/release/kernels $(LIMITS) -artifact_prefix=build/fuzz/kernels/ build/fuzz/kernels/corpus
+
+fuzz-readers: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --group fuzz
+	mkdir -p build/fuzz/$(TARGET)
+	$(BIN)/python fuzz/readers.py $(TARGET) --seconds $(or $(SECONDS),600)
+
 $(VENV)/docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
@@ -119,8 +140,10 @@ docs: $(VENV)/docs
 
 lint: $(VENV)/built docs
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --all-targets --no-default-features -- -D warnings
+	cargo clippy --quiet --all-targets --manifest-path fuzz/Cargo.toml --target-dir target/fuzz -- -D warnings
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -128,6 +151,7 @@ lint: $(VENV)/built docs
 
 format: $(VENV)/installed
 	cargo fmt
+	cargo fmt --manifest-path fuzz/Cargo.toml
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 

@@ -122,14 +122,14 @@ impl Grids {
             }
         }
         let half = 2f64.powi(bits as i32 - 1);
-        let count = scale.len().max(zero_point.len());
-        let repeated = |values: &[f64]| if values.len() == count { values.to_vec() } else { vec![values[0]; count] };
+        let count = if scale.len() == 1 && zero_point.len() == 1 { 1 } else { channels };
+        let repeated = |values: &[f64]| values.iter().copied().cycle().take(count).collect();
         let range = Range { qmin: -half, qmax: half - 1.0 };
         Ok(Grids { scale: repeated(scale), zero_point: repeated(zero_point), range, inner: inner.max(1) })
     }
 
     /// Number of grids.
-    #[expect(clippy::len_without_is_empty, reason = "there is always one")]
+    #[expect(clippy::len_without_is_empty, reason = "it is no collection")]
     pub fn len(&self) -> usize {
         self.scale.len()
     }
@@ -268,6 +268,15 @@ mod tests {
         quantize(&[f64::INFINITY, f64::NEG_INFINITY, 1e300, 0.4], &grids, &mut q).unwrap();
         assert_eq!(q, [127, -128, 127, 0]);
         assert_eq!(quantize(&[0.0, f64::NAN], &grids, &mut q), Err(Error::Nan));
+    }
+
+    #[test]
+    fn no_channels_have_no_grids() {
+        for (scale, zero_point) in [(&[][..], &[0.0][..]), (&[1.0], &[]), (&[], &[])] {
+            let grids = Grids::new(scale, zero_point, 8, 0, 1).unwrap();
+            assert_eq!(grids.len(), 0);
+            fake_quantize::<f64>(&[], &grids, &mut []).unwrap();
+        }
     }
 
     #[test]

@@ -117,7 +117,7 @@ impl<const N: usize> Nest<N> {
         self.axes.retain(|axis| axis.len != 1);
         for axis in self.axes.iter_mut().filter(|axis| axis.strides[0] < 0) {
             for (origin, stride) in self.origin.iter_mut().zip(&mut axis.strides) {
-                *origin += (axis.len - 1) as isize * *stride;
+                *origin += (axis.len as isize - 1) * *stride;
                 *stride = -*stride;
             }
         }

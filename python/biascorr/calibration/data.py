@@ -556,7 +556,7 @@ class _Rows:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, is_fortran, dtype = read(file)
-            if is_fortran or not shape or dtype.hasobject:
+            if is_fortran or not shape or dtype.hasobject or not dtype.itemsize:
                 file.seek(0)
                 whole: NDArray[Any] = np.load(file, allow_pickle=False)
                 return whole

@@ -430,16 +430,27 @@ class CandidateBuilder:
         for feeds in self._samples.feeds(self._batches):
             for name, match in first.items():
                 if feeds[match.reference.input].size:
-                    means.setdefault(name, empty_mean(match.reference)).update(feeds[match.reference.input])
-        return {
-            name: mean_shift(match.quantized, match.reference.weights, means[name].mean(match.reference.input_quantization))
-            for name, match in first.items()
-            if name in means
-        }
+                    with _named(name):
+                        means.setdefault(name, empty_mean(match.reference)).update(feeds[match.reference.input])
+        shifts: dict[str, Shift] = {}
+        for name, mean in means.items():
+            quantized, reference = first[name].quantized, first[name].reference
+            with _named(name):
+                shifts[name] = mean_shift(quantized, reference.weights, mean.mean(reference.input_quantization))
+        return shifts
 
     def _sweep(self, network: Network, layers: Sequence[Layer], wanted: Wanted, *, depth: int = 1) -> Sweep:
         """A sweep over the batches that are fitted."""
         return Sweep(network, layers, self._shards, self._batches, wanted, depth=depth)
+
+
+@contextlib.contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Errors name the layer: one that no output depends on may read samples that do not fit it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from error
 
 
 def _worst_channels(shift: Shift) -> tuple[tuple[int, float], ...]:

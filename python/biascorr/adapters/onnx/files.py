@@ -105,15 +105,17 @@ def _taken_apart(path: Path, name: str) -> tuple[onnx.ModelProto, dict[int, NDAr
     A file that is not serialized as usual is read whole, by protobuf.
     """
     _check_file(path, name)
-    try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as data,
-        ):
-            light, places = without_values(data, LARGE)
-            arrays = {index: np.array(data[start:stop]) for index, (start, stop) in places.items()}
-    except (OSError, ValueError):
+    light, arrays = None, dict[int, NDArray[np.uint8]]()
+    with (
+        contextlib.suppress(OSError, ValueError),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as data,
+        contextlib.suppress(ValueError),  # and forgotten, as it keeps parts of the file from being closed
+    ):
+        light, places = without_values(data, LARGE)
+        arrays = {index: np.array(data[start:stop]) for index, (start, stop) in places.items()}
+    if light is None:
         return _from_file(path, name), {}
     return _parse(light, f"{name}: {path}"), arrays
 

@@ -252,11 +252,16 @@ class Graph:
         codes, step = self.value(node.input[0]), self.value(node.input[1])
         if codes.dtype.kind not in "iu" or step.ndim > 1 or step.dtype.kind != "f":
             return None
+        zero_point = self.value(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros_like(step, np.int32)
         shape = [1] * codes.ndim
         if step.size > 1:
-            shape[attributes(node).get("axis", 1)] = -1
-        has_zero_point = len(node.input) > 2 and node.input[2]
-        offset = self.value(node.input[2]).astype(np.int32).reshape(shape) if has_zero_point else np.int32(0)
+            axis = attributes(node).get("axis", 1)
+            if not -codes.ndim <= axis < codes.ndim or codes.shape[axis] != step.size:
+                return None  # onnxruntime says what is wrong
+            shape[axis] = -1
+        if zero_point.size != step.size:
+            return None
+        offset = zero_point.astype(np.int32).reshape(shape)
         real = np.subtract(codes, offset, dtype=np.int32).astype(np.float32)
         real *= step.astype(np.float32).reshape(shape)
         return np.asarray(real, dtype=step.dtype)

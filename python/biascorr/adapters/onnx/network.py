@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -41,6 +42,7 @@ from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quanti
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
 from biascorr.adapters.onnx.tensors import Values, is_foreign, whole_model
+from biascorr.adapters.onnx.texts import check_texts
 from biascorr.graph.layer import Constant, Layer, LazyArray, WeightFormat
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -101,9 +103,14 @@ class OnnxNetwork:
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.adapters.onnx.files.load` for the errors."""
         loaded, values = files.load(model, name)
+        check_texts(loaded, name)
         check_functions(loaded, name)
         check(loaded, values, name)  # refuses what is no valid model before anything is read from it
-        return cls(loaded, values, name)
+        with _fitting(name):
+            found = cls(loaded, values, name)
+            for layer in found.layers:
+                _check_layer(layer)
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (self._original.model.SerializeToString(), self._original.values, self._name)
@@ -156,7 +163,8 @@ class OnnxNetwork:
     def facts(self) -> Facts:
         """Facts about operations and tensors; inferred at the first call."""
         if self._facts is None:
-            self._facts = facts_of(self._graph, self._nodes)
+            with _fitting(self._name):
+                self._facts = facts_of(self._graph, self._nodes)
         return self._facts
 
     def save(self, path: str | PathLike[str], *, force: bool = False, provenance: str | None = None) -> None:
@@ -432,6 +440,37 @@ class OnnxNetwork:
 def _arrived(serialized: bytes, values: Values, name: str) -> OnnxNetwork:
     """The network that was pickled."""
     return OnnxNetwork(onnx.ModelProto.FromString(serialized), values, name)
+
+
+@contextlib.contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """What is raised at models that onnxruntime takes, although their parts do not fit: it finds that when it runs them."""
+    try:
+        yield
+    except (AttributeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        said = str(error)
+        if type(error) is ValueError and said.startswith(f"{name}:"):
+            raise
+        raise ValueError(f"{name}: a damaged ONNX model: {said}") from error
+
+
+def _check_layer(layer: Layer) -> None:
+    """Raises ValueError where what belongs to a layer does not fit its weights."""
+    counted = layer.weights.shape[0] if layer.window is not None else layer.groups
+    if layer.groups < 1 or counted % layer.groups:
+        raise ValueError(f"layer {layer.name}: weights of shape {tuple(layer.weights.shape)} for {layer.groups} groups")
+    if layer.weight_step is not None and not _fits(layer.weight_step.shape, layer.weights.shape):
+        shapes = f"{tuple(layer.weight_step.shape)} for weights of shape {tuple(layer.weights.shape)}"
+        raise ValueError(f"layer {layer.name}: scales of shape {shapes}")
+    if layer.bias is None or layer.bias.ndim < -layer.output_axis:
+        return
+    if layer.channels > 1 and layer.bias.shape[layer.output_axis] not in (1, layer.channels):
+        raise ValueError(f"layer {layer.name}: a bias of shape {layer.bias.shape} for {layer.channels} output channels")
+
+
+def _fits(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether an array can be broadcast to another one of this shape."""
+    return len(shape) <= len(whole) and all(size in (1, full) for size, full in zip(shape[::-1], whole[::-1]))
 
 
 def axes_of_product(equation: str, index: int) -> tuple[str, int, int] | None:

@@ -75,6 +75,10 @@ class Dequantizer:
 
     def steps_of(self, shape: Sequence[int]) -> NDArray[Any]:
         """The steps, broadcastable to values of this shape: in float64, in their own type where there is one for each value."""
+        if not self._fits(shape):
+            raise ValueError(
+                f"{self.node.output[0]}: scales of shape {self.step.shape} along axis {self.axis} of {tuple(shape)}"
+            )
         if self.block_size:
             blocks = np.arange(shape[self.axis]) // self.block_size
             return np.asarray(self.step.take(blocks, self.axis))
@@ -82,6 +86,17 @@ class Dequantizer:
         if self.step.size > 1:
             aligned[self.axis] = -1
         return self.step.astype(np.float64).reshape(aligned)
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        """Whether values of this shape have a step each."""
+        if self.step.size == 1 and not self.block_size:
+            return True
+        if not -len(shape) <= self.axis < len(shape):
+            return False
+        length = shape[self.axis]
+        if self.block_size:
+            return self.step.ndim == len(shape) and self.step.shape[self.axis] == -(-length // self.block_size)
+        return self.step.size == length
 
 
 def dequantizer_of(graph: Graph, name: str) -> Dequantizer | None:

@@ -146,7 +146,11 @@ def _options(optimizations: Optimizations) -> Any:
 def _made(model: onnx.ModelProto, options: Any, optimizations: Optimizations) -> Any:
     disabled = _REWRITING if optimizations is Optimizations.SAME_ARITHMETIC else None
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled,
+        enable_fallback=0,  # which prints what is wrong, and tries again with all optimizers
     )
 
 

@@ -43,7 +43,7 @@ def first_size(types: Types, name: str) -> onnx.TensorShapeProto.Dimension | Non
 
 
 def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int | None, ...]:
-    return tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim)
+    return tuple(axis.dim_value if axis.HasField("dim_value") and axis.dim_value >= 0 else None for axis in tensor.shape.dim)
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
