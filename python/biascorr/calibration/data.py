@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -522,14 +522,41 @@ def _read(path: Path, name: str) -> Any:
     try:
         if path.suffix == ".npy":
             return _Rows.of(path)
-        with path.open("rb") as file, zipfile.ZipFile(file):
+        with path.open("rb") as file, zipfile.ZipFile(file) as members:
+            for entry in members.infolist():
+                with members.open(entry) as member:
+                    is_array = member.read(len(_MAGIC)) == _MAGIC
+                    member.seek(0)
+                    if is_array:
+                        _header(member, entry.file_size)
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 return dict(archive)
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
+    except MemoryError as error:
+        raise MemoryError(f"{name}: {path}: {error}") from None
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds at files that are damaged
         raise ValueError(f"{name}: {path} cannot be read: {error}") from None
+
+
+_MAGIC = np.lib.format.MAGIC_PREFIX
+
+
+def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape of the array in an .npy file of so many bytes, whether it is in Fortran order, and its dtype.
+
+    Raises ValueError where it has other sizes: memory for it would be taken before it is read.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    if any(length < 0 for length in shape):
+        raise ValueError(f"an array of shape {shape}")
+    missing = file.tell() + math.prod(shape) * dtype.itemsize - size
+    if missing > 0 and not dtype.hasobject:
+        raise ValueError(f"{missing} bytes are missing")
+    return shape, is_fortran, dtype
 
 
 class _Rows:
@@ -553,18 +580,12 @@ class _Rows:
     def of(cls, path: Path) -> _Rows | NDArray[Any]:
         """The rows of a file; all of it at once where they do not follow each other."""
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = read(file)
+            shape, is_fortran, dtype = _header(file, path.stat().st_size)
             if is_fortran or not shape or dtype.hasobject or not dtype.itemsize:
                 file.seek(0)
                 whole: NDArray[Any] = np.load(file, allow_pickle=False)
                 return whole
-            rows = cls(path, shape, dtype, file.tell())
-        missing = rows._offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
-        if missing > 0:
-            raise ValueError(f"{missing} bytes are missing")
-        return rows
+            return cls(path, shape, dtype, file.tell())
 
     def whole(self) -> NDArray[Any]:
         """All of them."""
