@@ -144,9 +144,12 @@ class Work:
     def each(self, items: Iterator[T], kind: str, count: int, label: str | None = None) -> Iterator[T]:
         """Items of which each is a unit of a kind, done when the next one is asked for."""
         with self.doing(kind, count, label) as advance:
-            for item in items:
-                yield item
-                advance(1 / count)
+            try:
+                for item in items:
+                    yield item
+                    advance(1 / count)
+            finally:
+                del items  # threads of what makes them end with it, also where a traceback keeps this frame
 
     def _note(self, kind: str, units: float) -> None:
         now = self._clock()

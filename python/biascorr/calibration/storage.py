@@ -120,6 +120,7 @@ class TemporaryFolder:
             self._remove()
         finally:
             self._remove()  # what an interrupt left
+        self._process = 0
 
     __del__ = cleanup
 
