@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
 .PHONY: demo demo-tflite test pytest pytest-adapters pytest-keras bench quality quality-keras quality-tflite quality-choice
-.PHONY: instructions memcheck fuzz fuzz-kernels fuzz-readers docs lint format clean
+.PHONY: instructions memcheck soak fuzz fuzz-kernels fuzz-readers docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +86,10 @@ quality-tflite: $(VENV)/built $(VENV)/keras
 # What `auto` chooses for your network, beside every method by name; QUANTIZED=int8.onnx: as you quantized it.
 quality-choice: $(VENV)/built
 	$(BIN)/python benches/choice.py $(NETWORK) $(SAMPLES) $(HELD_OUT) $(if $(QUANTIZED),--quantized $(QUANTIZED)) $(OPTIONS)
+
+# 10,000 calls and 200 corrections in one process, whose memory, files and threads have to stay; SOAK="--calls 1000000": more.
+soak: $(VENV)/built
+	$(BIN)/python tests/soak.py $(SOAK)
 
 # Needs valgrind.
 instructions: $(VENV)/installed

@@ -1,9 +1,8 @@
-"""Work that tells by a digest whether it came out as ever: of arrays, of a small model; what processes and threads do at once."""
+"""Work whose digest tells whether it came out as ever: of arrays, of a small model; what it leaves behind."""
 
 import contextlib
 import gc
 import hashlib
-import os
 import tempfile
 import threading
 import warnings
@@ -74,4 +73,4 @@ def left(threads=frozenset()):
 def _targets():
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # that of the folder itself
-            yield os.readlink(link)
+            yield str(link.readlink())

@@ -4,7 +4,8 @@ mod detach;
 mod views;
 
 use numpy::{Element as NumpyElement, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArray};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyImportError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyInt, PyList, PySequence};
 
@@ -410,12 +411,22 @@ fn build_info() -> PyResult<(&'static str, &'static str, &'static str)> {
     Ok((env!("CARGO_PKG_VERSION"), simd::tier().name(), profile))
 }
 
+/// Raises ImportError in a subinterpreter: what is made once for a process belongs to the main one, here and in numpy.
+fn check_interpreter(_: Python<'_>) -> PyResult<()> {
+    #[expect(unsafe_code, reason = "calls functions of C")]
+    // SAFETY: the GIL is held.
+    let number = unsafe { ffi::PyInterpreterState_GetID(ffi::PyInterpreterState_Get()) };
+    let refused = "biascorr cannot be imported in a subinterpreter, as numpy cannot; use threads or processes";
+    if number == 0 { Ok(()) } else { Err(PyImportError::new_err(refused)) }
+}
+
 #[pymodule(gil_used = false)]
 mod _kernels {
-    use super::{Bound, PyModule, PyResult, views};
+    use super::{Bound, PyModule, PyResult, check_interpreter, views};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        check_interpreter(module.py())?;
         views::meet_numpy(module.py())
     }
 

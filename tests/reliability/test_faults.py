@@ -16,11 +16,17 @@ from biascorr.calibration.storage import Storage
 from networks import samples
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """Of a kind that nobody else knows."""
 
 
-FAULTS = [Fault("of the disk"), MemoryError("of the loader"), KeyboardInterrupt(), SystemExit(3), OSError(5, "of the network")]
+FAULTS = [
+    FaultError("of the disk"),
+    MemoryError("of the loader"),
+    KeyboardInterrupt(),
+    SystemExit(3),
+    OSError(5, "of the network"),
+]
 
 
 def raising(fault, after):
@@ -133,7 +139,8 @@ def test_an_interrupt_leaves_no_temporary_folder():
     pytest.fail("a storage has no end")
 
 
-def test_a_forked_child_leaves_the_folder_to_its_parent(clean):
+@pytest.mark.usefixtures("clean")
+def test_a_forked_child_leaves_the_folder_to_its_parent():
     with Storage(0) as storage:
         storage["x"] = np.ones(3)
         child = os.fork()

@@ -1,7 +1,6 @@
 """Ctrl-C in a program that uses this package: KeyboardInterrupt within a second, nothing left, and the next call works."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path

@@ -101,7 +101,7 @@ def test_samples_of_several_widths_that_come_at_once_are_an_error():
             except ValueError as error:
                 return str(error)
 
-        errors = [error for error in at_once(update) if error]
+        errors = [found for found in at_once(update) if found]
         assert len(errors) == THREADS // 2
-        assert all("channels, expected" in error for error in errors)
+        assert all("channels, expected" in each for each in errors)
         assert shared.count == 3 * THREADS // 2
