@@ -1,8 +1,5 @@
 """Models that were corrected and equalized are converted to TFLite."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -10,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 import biascorr
+from command_line import run
 
 
 @pytest.fixture(params=["float32", "mixed_bfloat16"])
@@ -64,8 +62,6 @@ def test_the_command_writes_keras_files(tmp_path):
     np.savez(tmp_path / "samples.npz", images=images(4))
     for command in (["correct", "--method", "mean"], ["equalize"]):
         arguments = [command[0], "model.keras", "--data", "samples.npz", "-o", f"{command[0]}.keras", *command[1:]]
-        done = subprocess.run(
-            [sys.executable, "-m", "biascorr", *arguments], check=False, capture_output=True, text=True, cwd=tmp_path
-        )
+        done = run(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert keras.saving.load_model(tmp_path / f"{command[0]}.keras").get_layer("first")
