@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
-.PHONY: demo demo-tflite test pytest pytest-adapters pytest-keras bench quality quality-keras quality-tflite quality-choice
-.PHONY: instructions memcheck soak fuzz fuzz-kernels fuzz-readers docs lint format clean
+.PHONY: demo demo-tflite test cargo-test pytest pytest-models pytest-onnx pytest-tflite pytest-keras
+.PHONY: bench quality quality-keras quality-tflite quality-choice instructions memcheck soak fuzz fuzz-kernels fuzz-readers
+.PHONY: docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,20 +43,33 @@ demo: $(VENV)/built $(VENV)/network
 demo-tflite: $(VENV)/built
 	$(BIN)/python examples/tflite_deployed.py $(NETWORK) $(QUANTIZED) $(DATA)
 
-ADAPTERS := tests/adapters/onnx tests/adapters/tflite
+# Groups of tests of about the same length, each in a process of its own; `pytest` are all others.
 KERAS := tests/adapters/keras python/biascorr/adapters/keras docs/how-to/keras.md
+MODELS := tests/correction tests/equalization tests/graph tests/inspection tests/sweep
+ONNX := tests/adapters/onnx
+TFLITE := tests/adapters/tflite
 
+# Two at a time, the longest ones first.
 test: $(VENV)/built $(VENV)/keras build/wheelhouse
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target \
+		pytest-keras pytest pytest-models pytest-onnx cargo-test pytest-tflite
+
+cargo-test:
 	cargo test --quiet --no-default-features
 	cargo test --quiet --manifest-path fuzz/Cargo.toml --target-dir target/fuzz
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target pytest pytest-adapters pytest-keras
 
 # Any of these may have no test of those that were asked for (status 5).
 pytest: $(VENV)/built build/wheelhouse
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(ADAPTERS) $(KERAS)) $(PYTEST) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(KERAS) $(MODELS) $(ONNX) $(TFLITE)) $(PYTEST) || [ $$? -eq 5 ]
 
-pytest-adapters: $(VENV)/built
-	$(BIN)/python -m pytest -q $(ADAPTERS) $(PYTEST) || [ $$? -eq 5 ]
+pytest-models: $(VENV)/built
+	$(BIN)/python -m pytest -q $(MODELS) $(PYTEST) || [ $$? -eq 5 ]
+
+pytest-onnx: $(VENV)/built
+	$(BIN)/python -m pytest -q $(ONNX) $(PYTEST) || [ $$? -eq 5 ]
+
+pytest-tflite: $(VENV)/built
+	$(BIN)/python -m pytest -q $(TFLITE) $(PYTEST) || [ $$? -eq 5 ]
 
 # TensorFlow takes two gigabytes and its own threads: it has a process of its own. Where a CPU lacks what oneDNN is on for by
 # default, convolutions of channels first need it said.

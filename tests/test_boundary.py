@@ -286,7 +286,7 @@ kernels = {{
     "shift": lambda size: MeanBiasCorrector([1.0]).calculate(*[np.broadcast_to(np.float32(1), (1, size))] * 2),
 }}
 outcomes = set()
-for size in (1 << 20, 3 << 20, 6 << 20, 12 << 20, 25 << 20, 50 << 20, 100 << 20, 200 << 20, 1 << 30):
+for size in (1 << 20, 3 << 20, 12 << 20, 50 << 20, 100 << 20, 200 << 20, 1 << 30):
     try:
         kernels["{of}"](size)
         outcomes.add("computed")

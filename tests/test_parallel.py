@@ -175,7 +175,7 @@ def keep_working():
 
 thread = threading.Thread(target=keep_working)
 thread.start()
-for _ in range(500):
+for _ in range(250):
     status = forked(computes)
     if status:
         break

@@ -230,12 +230,12 @@ def test_quantized_by_onnxruntime(example: Example, method: str) -> None:
 
 
 @pytest.mark.slow
-@simulation(300)
+@simulation(250)
 def test_simulated_quantization_of_many(example: Example, method: str) -> None:
     check(example, method)
 
 
 @pytest.mark.slow
-@onnxruntime_quantization(200)
+@onnxruntime_quantization(150)
 def test_many_quantized_by_onnxruntime(example: Example, method: str) -> None:
     check(example, method)

@@ -236,7 +236,7 @@ def test_strange_graphs(example: tuple[onnx.ModelProto, onnx.ModelProto, np.ndar
 
 
 @pytest.mark.slow
-@settings(PROFILE, max_examples=400)
+@settings(PROFILE, max_examples=300)
 @given(examples())
 def test_many_strange_graphs(example: tuple[onnx.ModelProto, onnx.ModelProto, np.ndarray, str]) -> None:
     check(example)
