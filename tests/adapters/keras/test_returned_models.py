@@ -1,6 +1,7 @@
 """The Keras model that is returned is the given one but for what was asked; the given one stays as it is."""
 
 import contextlib
+import itertools
 
 import keras
 import numpy as np
@@ -571,33 +572,43 @@ def test_the_returned_model_works(name):
 
 RELOADED = """
     import sys
+    from pathlib import Path
     import keras, numpy as np
-    model = keras.saving.load_model(sys.argv[1])
-    with np.load(sys.argv[2]) as file:
-        data = dict(file) if len(file.files) > 1 else file[file.files[0]]
-    np.savez(sys.argv[3], *map(np.array, keras.tree.flatten(model(data))))
+    for path in map(Path, sys.argv[1:]):
+        model = keras.saving.load_model(path / "by_us.keras")
+        with np.load(path / "x.npz") as file:
+            data = dict(file) if len(file.files) > 1 else file[file.files[0]]
+        np.savez(path / "y.npz", *map(np.array, keras.tree.flatten(model(data))))
     assert "biascorr" not in sys.modules
 """
+SAVED = list(itertools.product(("correct", "equalize"), ("with norms", "sequential", "nested")))
 
 
-@pytest.mark.parametrize("name", ["with norms", "sequential", "nested"])
-@pytest.mark.parametrize("use", ["correct", "equalize"])
-def test_saved_models_are_the_same_when_they_are_loaded(name, use, tmp_path):
-    make, data = GIVEN[name]
-    result = equalize(make(), data) if use == "equalize" else corrected(make(), data)
-    expected = outputs_of(result.model, data)
-    result.save(tmp_path / "by_us.keras")
-    result.model.save(tmp_path / "by_keras.keras")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders with a returned model, its samples and its outputs in another process, and its outputs in this one, by case."""
+    found = {}
+    for use, name in SAVED:
+        (make, data), folder = GIVEN[name], tmp_path_factory.mktemp("saved")
+        result = equalize(make(), data) if use == "equalize" else corrected(make(), data)
+        result.save(folder / "by_us.keras")
+        result.model.save(folder / "by_keras.keras")
+        np.savez(folder / "x.npz", **(data if isinstance(data, dict) else {"x": data}))
+        found[use, name] = folder, outputs_of(result.model, data)
+    done = in_process(RELOADED, *(folder for folder, _ in found.values()))
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+@pytest.mark.parametrize(("use", "name"), SAVED)
+def test_saved_models_are_the_same_when_they_are_loaded(use, name, saved):
+    folder, expected = saved[use, name]
     for file in ("by_us.keras", "by_keras.keras"):
-        for output, each in zip(outputs_of(keras.saving.load_model(tmp_path / file), data), expected):
+        for output, each in zip(outputs_of(keras.saving.load_model(folder / file), GIVEN[name][1]), expected, strict=True):
             np.testing.assert_array_equal(output, each)
-    if name == "nested" or use == "equalize":
-        np.savez(tmp_path / "x.npz", **(data if isinstance(data, dict) else {"x": data}))
-        done = in_process(RELOADED, tmp_path / "by_us.keras", tmp_path / "x.npz", tmp_path / "y.npz")
-        assert done.returncode == 0, done.stderr
-        with np.load(tmp_path / "y.npz") as file:
-            for output, each in zip(file.values(), expected):
-                np.testing.assert_allclose(output, each, rtol=1e-5, atol=1e-5)
+    with np.load(folder / "y.npz") as file:
+        for output, each in zip(file.values(), expected, strict=True):
+            np.testing.assert_allclose(output, each, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
