@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +230,18 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     refused(tmp_path, "has other files; give a folder that is new or empty")
 
 
+def unread() -> Iterator[Any]:
+    pytest.fail("it is read")
+    yield
+
+
 def test_a_file_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "file").touch()
-
-    def unread():
-        pytest.fail("it is read")
-        yield
-
     refused(tmp_path / "file", "is a file, expected a folder", data=unread())
+
+
+def test_what_is_not_of_the_data_is_refused_before_anything_is_read(folder):
+    refused(folder, "(method: empirical, now mean)", data=unread(), method="mean")
 
 
 def test_a_place_that_is_not_there_is_refused(tmp_path):
@@ -332,7 +337,7 @@ def test_a_damaged_description_is_refused(folder, content):
 
 def test_the_description_of_something_else_is_refused(folder):
     (folder / "run.json").write_text(json.dumps({"name": "x", "method": ["a"]}))
-    refused(folder, "is of another run (", "name: x, now None")
+    refused(folder, "is of another run (biascorr: None, now ", "method: ['a'], now empirical")
 
 
 # records

@@ -42,7 +42,7 @@ from biascorr.graph.matching import Match, match_by_name
 from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits, versions_of
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.report.lines import counted
-from biascorr.sweep.checkpoint import checked_folder
+from biascorr.sweep.checkpoint import check_so_far, checked_folder
 from biascorr.sweep.independence import BatchingFinder
 from biascorr.sweep.running import check_cluster, running_shards
 from biascorr.sweep.shard import Shards, Shifted
@@ -257,6 +257,22 @@ def correct(
     float_network, notes = pair.reference, [*notes, *pair.notes]
     excluded = excluded_layers(given or float_network, only, exclude)
     wanted = wanted_choices(method, strength, shrunk)
+    known: dict[str, str] = {}
+    if folder is not None:
+        settings = {
+            "method": method,
+            "strength": float(strength),
+            "shrunk": bool(shrunk),
+            "quant_params": replace(params, use_cuda=False, ops_to_ignore=sorted(params.ops_to_ignore or ())),
+            "equalize": bool(equalize),
+            "fold": bool(fold),
+            "new_biases": new_biases,
+            "layers left out": sorted(excluded),
+            "seed": int(seed),
+            "metric": user_metric and user_metric.name,
+        }
+        known = _identity(float_network, given, settings)
+        check_so_far(folder, known)
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
         work = Work(progress)
@@ -271,20 +287,7 @@ def correct(
         samples.choose_scored()
         notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
         notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
-        settings: dict[str, Any] = {
-            "batches": ", ".join(f"{len([*group])} of {size}" for size, group in itertools.groupby(read_sizes)),
-            "method": method,
-            "strength": float(strength),
-            "shrunk": bool(shrunk),
-            "quant_params": replace(params, use_cuda=False, ops_to_ignore=sorted(params.ops_to_ignore or ())),
-            "equalize": bool(equalize),
-            "fold": bool(fold),
-            "new_biases": new_biases,
-            "layers left out": sorted(excluded),
-            "seed": int(seed),
-            "metric": user_metric and user_metric.name,
-        }
-        identity = functools.partial(_identity, float_network, given, samples, settings)
+        identity = functools.partial(_identity_with_data, known, samples, read_sizes)
         with running_shards(
             samples, threads=threads, memory_budget=memory_budget, client=client, checkpoint=folder, identity=identity
         ) as shards:
@@ -565,16 +568,21 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
     ]
 
 
-def _identity(reference: Network, given: Network | None, samples: Samples, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint is of: all that its results depend on."""
+def _identity(reference: Network, given: Network | None, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint is of, but for the samples: all that its results depend on."""
     return {
         "biascorr": __version__,
         **{name: version for name, version in versions_of(reference).items() if name != "python"},
         "reference": reference.digest,
         "quantized": "none" if given is None else given.digest,
-        "data": f"{samples.digest or 'none'}, {samples.count} samples",
         **{name: str(value) for name, value in settings.items()},
     }
+
+
+def _identity_with_data(known: Mapping[str, str], samples: Samples, sizes: Iterable[int]) -> dict[str, str]:
+    """The same with the samples, in batches of these sizes."""
+    batches = ", ".join(f"{len([*group])} of {size}" for size, group in itertools.groupby(sizes))
+    return {**known, "data": f"{samples.digest or 'none'}, {samples.count} samples", "batches": batches}
 
 
 def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:

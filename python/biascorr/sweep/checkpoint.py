@@ -18,7 +18,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -184,17 +184,31 @@ class Checkpoint:
         if not path.exists():
             self._write(path, json.dumps(dict(identity), indent=1).encode())
             return
-        try:
-            found = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"checkpoint: {path} is damaged ({error}); remove the folder to begin anew") from error
-        others = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
-        if others:
-            said = "; ".join(f"{name}: {found.get(name)}, now {identity.get(name)}" for name in others)
-            said = _DIGEST.sub(r"\1...", said)
-            raise ValueError(
-                f"checkpoint: {self._folder} is of another run ({said}); give another folder, or remove this one to begin anew"
-            )
+        _check_same(self._folder, identity, {**identity, **_description(path)})
+
+
+def check_so_far(folder: Path, identity: Mapping[str, str]) -> None:
+    """Raises ValueError where a folder is that of a run of something else than what is known so far."""
+    if (folder / _RUN).exists():
+        _check_same(folder, identity, identity)
+
+
+def _check_same(folder: Path, identity: Mapping[str, str], names: Iterable[str]) -> None:
+    found = _description(folder / _RUN)
+    others = [name for name in names if found.get(name) != identity.get(name)]
+    if others:
+        said = "; ".join(f"{name}: {found.get(name)}, now {identity.get(name)}" for name in others)
+        said = _DIGEST.sub(r"\1...", said)
+        raise ValueError(
+            f"checkpoint: {folder} is of another run ({said}); give another folder, or remove this one to begin anew"
+        )
+
+
+def _description(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged ({error}); remove the folder to begin anew") from error
 
 
 class _Unpickler(pickle.Unpickler):
