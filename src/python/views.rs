@@ -36,7 +36,7 @@ pub struct View<'py, E> {
     /// Read-only, of every byte from the first element to the last; None where there are no elements.
     _borrow: Option<PyReadonlyArray1<'py, u8>>,
     /// numpy resizes no array that something refers to weakly, not even with `refcheck=False`.
-    _pin: Option<Bound<'py, PyWeakrefReference>>,
+    _pin: Bound<'py, PyWeakrefReference>,
 }
 
 impl<'py, E: Element> View<'py, E> {
@@ -45,12 +45,13 @@ impl<'py, E: Element> View<'py, E> {
         if array.dtype().itemsize() != size_of::<E>() || !fits(array) {
             return Err(PyValueError::new_err(format!("{}: misaligned or byte-swapped", name())));
         }
+        let pin = pinned(array)?; // before its memory is looked at
         let (shape, bytes) = (array.shape().to_vec(), array.strides());
         let strides = bytes.iter().map(|bytes| bytes / size_of::<E>() as isize).collect();
         #[expect(unsafe_code, reason = "numpy owns the memory")]
         // SAFETY: only the address is read, which arrays of all dtypes have in one place.
         let base = unsafe { array.cast_unchecked::<PyArrayDyn<u8>>() }.data().cast::<E>().cast_const();
-        let (mut borrow, mut pin) = (None, None);
+        let mut borrow = None;
         if !shape.contains(&0) {
             let reach = |(&len, &stride): (&usize, &isize)| (len as isize - 1).wrapping_mul(stride);
             let (before, after) =
@@ -58,7 +59,6 @@ impl<'py, E: Element> View<'py, E> {
                     (before.saturating_add(reach.min(0)), after.saturating_add(reach.max(0)))
                 });
             let len = after.saturating_sub(before).saturating_add(size_of::<E>() as isize) as usize;
-            pin = Some(pinned(array)?);
             #[expect(unsafe_code, reason = "as above")]
             // SAFETY: numpy says that elements are that far from the first one; the view keeps the array alive, and is only
             // ever asked for its address.

@@ -140,6 +140,7 @@ def test_an_interrupt_leaves_no_temporary_folder():
 
 
 @pytest.mark.usefixtures("clean")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # forking beside threads is the point
 def test_a_forked_child_leaves_the_folder_to_its_parent():
     with Storage(0) as storage:
         storage["x"] = np.ones(3)

@@ -1,5 +1,6 @@
 """Python threads that work at once: the same bits as one alone."""
 
+import functools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from arrays import random_array
 from biascorr import ChannelMean
 from biascorr.statistics import TapMean
 from biascorr.windows import Window
+from tflite_networks import content_of, float_of, samples_of
 
 THREADS = 16
 
@@ -69,6 +71,14 @@ def test_functions_of_arrays():
 def test_corrections():
     expected = workload.correction()
     assert set(at_once(lambda _: workload.correction(memory_budget="1GB"))) == {expected}
+
+
+@pytest.mark.usefixtures("restless")
+def test_corrections_of_tflite():
+    whole, content, data = (find("convolutions-int8") for find in (float_of, content_of, samples_of))
+    work = functools.partial(biascorr.correct, whole, data, quantized=content, method="iterative")
+    expected = work().model
+    assert {found.model for found in at_once(lambda _: work())} == {expected}
 
 
 @pytest.mark.parametrize("kind", ACCUMULATORS)
