@@ -112,6 +112,20 @@ def test_the_temporary_folder_is_on_a_disk_unless_one_is_chosen(in_memory, chose
     assert module._place() == Path(expected)
 
 
+@pytest.mark.usefixtures("place")
+def test_no_more_is_held_than_leaves_room(monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda: 100)
+    with Storage(1000) as storage:
+        storage["x"] = np.ones(10)
+        storage.leave(60)
+        assert storage.free == 40
+        storage.leave(500)
+        assert storage.free == 0
+        storage["y"] = np.ones(1)
+        assert storage.holds("x")
+        assert not storage.holds("y")
+
+
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 @pytest.mark.usefixtures("place")
 def test_what_is_lent_takes_nothing_and_stays_with_its_owner(budget):

@@ -229,6 +229,7 @@ class Limited:
             feeds = dict(batching.rows(feeds, np.s_[: self.size])) if is_cut else feeds
             _check_finite(feeds, label)
             yield feeds
+            del batch, feeds  # before the next ones are read
             left -= size
             if left < (1 if batching.can_be_cut else size):
                 self.left_any = is_cut or self._has_more(done)

@@ -6,11 +6,14 @@ tightest limit counts. Caches of files that can be dropped do not count as used.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from biascorr.arguments import checked_integer
 
@@ -22,6 +25,21 @@ _UNLIMITED = 1 << 60
 def free_memory(root: Path = _ROOT) -> int:
     """Bytes that can still be had."""
     return max(0, min(_free_on_host(root), *_free_in_groups(root), _UNLIMITED))
+
+
+def give_back_memory() -> None:
+    """Gives free memory back to the system, which glibc keeps otherwise: what networks took to run, for the next to come."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not of glibc
+        return None
 
 
 def is_in_memory(folder: Path, root: Path = _ROOT) -> bool:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ from biascorr.calibration.data import batches_from_data, check_end, number_of_ba
 from biascorr.calibration.digest import Digest
 from biascorr.calibration.images import Images
 from biascorr.calibration.progress import LOGGER, Progress
+from biascorr.calibration.slices import is_sliceable
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.reference import mean_from_sums
 
 _ONE_OF = 4
 """One of so many samples is held out."""
+
+_AT_ONCE = 4
+"""Batches of inputs that are in memory at once besides those that are held: some being read, some run."""
 
 _ENOUGH = 8
 """Samples that are held out at least, where there are twice as many."""
@@ -202,7 +207,9 @@ class Samples:
         self.images = data if isinstance(data, Images) and not validation else self.images
         check_end(data, max_samples, name)
         total = number_of_batches(data, inputs, batch_size=batch_size, max_samples=max_samples)
-        lasting = type(data) in (np.ndarray, dict, list, tuple, Images)
+        lasting = (
+            type(data) in (np.ndarray, dict, list, tuple, Images) or isinstance(data, (str, PathLike)) or is_sliceable(data)
+        )
         known = assumed(inputs)
         batchings = batchings or (lambda _: known)
         batches = batches_from_data(
@@ -211,9 +218,12 @@ class Samples:
         for done, feeds in enumerate(batches, start=1):
             kept = feeds if lasting else {key: array.copy() for key, array in feeds.items()}  # a loader may fill them again
             self._batching = batchings(feeds)
+            if done == 1:
+                self.storage.leave(_AT_ONCE * sum(array.nbytes for array in kept.values()))
             self.add(kept, batches.size, validation=validation)
             self._digest.update(kept, self._batching.axes)
             progress(f"reading {'validation ' * validation}samples", done, total)
+            del feeds, kept  # before the next ones are read
         if self.batches == before:
             raise ValueError(f"{name}: no samples, at least one is needed")
         self.batches_read = len(self.data_batches)

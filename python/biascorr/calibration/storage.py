@@ -26,7 +26,7 @@ except ImportError:  # not on Windows, where folders of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 from biascorr.arguments import checked_integer
-from biascorr.calibration.resources import free_memory, is_in_memory
+from biascorr.calibration.resources import free_memory, give_back_memory, is_in_memory
 
 _PREFIX = "biascorr-"
 """What the names of temporary folders start with."""
@@ -88,6 +88,7 @@ class Buffers:
     def clear(self) -> None:
         """Frees what is not in use."""
         self._free.clear()
+        give_back_memory()
 
 
 class TemporaryFolder:
@@ -188,6 +189,11 @@ class Storage:
     def free(self) -> int:
         """Bytes of the budget that are not in use."""
         return max(0, self._budget - self._held)
+
+    def leave(self, size: int) -> None:
+        """Has no more held than leaves so many bytes of the memory that is free now."""
+        with self._lock:
+            self._budget = min(self._budget, max(0, self._held + free_memory() - size))
 
     def __enter__(self) -> Storage:
         return self

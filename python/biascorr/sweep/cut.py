@@ -166,7 +166,10 @@ class Cut:
 
         def run(batch: int) -> tuple[int, Feeds, Measurements]:
             results = compute(self._feeds(stage, batch, shifts))
-            return batch, results, Measurements.of_batch(stage.layers, wanted, results, self._samples, batch)
+            part = Measurements.of_batch(stage.layers, wanted, results, self._samples, batch)
+            return batch, {name: results[name] for name in results if name in new}, part
+
+        new = {name for name in tensors if name not in stage.given or name in self._network.outputs}  # others may go now
 
         for batches, workers in self._in_turns(stage, shifts):
             compute = self.part(self._feeds(stage, batches[0], shifts), tensors, workers)
