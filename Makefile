@@ -128,7 +128,7 @@ memcheck:
 	done
 
 # Inputs that nobody means to give, for SECONDS=600. TARGET=kernels: by libFuzzer, under AddressSanitizer, of the same toolchain;
-# onnx, tflite, npy, npz, config: files, by atheris. What is worth keeping is in build/fuzz.
+# onnx, tflite, keras, npy, npz, config: files, by atheris. What is worth keeping is in build/fuzz.
 fuzz: fuzz-$(if $(filter kernels,$(TARGET)),kernels,readers)
 
 fuzz-kernels: export RUSTC_BOOTSTRAP = 1
@@ -142,7 +142,7 @@ fuzz-kernels:
 	cargo build --quiet --release --manifest-path fuzz/Cargo.toml --features libfuzzer --target $(HOST) --target-dir target/fuzz
 	target/fuzz/$(HOST)/release/kernels $(LIMITS) -artifact_prefix=build/fuzz/kernels/ build/fuzz/kernels/corpus
 
-fuzz-readers: $(VENV)/built
+fuzz-readers: $(VENV)/built $(if $(filter keras,$(TARGET)),$(VENV)/keras)
 	$(BIN)/python -m pip install --quiet --group fuzz
 	mkdir -p build/fuzz/$(TARGET)
 	$(BIN)/python fuzz/readers.py $(TARGET) --seconds $(or $(SECONDS),600)

@@ -16,16 +16,17 @@ import traceback
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent / "tests"
-TARGETS = ("config", "npy", "npz", "onnx", "tflite")
+TARGETS = ("config", "keras", "npy", "npz", "onnx", "tflite")
 MEGABYTES, HANG = 4096, 60
 """More memory or more seconds than these are a finding."""
 
 
 def fuzz(target: str, seconds: int, folder: Path) -> int:
-    """Runs processes one after the other; returns how many findings there are."""
+    """Runs processes one after the other; returns how many files were lost."""
     shutil.rmtree(folder / "findings", ignore_errors=True)
     (folder / "findings").mkdir(parents=True)
     (folder / "corpus").mkdir(exist_ok=True)
+    (folder / "lost").write_text("")
     end, executions, edges = time.monotonic() + seconds, 0, 0
     while (left := round(end - time.monotonic())) > 0:
         command = [sys.executable, __file__, target, "--seconds", str(left), "--folder", str(folder), "--child"]
@@ -38,9 +39,13 @@ def fuzz(target: str, seconds: int, folder: Path) -> int:
             raise SystemExit(f"{said[-2000:]}\nnothing was run")
         executions += max(counts)
         edges = max(edges, *map(int, re.findall(r" cov: (\d+)", said)), 0)
-    findings = sorted(each.name for each in (folder / "findings").iterdir() if each.suffix != ".txt")
-    print(f"{target}: {executions} files in {seconds} seconds, {edges} edges, {len(findings)} findings", *findings, sep="\n  ")
-    return len(findings)
+    findings = sorted(
+        each.name for each in (folder / "findings").iterdir() if each.suffix != ".txt" and not each.name.startswith("slow-")
+    )
+    ended = sum(each.startswith(("crash-", "oom-", "timeout-")) for each in findings)
+    lost = ended + len((folder / "lost").read_text().splitlines())
+    print(f"{target}: {executions} files in {seconds} seconds, {edges} edges, {lost} lost", *findings, sep="\n  ")
+    return lost
 
 
 def _run(target: str, seconds: int, folder: Path) -> None:
@@ -54,6 +59,8 @@ def _run(target: str, seconds: int, folder: Path) -> None:
         import biascorr.correction.correct
         import biascorr.inspection.inspect
 
+        if target == "keras":
+            import biascorr.adapters.keras.network
         if target == "tflite":
             import biascorr.adapters.tflite.network  # noqa: F401
     import hostile
@@ -67,7 +74,7 @@ def _run(target: str, seconds: int, folder: Path) -> None:
     def test(content: bytes) -> None:
         error = reader.finding(content)
         if error is not None:
-            _keep(content, error, folder / "findings")
+            _keep(content, error, folder)
 
     def mutate(content: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
@@ -85,7 +92,9 @@ def _keep(content: bytes, error: BaseException, folder: Path) -> None:
     """The first file for each place that raises."""
     frames = [each for each in traceback.extract_tb(error.__traceback__) if f"biascorr{os.sep}" in each.filename]
     place = f"{Path(frames[-1].filename).stem}-{frames[-1].lineno}" if frames else "nowhere"
-    file = folder / f"{type(error).__name__}-{place}"
+    file = folder / "findings" / f"{type(error).__name__}-{place}"
+    with (folder / "lost").open("a") as lost:
+        lost.write(f"{file.name}\n")
     if not file.exists():
         file.write_bytes(content)
         file.with_suffix(".txt").write_text("".join(traceback.format_exception(error)))

@@ -244,6 +244,11 @@ mod tests {
     }
 
     #[test]
+    fn a_reversed_axis_without_elements_has_none() {
+        assert!(nest(&[(0, -1), (3, 4)]).normalized().is_empty());
+    }
+
+    #[test]
     fn a_single_element_still_has_an_axis() {
         assert_eq!(nest(&[]).normalized().axes, [Axis { len: 1, strides: [1] }]);
     }

@@ -9,7 +9,9 @@ import copy
 import functools
 import io
 import itertools
+import json
 import math
+import operator
 import os
 import random
 import re
@@ -501,6 +503,47 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.nd
     return rng.normal(0.5, 1, shape).astype(kind) if kind.kind == "f" else rng.integers(0, 2, shape).astype(kind)
 
 
+# Keras
+
+
+def _keras_seeds() -> list[bytes]:
+    from keras_models import plain, sequential, with_norms
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        return [(make().save(path), path.read_bytes())[1] for make in (plain, sequential, with_norms)]
+
+
+def _mutated_keras(content: bytes, rng: random.Random) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = rng.choice(list(members))
+    if name.endswith(".json"):
+        config = json.loads(members[name])
+        *outer, last = rng.choice(list(_keys(config)))
+        place = functools.reduce(operator.getitem, outer, config)
+        changes = (None, True, 0, -1, 2**31, 2**63, 1e30, "", "x", "relu", [], [-1], {}, [place[last]] * 2)
+        place[last] = rng.choice(changes)
+        members[name] = json.dumps(config).encode()
+    elif rng.random() < 0.1:
+        del members[name]
+    else:
+        members[name] = changed_bytes(members[name], rng)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return made.getvalue()
+
+
+def _keys(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to all that is in a configuration."""
+    if before:
+        yield before
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from _keys(value[key], (*before, key))
+
+
 # The command line
 
 
@@ -563,6 +606,7 @@ def _read_config(path: Path) -> None:
 READERS = {
     "onnx": Reader(_onnx_seeds, _read_model, _mutated_onnx, ".onnx"),
     "tflite": Reader(_tflite_seeds, _read_model, _mutated_tflite, ".tflite"),
+    "keras": Reader(_keras_seeds, _read_model, _mutated_keras, ".keras"),
     "npy": Reader(_array_seeds, _read_data, _mutated_npy, ".npy"),
     "npz": Reader(_archive_seeds, _read_data, _mutated_archive, ".npz"),
     "config": Reader(_config_seeds, _read_config, _mutated_config, ".toml"),

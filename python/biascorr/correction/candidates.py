@@ -395,11 +395,13 @@ class CandidateBuilder:
         known = {name: norms[match.reference.name] for name, match in self._matches.items() if match.reference.name in norms}
         known = {name: info for name, info in known.items() if info.gives_input_mean}
         shapes = self._shapes([self._matches[name].reference.input for name in known])
-        return {
-            name: analytical_shift(match.quantized, match.reference.weights, known[name], shapes.get(match.reference.input))
-            for name, match in self._matches.items()
-            if name in known
-        }
+        shifts: dict[str, Shift] = {}
+        for name, match in self._matches.items():
+            if name in known:
+                shape = shapes.get(match.reference.input)
+                with _named(name):
+                    shifts[name] = analytical_shift(match.quantized, match.reference.weights, known[name], shape)
+        return shifts
 
     def _norms_of_calls(self, norms: Mapping[str, ConvBnInfoType]) -> dict[str, ConvBnInfoType]:
         """By the name of each call, those of its layer."""
@@ -450,7 +452,7 @@ def _named(layer: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"layer {layer}: {error}") from error
+        raise ValueError(f"layer {layer}: {str(error).removeprefix(f'layer {layer}: ')}") from error
 
 
 def _worst_channels(shift: Shift) -> tuple[tuple[int, float], ...]:

@@ -44,7 +44,9 @@ def test_files_that_are_damaged_after_large_tensors(tmp_path):
 @pytest.mark.parametrize("text", [b"first", b"tests", b"b1", b"Flatten", b"pads"])
 def test_names_that_are_no_text(text):
     """Of a node, of what wrote the model, of a tensor, of an operator, of an attribute."""
-    content = two_layers().SerializeToString()
+    model = two_layers()
+    model.graph.node[4].domain = "com.microsoft"
+    content = model.SerializeToString()
     refused(
         content.replace(text, b"\xbb" + text[1:]),
         r"^model: not an ONNX model, or a damaged one: b'\\xbb.*' is no text in UTF-8",
@@ -62,7 +64,7 @@ def test_equations_that_onnxruntime_does_not_come_to_the_end_of(equation):
 
 def test_nothing_is_printed_where_onnxruntime_fails(capfd, monkeypatch):
     """Nor is the model tried again with optimizers that change the arithmetic."""
-    monkeypatch.setattr("biascorr.adapters.onnx.network.check_texts", lambda *_: None)
+    monkeypatch.setattr("biascorr.adapters.onnx.files.check_texts", lambda *_: None)
     model = two_layers()
     model.graph.node[0].op_type = "Unknown"
     refused(model.SerializeToString().replace(b"Unknown", b"\xbbnknown"), "^model: onnxruntime cannot run it: ")
@@ -130,6 +132,17 @@ def test_a_layer_that_nothing_runs_says_that_data_does_not_fit():
     )
     with pytest.raises(ValueError, match="^layer layer: input_mean: shape "):
         biascorr.correct(model, samples(4, 2), method="analytical")
+
+
+def test_a_layer_that_nothing_runs_and_whose_batch_normalization_has_other_channels():
+    text = f"""g (float[N,4,6,6] x) => (float[N,4,6,6] y) {{
+        {batch_norm("x", "n")}
+        [layer] a = Conv<group=4>(n, w)
+        y = Relu(x)
+    }}"""
+    model = model_from_text(text, w=weights(4, 3, 3, 3), **batch_norm_constants(4))
+    with pytest.raises(ValueError, match="^layer layer: input_mean: shape "):
+        biascorr.correct(model, samples(4, 4, 6, 6), method="analytical")
 
 
 def test_limits_that_are_no_numbers():

@@ -29,6 +29,7 @@ from biascorr.adapters.onnx.tensors import (
     raw_of,
     whole_model,
 )
+from biascorr.adapters.onnx.texts import check_texts
 from biascorr.adapters.onnx.wire import without_values
 from biascorr.whole_file import check_output, kind_of, mode_of, whole_file
 
@@ -144,6 +145,7 @@ def _detached(
     model: onnx.ModelProto, path: Path | None, name: str, arrays: Mapping[int, NDArray[np.uint8]] | None = None
 ) -> tuple[onnx.ModelProto, Values]:
     """With the values of initializers that are not in the model, by their indices."""
+    check_texts(model, name)
     values = Values()
     _read_external(model, path, name, values)
     for index, array in (arrays or {}).items():

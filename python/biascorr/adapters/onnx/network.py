@@ -42,7 +42,6 @@ from biascorr.adapters.onnx.quantizers import dequantizer_of, insert_fake_quanti
 from biascorr.adapters.onnx.roles import facts_of
 from biascorr.adapters.onnx.runtime import Optimizations, Runner, Session, check
 from biascorr.adapters.onnx.tensors import Values, is_foreign, whole_model
-from biascorr.adapters.onnx.texts import check_texts
 from biascorr.graph.layer import Constant, Layer, LazyArray, WeightFormat
 from biascorr.graph.network import Allocator, BiasChange, Edits, Feeds, ModelInput, Shift
 from biascorr.graph.operations import Facts, Kind, Operation
@@ -103,7 +102,6 @@ class OnnxNetwork:
     def load(cls, model: Any, name: str) -> OnnxNetwork:
         """From a path, bytes or a ModelProto; see :func:`biascorr.adapters.onnx.files.load` for the errors."""
         loaded, values = files.load(model, name)
-        check_texts(loaded, name)
         check_functions(loaded, name)
         check(loaded, values, name)  # refuses what is no valid model before anything is read from it
         with _fitting(name):
