@@ -8,6 +8,8 @@ was lost is given again, and the results are the same.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -16,10 +18,12 @@ import pickle
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -46,6 +50,9 @@ _CHUNK = 64 << 20
 
 _LOOK = 0.5
 """Seconds after which it is looked whether workers are still there."""
+
+_AWAY = 10.0
+"""Seconds in which a worker may take no tasks before its shard leaves it."""
 
 _PATIENCE = 60.0
 """Seconds in which a worker may come, where none is left."""
@@ -81,7 +88,9 @@ class _Remote:
     worker: str | None = None
     held: Any = None
     networks: set[str] = field(default_factory=set)
+    finished: list[str] = field(default_factory=list)
     losses: int = 0
+    sent: Counter[str] = field(default_factory=Counter)
 
     def needs(self, networks: Sequence[str]) -> bool:
         """Whether it has to be opened, or to get one of these networks."""
@@ -104,13 +113,17 @@ class ClusterShards(Shards):
 
     Attributes
     ----------
-    sent, received : int
-        Bytes of commands, samples and networks that went to workers, and of results that came back.
+    received : int
+        Bytes of results that came back.
+    commands : int
+        Commands that were given, each to all shards that have batches for it.
 
     Raises
     ------
+    ConnectionError
+        The scheduler is lost.
     RuntimeError
-        A worker has another version of this package, or none.
+        A worker has another version of this package, or none; or shards are lost again and again.
     TimeoutError
         There are no workers, and none comes within a minute.
     """
@@ -118,18 +131,19 @@ class ClusterShards(Shards):
     def __init__(self, client: Any, samples: Samples, threads: int | None, budget: int | None) -> None:
         check_client(client)
         self.threads = available_cpus() if threads is None else threads
-        self.sent = self.received = 0
+        self.received = self.commands = 0
         self._client = client
         self._samples = samples
+        self._state = pickle.dumps(samples)
         self._options = threads, budget
         self._failed: dict[str, BaseException] = {}
+        self._away: dict[str, float] = {}
+        self._is_over = False
         self._networks: dict[int, tuple[Any, str]] = {}
         self._folder: TemporaryFolder | None = None
         self._files: dict[str, tuple[Path, int, str]] = {}
-        self._finished: list[str] = []
         self._prepared: dict[int, float] = {}
-        workers = sorted(self._wait_for_workers())
-        self._check_versions(workers)
+        workers = self._wait_for_workers()
         order = list(dict.fromkeys([*samples.fitted_batches, *samples.scored_batches, *samples.data_batches]))
         count = max(1, min(len(workers), len(order)))
         self._remotes = [_Remote(number, order[number::count]) for number in range(count)]
@@ -139,11 +153,18 @@ class ClusterShards(Shards):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._is_over = True
         for remote in self._remotes:
             self._forget(remote)
         if self._folder is not None:
             self._folder.cleanup()
-        _LOGGER.info("cluster: %.1f MB went to workers, %.1f MB came back", self.sent / 1e6, self.received / 1e6)
+        sent = ", ".join(f"{size / 1e6:.1f} MB of {kind}" for kind, size in self.sent.items())
+        _LOGGER.info("cluster: %d commands, %s; %.1f MB of results", self.commands, sent, self.received / 1e6)
+
+    @property
+    def sent(self) -> Counter[str]:
+        """Bytes that went to workers: of samples, networks and commands."""
+        return sum((remote.sent for remote in self._remotes), Counter())
 
     @property
     def prepared(self) -> float:
@@ -157,39 +178,58 @@ class ClusterShards(Shards):
         for batch in batches:
             parts.setdefault(self._owners[batch], []).append(batch)
         found: dict[int, R] = {}
+        self.commands += 1
         for remote, reply in self._replies(command, networks, parts):
-            results, self._prepared[remote.number] = pickle.loads(reply)
-            self.received += len(reply)
+            results, self._prepared[remote.number] = reply
             found |= zip(parts[remote], results)
-        self._finished.clear()
         return iter([found[batch] for batch in batches])
 
     def finish(self, plan: SweepPlan) -> None:
         """Drops what is live of a sweep, with the next command."""
-        self._finished.append(plan.name)
+        for remote in self._remotes:
+            remote.finished.append(plan.name)
 
     def _replies(
         self, command: bytes, networks: Sequence[str], parts: Mapping[_Remote, Sequence[int]]
-    ) -> Iterator[tuple[_Remote, bytes]]:
+    ) -> Iterator[tuple[_Remote, tuple[list[Any], float]]]:
         """The reply of each shard; shards whose workers are lost are opened again, and asked again."""
         pending: dict[Any, _Remote] = {}
+        settled: SimpleQueue[Any] = SimpleQueue()
         waiting = list(parts)
         try:
             while waiting or pending:
                 self._get_ready([remote for remote in waiting if remote.needs(networks)], networks)
-                for remote in [each for each in waiting if each.worker is not None]:
-                    pending[self._submitted(remote, command, parts[remote])] = remote
+                for remote in [each for each in waiting if each.held is not None]:
+                    remote.sent["commands"] += len(command)
+                    arguments = command, parts[remote], list(remote.finished)
+                    future = self._submitted(settled, remote, _answer, _replied, remote.held, *arguments)
+                    pending[future] = remote
                     waiting.remove(remote)
-                for future, remote in self._settled(pending):
-                    del pending[future]
-                    if self._is_done(future, remote):
-                        remote.losses = 0
-                        yield remote, future.result()
-                    else:
+                done = {future: pending.pop(future) for future in self._settled(settled, pending)}
+                replies = self._results(done)
+                for future, remote in done.items():
+                    reply = self._kept(future, replies, remote)
+                    if reply is None:
                         waiting.append(remote)
+                    else:
+                        yield remote, reply
         finally:
             for future in pending:
-                future.cancel()
+                future.release()
+
+    def _kept(self, future: Any, replies: Mapping[Any, bytes], remote: _Remote) -> Any:
+        """The reply to a command; None where the shard is lost."""
+        try:
+            reply = self._reply(future, replies, remote)
+        except _LostError as error:
+            self._lose(remote, error)
+            return None
+        finally:
+            future.release()
+        remote.losses = 0
+        remote.finished.clear()
+        self.received += len(replies[future])
+        return reply
 
     def _get_ready(self, remotes: Sequence[_Remote], networks: Sequence[str]) -> None:
         """Opens shards that are not open, and has them have networks, at the same time; some may be lost on the way."""
@@ -198,21 +238,20 @@ class ClusterShards(Shards):
                 self._choose_worker(remote)
 
         def get_ready(remote: _Remote) -> None:
-            with contextlib.suppress(_LostError):
+            try:
                 self._open(remote)
                 for key in networks:
                     self._place(remote, key)
+            except _LostError as error:
+                self._lose(remote, error)
 
         if remotes:
             with ThreadPoolExecutor(min(len(remotes), _AT_ONCE)) as pool:
-                list(pool.map(get_ready, remotes))
-
-    def _submitted(self, remote: _Remote, command: bytes, batches: Sequence[int]) -> Any:
-        """The future of a command to a shard."""
-        self.sent += len(command)
-        return self._client.submit(
-            _replied, remote.held, command, list(batches), list(self._finished), workers=[remote.worker], pure=False
-        )
+                try:
+                    list(pool.map(get_ready, remotes))
+                except BaseException:
+                    self._is_over = True
+                    raise
 
     def _choose_worker(self, remote: _Remote) -> None:
         """Takes the worker with the fewest shards for one that has none."""
@@ -220,75 +259,146 @@ class ClusterShards(Shards):
         counts = {worker: sum(each.worker == worker for each in self._remotes) for worker in sorted(workers)}
         remote.worker = min(counts, key=lambda worker: counts[worker])
         remote.networks = set()
+        remote.finished = []
         _LOGGER.info("cluster: shard %d, %d batches, opened on %s", remote.number, len(remote.batches), remote.worker)
 
     def _open(self, remote: _Remote) -> None:
         """Opens a shard on its worker, and sends its samples."""
         if remote.held is not None:
             return
-        remote.held = self._client.submit(
-            _Held, pickle.dumps(self._samples), *self._options, workers=[remote.worker], pure=False
-        )
-        self._wait(remote.held, remote)
+        self._check_version(remote)
+        with self._scattered(remote, self._state, "samples") as state:
+            remote.held = self._submitted(SimpleQueue(), remote, _Held, state, *self._options)
         chunk: list[tuple[int, Feeds]] = []
         for batch, feeds in zip(remote.batches, self._samples.feeds(remote.batches)):
             chunk.append((batch, feeds))
             if _bytes_of(chunk) >= _CHUNK:
-                self._send(remote, _add, chunk)
+                self._add(remote, chunk)
                 chunk = []
-        self._send(remote, _add, chunk)
+        self._add(remote, chunk)
+
+    def _check_version(self, remote: _Remote) -> None:
+        ours, worker = biascorr.__version__, remote.worker
+        try:
+            (found,) = self._awaited(self._client.run(_version, workers=[worker], asynchronous=True), [remote]).values()
+        except ImportError as error:
+            raise RuntimeError(
+                f"client: worker {worker} cannot import biascorr ({error}); install biascorr {ours} where workers run"
+            ) from error
+        if found != ours:
+            raise RuntimeError(f"client: worker {worker} has biascorr {found}, expected {ours} as here")
+
+    def _add(self, remote: _Remote, chunk: list[tuple[int, Feeds]]) -> None:
+        with self._scattered(remote, chunk, "samples") as data:
+            self._result(remote, _add, data)
 
     def _place(self, remote: _Remote, key: str) -> None:
         """Has the worker of a shard have a network: from a file, where it sees the same one; else it is sent."""
         if key in remote.networks:
             return
         path, size, digest = self._files[key]
-        loaded = self._client.submit(_load, remote.held, key, str(path), size, digest, workers=[remote.worker], pure=False)
-        self._wait(loaded, remote)
-        if not loaded.result():
-            self._send(remote, _load_bytes, (key, path.read_bytes()))
+        if not self._result(remote, _load, key, str(path), size, digest):
+            with self._scattered(remote, path.read_bytes(), "networks") as content:
+                self._result(remote, _load_bytes, key, content)
         remote.networks.add(key)
 
-    def _send(self, remote: _Remote, function: Any, value: Any) -> None:
-        self.sent += _bytes_of(value)
-        (data,) = self._client.scatter([value], workers=[remote.worker], hash=False)
-        self._wait(self._client.submit(function, remote.held, data, workers=[remote.worker], pure=False), remote)
+    @contextlib.contextmanager
+    def _scattered(self, remote: _Remote, value: Any, kind: str) -> Iterator[Any]:
+        """The future of a value that is sent to the worker of a shard."""
+        remote.sent[kind] += _bytes_of(value)
+        scatter = self._client.scatter([value], workers=[remote.worker], hash=False, asynchronous=True)
+        (data,) = self._awaited(scatter, [remote])
+        try:
+            yield data
+        finally:
+            data.release()
 
-    def _wait(self, future: Any, remote: _Remote) -> None:
-        """Waits for a future on the worker of a shard. Raises _LostError where that is lost."""
-        while not self._settled({future: remote}):
-            pass
-        if not self._is_done(future, remote):
-            raise _LostError
+    def _result(self, remote: _Remote, function: Any, *arguments: Any) -> Any:
+        """The result of a function of a shard. Raises _LostError where that is lost."""
+        settled: SimpleQueue[Any] = SimpleQueue()
+        future = self._submitted(settled, remote, _answer, function, remote.held, *arguments)
+        try:
+            while not self._settled(settled, {future: remote}) and not self._is_over:
+                pass
+            return self._reply(future, self._results({future: remote}), remote)
+        finally:
+            future.release()
 
-    def _settled(self, pending: Mapping[Any, _Remote]) -> list[tuple[Any, _Remote]]:
-        """The futures that are done, or whose workers are gone; waits a while for one."""
-        with self._client.as_current(), contextlib.suppress(TimeoutError, distributed.TimeoutError):
-            distributed.wait(list(pending), timeout=_LOOK, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
-        settled = [(future, remote) for future, remote in pending.items() if future.status != "pending"]
-        if settled or not pending:
-            return settled
+    def _submitted(self, settled: SimpleQueue[Any], remote: _Remote, function: Any, *arguments: Any) -> Any:
+        """The future of a function on the worker of a shard; it is put into a queue when it is settled."""
+        future = self._client.submit(function, *arguments, workers=[remote.worker], pure=False)
+        future.add_done_callback(settled.put)
+        return future
+
+    def _settled(self, settled: SimpleQueue[Any], pending: Mapping[Any, _Remote]) -> list[Any]:
+        """The futures that are settled, or whose workers are lost; waits a while for one."""
+        found = []
+        with contextlib.suppress(Empty):
+            found.append(settled.get(timeout=_LOOK))
+            while True:
+                found.append(settled.get_nowait())
+        if found or not pending:
+            return [future for future in found if future in pending]
         workers = self._workers()
-        return [(future, remote) for future, remote in pending.items() if remote.worker not in workers]
+        return [future for future, remote in pending.items() if remote.worker not in workers]
 
-    def _is_done(self, future: Any, remote: _Remote) -> bool:
-        """Whether a future has a result. Where it has not, its shard is lost; what is no matter of its worker is raised."""
-        if future.status == "finished":
-            return True
-        error = future.exception() if future.status == "error" else None
+    def _results(self, futures: Mapping[Any, _Remote]) -> dict[Any, bytes]:
+        """The results of futures, of those that can be had."""
+        futures = {future: remote for future, remote in futures.items() if future.status == "finished"}
+        if not futures:
+            return {}
+        try:
+            gather = self._client.gather(list(futures), asynchronous=True)
+            return dict(zip(futures, self._awaited(gather, futures.values())))
+        except _LostError:
+            workers = self._workers()
+        left = {future: remote for future, remote in futures.items() if remote.worker in workers}
+        return {} if self._is_over or len(left) == len(futures) else self._results(left)
+
+    def _reply(self, future: Any, replies: Mapping[Any, bytes], remote: _Remote) -> Any:
+        """What a shard replied. Raises what it raised; _LostError where it is lost, or leaves a worker that has no room."""
+        if future in replies:
+            found = pickle.loads(replies[future])
+        elif future.status == "error":
+            found = future.exception()
+        else:
+            raise _LostError
+        if not isinstance(found, Exception):
+            return found
+        if isinstance(found, (_LostError, distributed.KilledWorker, CommClosedError)):
+            raise _LostError from found
+        if isinstance(found, ImportError):
+            raise RuntimeError(f"client: worker {remote.worker} lacks what a metric imports: {found}") from found
+        if not isinstance(found, (OSError, MemoryError)):
+            raise found
+        assert remote.worker is not None
+        self._failed[remote.worker] = found
+        if not self._running() - self._failed.keys():
+            raise found
+        raise _LostError from found
+
+    def _awaited(self, call: Coroutine[Any, Any, R], remotes: Iterable[_Remote]) -> R:
+        """What a call of the client gives that needs workers of shards. Raises _LostError where one is lost."""
+        running = asyncio.run_coroutine_threadsafe(call, self._client.loop.asyncio_loop)
+        try:
+            while not concurrent.futures.wait([running], _LOOK).done:
+                if self._is_over or not self._workers().issuperset(remote.worker for remote in remotes):
+                    raise _LostError
+            return running.result()
+        except ImportError:
+            raise
+        except Exception as error:
+            raise _LostError from error
+        finally:
+            running.cancel()
+
+    def _lose(self, remote: _Remote, error: _LostError) -> None:
+        """Gives up a shard where it is. Raises RuntimeError where that happens again and again."""
         worker = remote.worker
         self._forget(remote)
-        future.cancel()
-        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, CommClosedError):
-            assert worker is not None
-            self._failed[worker] = error
-            _LOGGER.warning("cluster: shard %d leaves %s: %s", remote.number, worker, error)
-            if not self._workers() - self._failed.keys():
-                raise error
-        elif error is not None and not isinstance(error, (distributed.KilledWorker, OSError, distributed.CancelledError)):
-            raise error
-        else:
-            _LOGGER.warning("cluster: shard %d is lost with %s", remote.number, worker)
+        if self._is_over:
+            return
+        _LOGGER.warning("cluster: shard %d is lost with %s: %s", remote.number, worker, error.__cause__ or "it is gone")
         remote.losses += 1
         if remote.losses > _LOSSES:
             raise RuntimeError(
@@ -296,56 +406,51 @@ class ClusterShards(Shards):
                 f"{worker}; see the logs of workers: against too little memory, more workers help, or a smaller "
                 "memory_budget"
             )
-        return False
 
     def _forget(self, remote: _Remote) -> None:
         if remote.held is not None:
-            with contextlib.suppress(Exception):  # the scheduler may be gone
-                remote.held.cancel()
+            remote.held.release()
         remote.worker = remote.held = None
 
+    def _running(self) -> set[str]:
+        """The workers that take tasks; none where the scheduler is lost, or does not answer."""
+        try:
+            return set(self._client.sync(self._client.scheduler.ncores_running))
+        except OSError:
+            return set()
+
     def _workers(self) -> set[str]:
-        return set(self._client.nthreads())
+        """The workers that are there, but for those that have taken no tasks for a while: paused, or about to be retired."""
+        running, now = self._running(), time.monotonic()
+        try:
+            others = set(self._client.nthreads()) - running
+        except OSError:
+            others = set()
+        self._away = {worker: self._away.get(worker, now) for worker in others}
+        return running | {worker for worker, since in self._away.items() if now - since < _AWAY}
 
     def _wait_for_workers(self) -> set[str]:
         """The workers that can have shards."""
+        address = self._client.scheduler.address
         end = time.monotonic() + _PATIENCE
         while True:
-            workers = self._workers() - self._failed.keys()
+            workers = self._running() - self._failed.keys()
             if workers:
                 return workers
+            if self._client.status == "closed":
+                raise ConnectionError(f"client: the scheduler at {address} is lost, and did not come back")
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"client: no workers at {self._client.scheduler.address} for {_PATIENCE:.0f} s, expected at least one: "
-                    f"dask worker {self._client.scheduler.address}"
+                    f"client: no workers at {address} for {_PATIENCE:.0f} s, expected at least one: dask worker {address}"
                 )
             time.sleep(_LOOK)
 
-    def _check_versions(self, workers: Sequence[str]) -> None:
-        ours = biascorr.__version__
-        try:
-            found = self._client.run(_version, workers=list(workers))
-        except ImportError as error:
-            raise RuntimeError(
-                f"client: workers cannot import biascorr ({error}); install biascorr {ours} where they run"
-            ) from error
-        for worker, version in found.items():
-            if version != ours:
-                raise RuntimeError(f"client: worker {worker} has biascorr {version}, expected {ours} as here")
-
     def _pickled(self, value: Any) -> tuple[bytes, list[str]]:
         """A command, in which networks are keys; and these."""
-        file, keys = io.BytesIO(), list[str]()
-
-        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-            def persistent_id(pickler, each: Any) -> str | None:  # noqa: N805
-                if not is_network(each):
-                    return None
-                keys.append(self._key(each))
-                return keys[-1]
-
-        Pickler(file).dump(value)
-        return file.getvalue(), list(dict.fromkeys(keys))
+        file = io.BytesIO()
+        pickler = _Pickler(file, self._key)
+        pickler.dump(value)
+        return file.getvalue(), list(dict.fromkeys(pickler.keys))
 
     def _key(self, network: Any) -> str:
         """The key of a network, which is written to a file when it is first needed."""
@@ -359,6 +464,21 @@ class ClusterShards(Shards):
             self._files[key] = path, path.stat().st_size, _digest_of(path)
             self._networks[id(network)] = network, key
         return self._networks[id(network)][1]
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles networks as their keys, and keeps these."""
+
+    def __init__(self, file: io.BytesIO, key: Callable[[Any], str]) -> None:
+        super().__init__(file)
+        self.keys: list[str] = []
+        self._key = key
+
+    def persistent_id(self, value: Any) -> str | None:
+        if not is_network(value):
+            return None
+        self.keys.append(self._key(value))
+        return self.keys[-1]
 
 
 class _LostError(Exception):
@@ -396,6 +516,7 @@ class _Held:
         The samples, pickled, without their inputs.
     threads, budget : int or None
         See :class:`ClusterShards`.
+
     """
 
     def __init__(self, samples: bytes, threads: int | None, budget: int | None) -> None:
@@ -406,6 +527,7 @@ class _Held:
         held: Samples = pickle.loads(samples)
         held.storage = self.storage
         self.shard = Shard(held, threads or worker.state.nthreads)
+        self.batches: set[int] = set()
         self.networks: dict[str, Any] = {}
         weakref.finalize(self, _close, self.shard, self.storage)
 
@@ -425,10 +547,23 @@ def _version() -> str:
     return biascorr.__version__
 
 
+def _answer(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """The result of a function, pickled, or the error that it raises: Dask would keep that, and the shard with its frames."""
+    try:
+        return pickle.dumps(function(*arguments), protocol=5)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            found: bytes = cloudpickle.dumps(error)
+            pickle.loads(found)
+            return found
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
 def _add(held: _Held, batches: Sequence[tuple[int, Feeds]]) -> None:
     for batch, feeds in batches:
         for name, array in feeds.items():
             held.storage[name, batch] = array
+        held.batches.add(batch)
 
 
 def _load(held: _Held, key: str, path: str, size: int, digest: str) -> bool:
@@ -442,24 +577,43 @@ def _load(held: _Held, key: str, path: str, size: int, digest: str) -> bool:
         return False
     if hashlib.sha256(content).hexdigest() != digest:
         return False
-    _load_bytes(held, (key, content))
+    _load_bytes(held, key, content)
     return True
 
 
-def _load_bytes(held: _Held, network: tuple[str, bytes]) -> None:
-    key, content = network
+def _load_bytes(held: _Held, key: str, content: bytes) -> None:
     held.networks[key] = _NETWORKS[key] = pickle.loads(content)
 
 
-def _replied(held: _Held, command: bytes, batches: Sequence[int], finished: Sequence[str]) -> bytes:
-    """The results of a command, and the seconds in which networks were made ready to run."""
+class _Unpickler(pickle.Unpickler):
+    """Unpickles networks from their keys. Raises _LostError where there is none."""
 
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, key: str) -> Any:
-            return held.networks[key]
+    def __init__(self, file: io.BytesIO, networks: Mapping[str, Any]) -> None:
+        super().__init__(file)
+        self._networks = networks
 
+    def persistent_load(self, key: str) -> Any:
+        if key not in self._networks:
+            raise _LostError
+        return self._networks[key]
+
+
+def _replied(held: _Held, command: bytes, batches: Sequence[int], finished: Sequence[str]) -> tuple[list[Any], float]:
+    """The results of a command, and the seconds in which networks were made ready to run.
+
+    Raises _LostError where the client has given it up, or where Dask has made the shard anew, in a worker that was restarted.
+    """
+    worker = distributed.get_worker()
+    task = worker.state.tasks[worker.get_current_task()]
+
+    if not held.batches.issuperset(batches):
+        raise _LostError
     for name in finished:
         held.shard.finish(name)
-    function, arguments = Unpickler(io.BytesIO(command)).load()
-    results = list(function(held.shard, batches, *arguments))
-    return pickle.dumps((results, held.shard.prepared), protocol=5)
+    function, arguments = _Unpickler(io.BytesIO(command), held.networks).load()
+    results = []
+    for result in function(held.shard, batches, *arguments):
+        if task.state == "cancelled":
+            raise _LostError
+        results.append(result)
+    return results, held.shard.prepared
