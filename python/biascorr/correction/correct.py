@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from biascorr import __version__
 from biascorr.adapters.loading import check_same_framework, network_from_model
 from biascorr.arguments import check_flags, checked_choice, checked_integer, paths_of, renamed
 from biascorr.calibration.data import check_amounts
@@ -23,11 +22,12 @@ from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, checked_budget
 from biascorr.correction.candidates import Candidate, CandidateBuilder, Choice
 from biascorr.correction.choosing import choose, finalists, is_safe
-from biascorr.correction.image_notes import image_notes
+from biascorr.correction.identity import RunIdentity
 from biascorr.correction.layer_errors import layer_errors
 from biascorr.correction.metrics import Metric
 from biascorr.correction.planning import work_left
 from biascorr.correction.quant_params import QuantParams
+from biascorr.correction.reading import notes_on_left_out, notes_on_samples, read_samples
 from biascorr.correction.result import Correction
 from biascorr.correction.returning import deployed
 from biascorr.correction.roles import Pair, check_is_static, check_method, check_roles, paired, with_inputs_of
@@ -39,11 +39,10 @@ from biascorr.equalization.folding import fold_batch_norms, foldable_batch_norms
 from biascorr.equalization.result import Equalization
 from biascorr.graph.layer import Layer, without_later_calls
 from biascorr.graph.matching import Match, match_by_name
-from biascorr.graph.network import BiasNetwork, Network, input_ranges, require_biases, require_edits, versions_of
+from biascorr.graph.network import BiasNetwork, Network, require_biases, require_edits
 from biascorr.graph.reasons import LayerReport, ReasonCode
 from biascorr.report.lines import counted
 from biascorr.sweep.checkpoint import check_so_far, checked_folder
-from biascorr.sweep.independence import BatchingFinder
 from biascorr.sweep.running import check_cluster, running_shards
 from biascorr.sweep.shard import Shards, Shifted
 from biascorr.typing import Data, Method, Model, ModelFile, NewBiases
@@ -65,9 +64,6 @@ More of them win no more, by chance often less (measured, docs/benchmarks/networ
 """
 
 _UNCORRECTED = Choice("none")
-
-_OUTSIDE = 0.05
-"""Share of the values of an input that a quantizer may well have cut off."""
 
 _FEW = 8
 """Scores of fewer samples than this are too uncertain."""
@@ -257,39 +253,43 @@ def correct(
     float_network, notes = pair.reference, [*notes, *pair.notes]
     excluded = excluded_layers(given or float_network, only, exclude)
     wanted = wanted_choices(method, strength, shrunk)
-    known: dict[str, str] = {}
+    settings = {
+        "method": method,
+        "strength": float(strength),
+        "shrunk": bool(shrunk),
+        "quant_params": params,
+        "equalize": bool(equalize),
+        "fold": bool(fold),
+        "new_biases": new_biases,
+        "layers left out": sorted(excluded),
+        "seed": int(seed),
+        "metric": user_metric and user_metric.name,
+    }
+    identity = RunIdentity(float_network, given, settings)
     if folder is not None:
-        settings = {
-            "method": method,
-            "strength": float(strength),
-            "shrunk": bool(shrunk),
-            "quant_params": replace(params, use_cuda=False, ops_to_ignore=sorted(params.ops_to_ignore or ())),
-            "equalize": bool(equalize),
-            "fold": bool(fold),
-            "new_biases": new_biases,
-            "layers left out": sorted(excluded),
-            "seed": int(seed),
-            "metric": user_metric and user_metric.name,
-        }
-        known = _identity(float_network, given, settings)
-        check_so_far(folder, known)
+        check_so_far(folder, identity.known)
     with Storage(budget) as storage:
-        samples = Samples(storage, hold_out=method == "auto", seed=seed)
-        work = Work(progress)
-        inputs = (given or float_network).inputs
-        batchings = BatchingFinder(float_network, inputs, storage, own_threads)
-        read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
-        if data is not None:
-            read(data, inputs, work)
-        if validation is not None:
-            read(validation, inputs, work, validation=True)
-        read_sizes = samples.sizes
-        samples.choose_scored()
-        notes += [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += [*image_notes(float_network, samples), *samples_out_of_range(given or float_network, samples)]
-        identity = functools.partial(_identity_with_data, known, samples, read_sizes)
+        samples, work = Samples(storage, hold_out=method == "auto", seed=seed), Work(progress)
+        sizes = read_samples(
+            samples,
+            float_network,
+            given or float_network,
+            data,
+            validation,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            threads=own_threads,
+            work=work,
+        )
+        notes += notes_on_left_out(samples, max_samples)
+        notes += notes_on_samples(float_network, given or float_network, samples)
         with running_shards(
-            samples, threads=threads, memory_budget=memory_budget, client=client, checkpoint=folder, identity=identity
+            samples,
+            threads=threads,
+            memory_budget=memory_budget,
+            client=client,
+            checkpoint=folder,
+            identity=functools.partial(identity.with_samples, samples, sizes),
         ) as shards:
             expected = FloatOutputs(float_network, samples, shards, user_metric, work)
             options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
@@ -568,23 +568,6 @@ def _refitted(options: Options, best: Candidate, before: Candidate, chosen: Atte
     ]
 
 
-def _identity(reference: Network, given: Network | None, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint is of, but for the samples: all that its results depend on."""
-    return {
-        "biascorr": __version__,
-        **{name: version for name, version in versions_of(reference).items() if name != "python"},
-        "reference": reference.digest,
-        "quantized": "none" if given is None else given.digest,
-        **{name: str(value) for name, value in settings.items()},
-    }
-
-
-def _identity_with_data(known: Mapping[str, str], samples: Samples, sizes: Iterable[int]) -> dict[str, str]:
-    """The same with the samples, in batches of these sizes."""
-    batches = ", ".join(f"{len([*group])} of {size}" for size, group in itertools.groupby(sizes))
-    return {**known, "data": f"{samples.digest or 'none'}, {samples.count} samples", "batches": batches}
-
-
 def wanted_choices(method: str, strength: float, shrunk: bool) -> list[Choice]:
     """The candidates to make for a method: that one, or those of "auto"."""
     return [Choice(method, strength, shrunk)] if method != "auto" else [*_AUTO]
@@ -637,25 +620,6 @@ def _notes(best: Candidate, before: Candidate, samples: Samples, random: Sequenc
         label = best.choice.label
         notes.append(f"{label} made the outputs worse: {before.score} before, {best.score} after, on {samples.scored} {kind}")
         warnings.warn(notes[-1], stacklevel=5)
-    return notes
-
-
-def samples_out_of_range(network: Network, samples: Samples) -> list[str]:
-    """Remarks on inputs whose samples are not what the quantized network was made for."""
-    notes, ranges = [], input_ranges(network)
-    counts = dict.fromkeys(ranges, (0, 0))
-    for feeds in samples.feeds() if ranges else ():
-        for name, (low, high) in ranges.items():
-            outside, count = counts[name]
-            array = feeds[name]
-            counts[name] = outside + int(np.count_nonzero((array < low) | (array > high))), count + array.size
-    for name, (outside, count) in counts.items():
-        if outside > _OUTSIDE * count:
-            low, high = ranges[name]
-            notes.append(
-                f"{outside / count:.0%} of the values of input {name} are outside of {low:.4g} to {high:.4g}, which is all "
-                "that the quantized model takes: are the samples scaled as for the float model?"
-            )
     return notes
 
 

@@ -10,7 +10,6 @@ taken where it is surely better.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +24,10 @@ from biascorr.calibration.resources import checked_threads
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, TemporaryFolder, checked_budget
 from biascorr.correction.candidates import Choice
-from biascorr.correction.correct import (
-    Attempt,
-    Options,
-    best_of,
-    builder_of,
-    check_options,
-    samples_out_of_range,
-    wanted_choices,
-)
-from biascorr.correction.image_notes import image_notes
+from biascorr.correction.correct import Attempt, Options, best_of, builder_of, check_options, wanted_choices
 from biascorr.correction.metrics import Metric
 from biascorr.correction.planning import work_left
+from biascorr.correction.reading import notes_on_left_out, notes_on_samples, read_samples
 from biascorr.correction.result import Correction
 from biascorr.correction.roles import paired
 from biascorr.correction.scoring import FloatOutputs
@@ -46,7 +37,6 @@ from biascorr.equalization.result import Equalization
 from biascorr.graph.matching import Match
 from biascorr.graph.network import BiasNetwork, Feeds, Network, require_edits, require_float, versions_of
 from biascorr.graph.origin import origin_of
-from biascorr.sweep.independence import BatchingFinder
 from biascorr.sweep.shard import OneShard, Shifted
 from biascorr.typing import Calibration, Data, Method, Model, ModelFile, NewBiases, QuantizedType
 
@@ -177,12 +167,17 @@ def quantize(
     work, wanted = Work(progress), wanted_choices(method, strength, shrunk)
     with Storage(budget) as storage:
         samples = Samples(storage, hold_out=method == "auto", seed=seed)
-        batchings = BatchingFinder(network, network.inputs, storage, threads)
-        read = functools.partial(samples.read, batch_size=batch_size, max_samples=max_samples, batchings=batchings)
-        read(data, network.inputs, work)
-        if validation is not None:
-            read(validation, network.inputs, work, validation=True)
-        samples.choose_scored()
+        read_samples(
+            samples,
+            network,
+            network,
+            data,
+            validation,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            threads=threads,
+            work=work,
+        )
         later = [Choice("activation")] if method == "auto" else []
         left = work_left(samples, first=wanted, second=later * 2, refitted=later, times=1 + equalize)
         calibrating = {_CALIBRATING: len(samples.data_batches)}
@@ -194,8 +189,8 @@ def quantize(
         first = _Quantized.of(network, samples, work, settings)
         if reduce_range is None and not settings.is_wide:
             first = _without_saturation(first, network, expected, work)
-        notes = [f"{name}: not all samples were read, {max_samples} at most (max_samples)" for name in samples.left_out]
-        notes += [*first.notes, *image_notes(network, samples), *samples_out_of_range(first.network, samples)]
+        notes = [*notes_on_left_out(samples, max_samples), *first.notes]
+        notes += notes_on_samples(network, first.network, samples)
         excluded = excluded_layers(first.network, only, exclude)
         options = Options(wanted, samples, shards, work, expected, method == "auto", new_biases == "add", excluded)
         attempts = _Attempts(options, first, equalization)
