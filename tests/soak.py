@@ -115,7 +115,7 @@ class Kernels:
 
     def call_merge(self) -> object:
         own = biascorr.ChannelMean(channel_axis=1)
-        own.update(self.array)
+        own.update(self.array[:, :2])
         self.accumulators[1].merge(own)
         return own.mean()
 
@@ -135,7 +135,9 @@ class Kernels:
         return biascorr.fake_quantize(self.weights, biascorr.Quantization(3.0), rng=np.random.default_rng(0))
 
     def call_fake_quantize_blocks(self) -> object:
-        return biascorr.fake_quantize(self.weights, biascorr.Quantization(np.full((2, 3), 3.0)), block_size=4)
+        size = int(self.rng.integers(3, 6))
+        blocks = np.full((*self.weights.shape[:2], -(-self.weights.shape[2] // 4), self.weights.shape[3]), 3.0)
+        return biascorr.fake_quantize(self.weights, biascorr.Quantization(blocks), axis=2, block_size=size)
 
     def call_from_weights(self) -> object:
         axis = [None, -1, 7][int(self.rng.integers(0, 3))]
@@ -155,10 +157,12 @@ class Kernels:
 
     def call_other_correctors(self) -> object:
         size = self.weights.shape[-2]
-        analytical = biascorr.AnalyticalBiasCorrector(np.zeros(size), np.ones(size), 0.0, np.inf)
-        return analytical.calculate(self.weights, self.weights * 0.9), biascorr.NullBiasCorrector().calculate(
-            self.weights, self.weights
-        )
+        correctors = [
+            biascorr.AnalyticalBiasCorrector(np.zeros(size), np.ones(size), "relu"),
+            biascorr.EmpiricalBiasCorrector(np.ones(size), np.zeros(size)),
+            biascorr.NullBiasCorrector(),
+        ]
+        return [corrector.calculate(self.weights, self.weights * 0.9) for corrector in correctors]
 
     def call_channels(self) -> object:
         ranges = channel_scale.channel_ranges(self.weights, "HWIO", axis="I")
@@ -211,6 +215,7 @@ def corrections(rng: np.random.Generator) -> Iterator[Callable[[], object]]:
     kinds += [simulated(method, memory_budget="1kB", threads=2) for method in ("auto", "squared", "iterative")]
     kinds += [given(each, method) for each in (qdq, operators) for method in ("auto", "activation", "mean")]
     kinds += [given(qdq, "iterative", memory_budget="1kB", threads=1)]
+    kinds += [simulated(method, checkpoint=Path(tempfile.gettempdir()) / method) for method in ("auto", "mean")]
     kinds += [
         lambda: biascorr.correct(model, broken(), method="mean", quant_params=params, memory_budget=0),
         lambda: biascorr.correct(model, data[:, :2], quant_params=params),
