@@ -144,7 +144,6 @@ fuzz-kernels:
 
 fuzz-readers: $(VENV)/built $(if $(filter keras,$(TARGET)),$(VENV)/keras)
 	$(BIN)/python -m pip install --quiet --group fuzz
-	mkdir -p build/fuzz/$(TARGET)
 	$(BIN)/python fuzz/readers.py $(TARGET) --seconds $(or $(SECONDS),600)
 
 $(VENV)/docs: $(VENV)/installed

@@ -157,6 +157,22 @@ def test_pads_that_are_not_two_for_each_axis():
     refused(model, "^model: ")
 
 
+def test_an_output_of_a_type_that_there_is_not():
+    """Which onnxruntime does not look at where the output is a constant."""
+    model = model_from_text("g (float[N,6] x) => (float[N,4] y, float[6,4] w) { [layer] y = MatMul(x, w) }", w=weights(6, 4))
+    model.graph.output[1].type.tensor_type.elem_type = -(2**31)
+    refused(model, "^model: a damaged ONNX model: w: unknown data type -2147483648")
+
+
+def test_a_version_that_never_was():
+    """With no opset either, where a bias needs an operator of ONNX."""
+    model = model_from_text("g (float[N,6] x) => (float[N,4] y) { [layer] y = MatMul(x, w) }", w=weights(6, 4, axis=1))
+    model.ir_version = -1
+    model.opset_import[0].domain = "own"
+    with pytest.raises(ValueError, match="^reference: onnxruntime cannot run it: "):
+        mean_corrected(model, samples(4, 6))
+
+
 def test_sizes_below_zero_are_not_known():
     text = f"""g (float[N,3,6,6] x) => (float[N,4,M,M] y) {{
         {batch_norm("x", "n")}

@@ -376,7 +376,8 @@ class Graph:
     def _import_domain(self, domain: str) -> None:
         """Lets the model use ONNX's own operators, where it uses none yet: of the newest opset that its IR version has."""
         if domain == "" and not self.opset:
-            opset = max(row[2] for row in helper.VERSION_TABLE if row[1] <= self._model.ir_version)
+            opsets = (row[2] for row in helper.VERSION_TABLE if row[1] <= self._model.ir_version)
+            opset = max(opsets, default=1)  # before IR version 3 there were no others
             self._model.opset_import.append(helper.make_opsetid("", min(opset, _NEWEST_OPSET)))
 
     def redirect(self, name: str, to: str) -> None:

@@ -145,7 +145,8 @@ class OnnxNetwork:
         """The format of the model, and who made it."""
         model = self._original.model
         nodes = list(all_nodes(model))
-        outputs = [_input(value) for value in model.graph.output if value.type.tensor_type.elem_type]
+        with _fitting(self._name):
+            outputs = [_input(value) for value in model.graph.output if value.type.tensor_type.elem_type]
         return Origin(format_of(model), quantization_of(nodes), quantizer_of(model, nodes), producer_of(model), outputs)
 
     @property
@@ -573,7 +574,10 @@ def _inputs(model: onnx.ModelProto, name: str) -> list[ModelInput]:
 def _input(value: onnx.ValueInfoProto) -> ModelInput:
     tensor = value.type.tensor_type
     sizes = [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in tensor.shape.dim]
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError:
+        raise ValueError(f"{value.name}: unknown data type {tensor.elem_type}") from None
     symbols = tuple(axis.dim_param for axis in tensor.shape.dim)
     return ModelInput(value.name, dtype, tuple(sizes) if tensor.HasField("shape") else None, symbols)
 
