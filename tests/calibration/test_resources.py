@@ -55,20 +55,22 @@ def test_a_folder_in_memory(folder, expected, root):
     assert not is_in_memory(Path(folder), root / "nothing")
 
 
-def version_2(root, group="/", *, at="", limit=None, used=0, inactive=0, cpus=None):
+def version_2(root, group="/", *, at="", limit=None, used=0, inactive=0, active=0, cpus=None):
     write(root, "proc/self/cgroup", f"0::{group}\n")
     folder = f"sys/fs/cgroup/{at}"
     write(root, f"{folder}/memory.max", f"{limit or 'max'}\n")
     write(root, f"{folder}/memory.current", f"{used}\n")
-    write(root, f"{folder}/memory.stat", f"anon 5\ninactive_file {inactive}\n")
+    write(root, f"{folder}/memory.stat", f"anon 5\ninactive_file {inactive}\nactive_file {active}\n")
     write(root, f"{folder}/cpu.max", f"{cpus or 'max 100000'}\n")
 
 
-def version_1(root, group="/", *, at="", limit=2**63 - 4096, used=0, inactive=0, quota=-1, period=100000):
+def version_1(root, group="/", *, at="", limit=2**63 - 4096, used=0, inactive=0, active=0, quota=-1, period=100000):
     write(root, "proc/self/cgroup", f"11:memory:{group}\n4:cpu,cpuacct:{group}\n1:name=systemd:/x\n")
     write(root, f"sys/fs/cgroup/memory/{at}/memory.limit_in_bytes", f"{limit}\n")
     write(root, f"sys/fs/cgroup/memory/{at}/memory.usage_in_bytes", f"{used}\n")
-    write(root, f"sys/fs/cgroup/memory/{at}/memory.stat", f"cache 7\ntotal_inactive_file {inactive}\n")
+    write(
+        root, f"sys/fs/cgroup/memory/{at}/memory.stat", f"cache 7\ntotal_inactive_file {inactive}\ntotal_active_file {active}\n"
+    )
     write(root, f"sys/fs/cgroup/cpu/{at}/cpu.cfs_quota_us", f"{quota}\n")
     write(root, f"sys/fs/cgroup/cpu/{at}/cpu.cfs_period_us", f"{period}\n")
 
@@ -87,6 +89,8 @@ def test_without_limits_memory_is_that_of_the_host(version, root):
 def test_a_limit_counts_less_what_is_used_and_cannot_be_dropped(version, root):
     version(root, limit=4 * GB, used=3 * GB, inactive=GB // 2)
     assert free_memory(root) == 3 * GB // 2
+    version(root, limit=4 * GB, used=3 * GB, inactive=GB // 2, active=GB)  # read twice, or mapped
+    assert free_memory(root) == 5 * GB // 2
 
 
 @both_versions

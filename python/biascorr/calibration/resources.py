@@ -72,16 +72,17 @@ def _free_in_groups(root: Path) -> Iterator[int]:
     for folder in _groups(root, ""):
         limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
         if limit is not None and used is not None:
-            yield limit - used + _droppable(folder, "inactive_file")
+            yield limit - used + _droppable(folder, "")
     for folder in _groups(root, "memory"):
         limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
         if limit is not None and used is not None and limit < _UNLIMITED:
-            yield limit - used + _droppable(folder, "total_inactive_file")
+            yield limit - used + _droppable(folder, "total_")
 
 
-def _droppable(folder: Path, key: str) -> int:
+def _droppable(folder: Path, prefix: str) -> int:
+    """Bytes of files that can be read again, those that a process has mapped among them."""
     entries = (line.split() for line in _text(folder / "memory.stat").splitlines())
-    return next((int(entry[1]) for entry in entries if len(entry) == 2 and entry[0] == key), 0)
+    return sum(int(value) for key, value in entries if key in (f"{prefix}inactive_file", f"{prefix}active_file"))
 
 
 def _cpu_shares(root: Path) -> Iterator[float]:

@@ -18,6 +18,7 @@ from biascorr.calibration.data import batches_from_data, check_end, number_of_ba
 from biascorr.calibration.digest import Digest
 from biascorr.calibration.images import Images
 from biascorr.calibration.progress import LOGGER, Progress
+from biascorr.calibration.resources import give_back_memory
 from biascorr.calibration.slices import is_sliceable
 from biascorr.calibration.storage import Storage
 from biascorr.graph.network import Feeds, ModelInput
@@ -224,6 +225,7 @@ class Samples:
             self._digest.update(kept, self._batching.axes)
             progress(f"reading {'validation ' * validation}samples", done, total)
             del feeds, kept  # before the next ones are read
+        give_back_memory()
         if self.batches == before:
             raise ValueError(f"{name}: no samples, at least one is needed")
         self.batches_read = len(self.data_batches)
@@ -272,6 +274,7 @@ class Samples:
             unscored = set(range(self.batches)) - self._scored
             first = [int(indices[0]) if self._batching.can_be_cut else k for k, indices in enumerate(self._indices)]
             self._fitted = sorted(unscored, key=lambda batch: places[first[batch]])
+        give_back_memory()
 
     def _cut(self) -> None:
         """Makes a batch of each sample."""
