@@ -15,6 +15,7 @@ from biascorr.graph.layer import without_later_calls
 from biascorr.graph.network import Edits
 from keras_models import KERAS_WARNS, NESTED_X, X, chain, image, nested, plain, randomized, sequential, with_norms
 from keras_networks import of_keras
+from networks import ranges_in
 from travelling import assert_same, assert_same_in_another_process, sent
 
 pytestmark = [KERAS_WARNS, of_keras]
@@ -112,12 +113,16 @@ def edited(network):
     return network.edited(Edits({layer.name: weights}, {layer.name: bias}, {activation: (-0.5, 3.0)}))
 
 
+def simulation(network):
+    return simulated(network, QuantParams(weight_bits=4, activation_bits=8), ranges_in(network, [feeds_of(network)]))
+
+
 CHANGES = {
     "shifted": shifted,
     "edited": edited,
     "folded": lambda network: fold_batch_norms(network)[0],
     "folded and shifted": lambda network: shifted(fold_batch_norms(network)[0]),
-    "simulated": lambda network: simulated(network, QuantParams(weight_bits=4, activation_bits=8), [feeds_of(network)]),
+    "simulated": simulation,
 }
 
 

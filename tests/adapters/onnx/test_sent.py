@@ -24,6 +24,7 @@ from networks import (
     biases,
     model_from_text,
     quantized,
+    ranges_in,
     samples,
     two_layers,
     weights,
@@ -65,6 +66,11 @@ def shifted():
     return network.with_shifts({"first": np.arange(16.0), "second": np.arange(32.0)})
 
 
+def simulation():
+    network = loaded(large())
+    return simulated(network, QuantParams(weight_bits=4, activation_bits=8), ranges_in(network, BATCHES))
+
+
 NETWORKS = {
     "float": lambda: loaded(two_layers()),
     "large": lambda: loaded(large()),
@@ -74,7 +80,7 @@ NETWORKS = {
     "edited": edited,
     "shifted": shifted,
     "folded": lambda: fold_batch_norms(loaded(large()))[0],
-    "simulated": lambda: simulated(loaded(large()), QuantParams(weight_bits=4, activation_bits=8), BATCHES),
+    "simulated": simulation,
     "with quantizers": lambda: loaded(large()).with_quantizers({"second": Quantization(7.0, -3)}),
 }
 

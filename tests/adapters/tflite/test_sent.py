@@ -11,6 +11,7 @@ from biascorr.adapters.tflite.network import TfliteNetwork
 from biascorr.correction.simulation import simulated
 from biascorr.graph.layer import without_later_calls
 from biascorr.graph.network import Edits
+from networks import ranges_in
 from tflite_models import MODELS, UNSUPPORTED, packed, samples_for, unpacked
 from tflite_networks import EACH, FLOATS, batches, content_of, network_of, samples_of
 from travelling import assert_same, assert_same_in_another_process, sent
@@ -33,11 +34,15 @@ def edited(network):
     return network.edited(Edits({layer.name: weights}, {layer.name: bias}, {name: (-0.5, 3.0)}))
 
 
+def with_quantizers(network):
+    return simulated(network, QuantParams(activation_bits=8), ranges_in(network, [feeds_of("activations")]))
+
+
 CHANGES = {
     "shifted": shifted,
     "edited": edited,
     "simulated": lambda network: simulated(network, QuantParams(weight_bits=4)),
-    "with quantizers": lambda network: simulated(network, QuantParams(activation_bits=8), [feeds_of("activations")]),
+    "with quantizers": with_quantizers,
     "with input names": lambda network: network.with_input_names(["renamed"]),
 }
 
