@@ -1,9 +1,11 @@
 """Memory and CPUs are those of the container: files of control groups, version 1 and 2, laid out as the kernel does it."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +39,18 @@ def test_a_host_without_groups(root):
 def test_no_files_at_all(tmp_path):
     assert free_memory(tmp_path) > 0
     assert available_cpus(tmp_path) == CPUS
+
+
+def test_half_of_what_is_installed_on_windows(tmp_path, monkeypatch):
+    def installed(kilobytes):
+        ctypes.cast(kilobytes, ctypes.POINTER(ctypes.c_ulonglong))[0] = 16 * GB // 1024
+        return 1
+
+    kernel32 = SimpleNamespace(GetPhysicallyInstalledSystemMemory=installed)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, "sysconf")
+    assert free_memory(tmp_path) == 8 * GB
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,14 @@ def test_folders_of_others_are_not_even_opened(place, monkeypatch):
     assert (place / "biascorr-of-another/.lock").exists()
 
 
+def test_without_fcntl_no_file_is_open_where_folders_are_renamed(place, monkeypatch):
+    monkeypatch.setattr(module, "fcntl", None)
+    folder = TemporaryFolder()
+    assert not [*folder.path.iterdir()]
+    folder.cleanup()
+    assert not [*place.iterdir()]
+
+
 @pytest.mark.usefixtures("place")
 def test_a_place_without_locks_keeps_its_folders(monkeypatch):
     def no_locks(*_):

@@ -106,11 +106,12 @@ class TemporaryFolder:
         self.path = place / f"{_PREFIX}{os.urandom(8).hex()}"
         self._process = os.getpid()
         self.path.mkdir(0o700)
+        if fcntl is None:  # Windows renames neither an open file nor the folder that it is in
+            return
         unlocked = self.path / f"{_LOCK}-to-be"
         self._lock = unlocked.open("wb")
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # where nothing can be locked, nobody takes it for abandoned either
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # where nothing can be locked, nobody takes it for abandoned either
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)  # nobody ever finds it without its lock
 
     def cleanup(self) -> None:
