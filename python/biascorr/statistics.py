@@ -253,19 +253,16 @@ def prepare_input_mean(calibration_input: Iterable[Any], quantization: Any) -> N
     """
     if isinstance(calibration_input, np.ndarray):
         calibration_input = [calibration_input]
-    if _is_in_dask(calibration_input):
-        means = ChannelMean()
-        means.update(calibration_input)
-    elif type(calibration_input) is list or type(calibration_input) is tuple:
+    is_in_dask = _is_in_dask(calibration_input)
+    if not is_in_dask and (type(calibration_input) is list or type(calibration_input) is tuple):
         scale, zero_point = _affine(quantization)
         mean = _kernels.channel_mean(calibration_input, -1, scale, zero_point)
         if quantization is not None and (scale if type(scale) is float else scale[0]) < _FEW_STEPS:
             _warn_of_a_step(mean, quantization, all(_is_integer(sample) for sample in calibration_input))
         return mean
-    else:
-        means = ChannelMean()
-        for sample in _one_by_one(calibration_input):
-            means.update(sample)
+    means = ChannelMean()
+    for sample in [calibration_input] if is_in_dask else _one_by_one(calibration_input):
+        means.update(sample)
     mean = means.mean(quantization)
     if quantization is not None:
         _warn_of_a_step(mean, quantization, means.has_integers_alone)

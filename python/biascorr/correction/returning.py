@@ -53,11 +53,11 @@ def deployed(
         It does not take the one that was given either.
     """
     network = corrected.network
-    uncorrected = None if given is None else Shifted(given, {})
     try:
-        if given is None or uncorrected is None or before.score is NOT_SCORED:
+        if given is None or before.score is NOT_SCORED:
             network.check()
             return Deployed()
+        uncorrected = Shifted(given, {})
         agreement = expected.agreement(corrected)
         scores = {str(before.choice): expected.score_deployed(uncorrected)}
         scores[str(best.choice)] = scores[str(before.choice)] if network is given else expected.score_deployed(corrected)
@@ -65,7 +65,6 @@ def deployed(
         if given is not None:
             given.check()
         raise RuntimeError(f"the corrected model is not valid, so it is not returned: {error}") from error
-    assert uncorrected is not None
     if agreement < _SAME / 2 and agreement < min(expected.agreement(uncorrected), _SAME) - _SAME / 2:
         raise RuntimeError(
             f"the corrected model gives other outputs than were measured (they agree to {agreement:.0f} dB), so it is not "

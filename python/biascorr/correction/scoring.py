@@ -551,18 +551,14 @@ class FloatOutputs:
         return random_among(self._each("float", repeated_errors, self._network, batches=batches_again(self._batches)))
 
     def _score(self, network: Shifted, kind: str, prepare: Callable[[Feeds], Callable[[Feeds], Any]]) -> Score:
-        metric = self._metric
-        if metric is None or not metric.evaluates_runs:
-            found = self._each(kind, errors_of_outputs, network, self._network, metric, kind == "deployed")
-            score = joined(found).score
-            return (
-                score
-                if metric is None
-                else replace(score, metrics=tuple(itertools.chain.from_iterable(each.metrics for each in found)))
-            )
-        value = metric.of_run(self._runner(output_pairs(self._network, network.network), prepare))
-        found = self._each(kind, errors_of_outputs, network, self._network, None, kind == "deployed")
-        return replace(joined(found).score, metrics=(value,))
+        of_sample, metrics = self._metric, list[float]()
+        if of_sample is not None and of_sample.evaluates_runs:
+            metrics.append(of_sample.of_run(self._runner(output_pairs(self._network, network.network), prepare)))
+            of_sample = None
+        found = self._each(kind, errors_of_outputs, network, self._network, of_sample, kind == "deployed")
+        metrics += itertools.chain.from_iterable(each.metrics for each in found)
+        score = joined(found).score
+        return score if self._metric is None else replace(score, metrics=tuple(metrics))
 
     def _each(self, kind: str, function: Function[R], *arguments: Any, batches: Sequence[int] | None = None) -> list[R]:
         batches = self._batches if batches is None else batches
