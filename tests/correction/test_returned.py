@@ -12,7 +12,7 @@ from onnxruntime.quantization import QuantFormat, QuantType
 
 from biascorr import QuantParams, correct
 from biascorr.adapters.onnx.network import OnnxNetwork
-from biascorr.correction.scoring import OutputErrors, Score
+from biascorr.correction.scoring import OutputErrors, Score, Terms
 from networks import BITS, model_from_text, quantized, samples, weights
 
 FORMATS = {
@@ -46,7 +46,7 @@ def score(reference, model, data, level):
     exact, session = session_of(reference, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), session_of(model, level)
     errors = OutputErrors()
     for x in data[3::4]:
-        errors.add("y", exact.run(["y"], {"x": x[None]}), session.run(["y"], {"x": x[None]}))
+        errors.add("y", Terms.of(exact.run(["y"], {"x": x[None]}), session.run(["y"], {"x": x[None]})))
     return errors.score.sqnr
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from biascorr import QuantParams, correct
-from biascorr.correction.scoring import Gain, OutputErrors, Score
+from biascorr.correction.scoring import Gain, OutputErrors, Score, Terms
 from networks import BITS, model_from_text, samples, weights
 
 
@@ -16,7 +16,9 @@ def judged(*outputs):
     errors = OutputErrors()
     for k, batches in enumerate(outputs):
         for reference, computed in batches:
-            errors.add(f"y{k}", [np.array(reference)], [np.array(computed)])
+            terms = Terms.of([np.array(reference)], [np.array(computed)])
+            if terms is not None:
+                errors.add(f"y{k}", terms)
     return errors.score
 
 
@@ -76,8 +78,8 @@ def test_a_constant_output_does_not_count_where_another_differs():
 
 def test_samples_that_cannot_be_told_apart_are_counted():
     errors = OutputErrors()
-    errors.add("y", [np.array([10.0])], [np.array([9.0])], times=3)
-    errors.add("y", [np.array([3.0, -4.0])], [np.array([3.0, -3.0])])
+    errors.add("y", Terms.of([np.array([10.0])], [np.array([9.0])]), times=3)
+    errors.add("y", Terms.of([np.array([3.0, -4.0])], [np.array([3.0, -3.0])]))
     assert errors.score.sqnrs == pytest.approx([20.0, 20.0, 20.0, 10 * math.log10(25)])
 
 
@@ -261,8 +263,8 @@ def test_lost_values_are_as_bad_in_each_unit(unit):
 
 def test_sequences_are_compared_part_by_part():
     errors = OutputErrors()
-    errors.add("y", [np.array([3.0]), np.array([4.0])], [np.array([3.0])])
-    errors.add("y", [np.array([3.0])], [np.array([3.0]), np.array([4.0])])
+    errors.add("y", Terms.of([np.array([3.0]), np.array([4.0])], [np.array([3.0])]))
+    errors.add("y", Terms.of([np.array([3.0])], [np.array([3.0]), np.array([4.0])]))
     assert errors.score.sqnrs == pytest.approx([10 * math.log10(25 / 16), 10 * math.log10(9 / 16)])
 
 
@@ -355,9 +357,9 @@ def test_samples_are_paired_where_one_network_loses_rows_of_a_batch():
     """With rows lost, a batch is compared as one, and then its silent sample is not known as such."""
     loud, silent = np.array([[3.0, -4.0]]), np.zeros((1, 2))
     whole, apart = OutputErrors(), OutputErrors()
-    whole.add("y", [np.concatenate([loud, silent])], [loud * 1.1], times=2)
+    whole.add("y", Terms.of([np.concatenate([loud, silent])], [loud * 1.1]), times=2)
     for sample in (loud, silent):
-        apart.add("y", [sample], [sample * 1.01])
+        apart.add("y", Terms.of([sample], [sample * 1.01]))
     assert whole.score.sqnrs == pytest.approx([20.0, 20.0])
     assert apart.score.sqnrs == pytest.approx([40.0, math.nan], nan_ok=True)
     assert apart.score.gains_over(whole.score)["sqnr"].mean == pytest.approx(20.0)

@@ -186,6 +186,8 @@ def correct(
 
     Raises
     ------
+    ConnectionError
+        The scheduler of the client is lost.
     FileNotFoundError
         A file is missing.
     ImportError

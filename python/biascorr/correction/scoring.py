@@ -362,16 +362,7 @@ class OutputErrors:
     def __init__(self) -> None:
         self._outputs: dict[str, _Output] = {}
 
-    def add(self, name: str, reference: Sequence[NDArray[Any]], computed: Sequence[NDArray[Any]], *, times: int = 1) -> None:
-        """Compares the arrays of an output for a sample with the float ones; codes cannot be compared with real numbers.
-
-        Samples that cannot be told apart, so many, are compared as one.
-        """
-        terms = Terms.of(reference, computed)
-        if terms is not None:
-            self.add_terms(name, terms, times=times)
-
-    def add_terms(self, name: str, terms: Terms, *, times: int = 1) -> None:
+    def add(self, name: str, terms: Terms, *, times: int = 1) -> None:
         """Adds what an output of a sample adds, or of as many as cannot be told apart."""
         self._outputs.setdefault(name, _Output()).add(terms, times)
 
@@ -486,7 +477,7 @@ def joined(errors: Iterable[BatchErrors]) -> OutputErrors:
     found = OutputErrors()
     for batch in errors:
         for name, terms, times in batch.terms:
-            found.add_terms(name, terms, times=times)
+            found.add(name, terms, times=times)
     return found
 
 

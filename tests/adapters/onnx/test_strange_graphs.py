@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from biascorr import correct
 from biascorr.calibration.samples import scored_parts
-from biascorr.correction.scoring import OutputErrors
+from biascorr.correction.scoring import OutputErrors, Terms
 from random_graphs import OPSETS, PROFILE, Builder, Draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*made the outputs worse:UserWarning")
@@ -225,7 +225,7 @@ def check(example: tuple[onnx.ModelProto, onnx.ModelProto, np.ndarray, str]) -> 
     reference, *others = (session(each, unoptimized=True) for each in (model, given, after))
     for error, other in zip(errors, others):
         for sample in held_out:
-            error.add("y", *(each.run(None, {"x": sample[None]})[:1] for each in (reference, other)))
+            error.add("y", Terms.of(*(each.run(None, {"x": sample[None]})[:1] for each in (reference, other))))
     assert errors[1].score.sqnr >= errors[0].score.sqnr - 0.1
 
 

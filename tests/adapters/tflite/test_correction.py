@@ -9,7 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 import biascorr
 from biascorr import QuantParams, correct
 from biascorr.adapters.tflite.network import TfliteNetwork
-from biascorr.correction.scoring import OutputErrors
+from biascorr.correction.scoring import OutputErrors, Terms
 from biascorr.graph.network import Edits
 from biascorr.graph.reasons import ReasonCode
 from tflite_fixtures import images, path_of
@@ -34,7 +34,7 @@ def sqnr(reference, content, samples):
     expected, found, errors = litert(reference, samples), litert(content, samples), OutputErrors()
     for name, values in expected.items():
         for k in range(len(values)):
-            errors.add(name, [values[k : k + 1]], [found[name][k : k + 1]])
+            errors.add(name, Terms.of([values[k : k + 1]], [found[name][k : k + 1]]))
     return errors.score.sqnr
 
 

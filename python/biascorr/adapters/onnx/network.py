@@ -236,7 +236,7 @@ class OnnxNetwork:
 
     def _with_biases(self, graph: Graph, nodes: dict[str, onnx.NodeProto], biases: Mapping[Layer, Bias]) -> OnnxNetwork:
         """This network with a graph whose biases alone are others: what was found of its nodes holds."""
-        other = OnnxNetwork.__new__(OnnxNetwork)
+        other = OnnxNetwork.__new__(OnnxNetwork)  # copy.copy would make it anew, as from a pickle
         vars(other).update(vars(self))
         other._original = other._graph = graph
         other._original_nodes = other._nodes = nodes
