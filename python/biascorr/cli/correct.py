@@ -91,7 +91,7 @@ def correct(
         from biascorr.correction.correct import correct
         from biascorr.correction.quant_params import QuantParams
 
-        with connected(scheduler) as client:
+        with _connected(scheduler) as client:
             return correct(
                 reference,
                 samples.samples(samples.data),
@@ -114,7 +114,7 @@ def correct(
 
 
 @contextlib.contextmanager
-def connected(scheduler: str | None) -> Iterator[Any]:
+def _connected(scheduler: str | None) -> Iterator[Any]:
     """A client of the Dask scheduler at an address; None without one. Raises ValueError where there is none."""
     if scheduler is None:
         yield None
