@@ -224,7 +224,7 @@ def print_scores(options: argparse.Namespace) -> None:
     print_row(f"{options.network.name}, per {options.weights}", "simulated", "LiteRT", "seconds")
 
     def print_scored(name: str, variant: Any, seconds: str = "") -> None:
-        quantized = simulated(network_from_model(variant, "model"), weights_only, ()).model
+        quantized = simulated(network_from_model(variant, "model"), weights_only).model
         found = [run_keras(quantized, held_out), run_tflite(tflite(variant, samples, per_channel), held_out)]
         print_row(name, *(scores(expected, each) for each in found), seconds)
 

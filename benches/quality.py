@@ -163,7 +163,7 @@ class Quantizer:
     def quantized(self, model: onnx.ModelProto, correction: str = "none") -> onnx.ModelProto:
         """The quantized model, with one of NNCF's corrections where that is asked for."""
         if self._kind == "simulated":
-            return simulated(network_from_model(model, "model"), self._params, ()).model
+            return simulated(network_from_model(model, "model"), self._params).model
         copy = onnx.ModelProto.FromString(model.SerializeToString())
         if self._kind == "nncf":
             return by_nncf(copy, self._batches, self._per_channel, correction)
