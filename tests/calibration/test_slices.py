@@ -4,6 +4,7 @@ import itertools
 
 import dask
 import dask.array
+import dask.bag
 import h5py
 import numpy as np
 import pytest
@@ -110,6 +111,11 @@ FORMS = {
     "h5py, chunked": lambda folder: hdf_dataset(folder, chunks=(3, 3, 3, 6), compression="gzip"),
     "h5py file": lambda folder: hdf_dataset(folder).parent,
     "dask": lambda _: dask.array.from_array(X, chunks=((1, 12, 7), 3, 2, 6)),
+    "dask bag": lambda _: dask.bag.from_sequence([*X[:, None]], npartitions=3),
+    "dask delayed": lambda _: dask.delayed(X),
+    "dask delayed, batch by batch": lambda _: [dask.delayed(X[k : k + 1]) for k in range(20)],
+    "dask delayed by name": lambda _: ({"x": dask.delayed(X[k : k + 1])} for k in range(20)),
+    "dask delayed mappings": lambda _: [dask.delayed({"x": X[k : k + 1]}) for k in range(20)],
 }
 
 
@@ -195,6 +201,33 @@ def test_a_correction_reads_each_sample_once(source, method, budget):
             two_layers(), SOURCES[source](reads), quant_params=QuantParams(weight_bits=4), method=method, memory_budget=budget
         )
     assert sorted(reads) == list(range(20))
+
+
+def noting(reads):
+    def noted(k):
+        reads.append(k)
+        return X[k : k + 1]
+
+    return noted
+
+
+def test_a_bag_is_computed_partition_by_partition_as_far_as_it_is_read():
+    reads = []
+    bag = dask.bag.from_sequence(range(20), partition_size=4).map(noting(reads))
+    with dask.config.set(scheduler="synchronous"):
+        batches = iter(batches_from_data(bag, [IMAGE], max_samples=6))
+        next(batches)
+        assert reads == [0, 1, 2, 3]
+        assert len([*batches]) == 5
+    assert reads == [*range(8)]
+
+
+def test_delayed_batches_are_computed_as_far_as_they_are_read():
+    reads = []
+    delayed = [dask.delayed(noting(reads))(k) for k in range(20)]
+    with dask.config.set(scheduler="synchronous"):
+        assert len(read(delayed, max_samples=6)) == 6
+    assert reads == [*range(6)]
 
 
 def test_sizes_that_are_not_known():

@@ -240,6 +240,21 @@ def test_a_file_is_refused_before_anything_is_read(tmp_path):
     refused(tmp_path / "file", "is a file, expected a folder", data=unread())
 
 
+@pytest.mark.parametrize("target", ["nothing", "link"])
+def test_a_link_to_nothing_or_to_itself_is_refused_before_anything_is_read(target, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    refused(tmp_path / "link", "is neither a file nor a folder, nor a link to one, expected a folder", data=unread())
+
+
+def test_a_name_with_a_null_character_is_refused_before_anything_is_read():
+    refused(Path("a\0b"), r"a\x00b'), expected a path without null characters", data=unread())
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(OSError, match="checkpoint: .*File name too long"):
+        run(tmp_path / ("a" * 300))
+
+
 def test_what_is_not_of_the_data_is_refused_before_anything_is_read(folder):
     refused(folder, "(method: empirical, now mean)", data=unread(), method="mean")
 

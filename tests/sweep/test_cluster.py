@@ -1,6 +1,7 @@
 """Corrections on the workers of a cluster: the same bits as here, whatever becomes of the workers."""
 
 import asyncio
+import contextlib
 import functools
 import os
 import random
@@ -13,6 +14,7 @@ import time
 import types
 import warnings
 
+import distributed
 import numpy as np
 import onnx
 import pytest
@@ -385,6 +387,21 @@ def test_errors_are_raised_as_here(two):
         on(two, "auto", metric=lambda *_: float("nan"))
 
 
+class UnpicklableError(Exception):
+    def __init__(self, label, place):
+        super().__init__(f"{label} at {place}")
+
+
+def fail_unpicklably(*_):
+    raise UnpicklableError("seven", 3)
+
+
+def test_error_whose_cause_cannot_travel(two):
+    with pytest.raises(RuntimeError, match="^metric: fail_unpicklably failed: UnpicklableError: seven at 3$") as caught:
+        on(two, "auto", metric=fail_unpicklably)
+    assert repr(caught.value.__cause__) == "RuntimeError('UnpicklableError: seven at 3')"
+
+
 def test_worker_with_another_version(two, workers):
     workers.arm(1, faults.has_version, "0.0.1")
     with pytest.raises(RuntimeError, match=r"client: worker tcp.* has biascorr 0.0.1, expected .* as here"):
@@ -424,6 +441,18 @@ def test_client_that_does_not_wait(workers):
 
     with pytest.raises(ValueError, match="client: an asynchronous one"):
         asyncio.run(check())
+
+
+def in_task(join):
+    with distributed.worker_client() if join else contextlib.nullcontext(distributed.get_client()) as client:
+        return on(client)
+
+
+def test_task_of_the_same_cluster(two):
+    """Which takes a thread that shards need, unless it leaves that to them."""
+    with pytest.raises(ValueError, match=r"client: used by a task .*with distributed.worker_client\(\) as client"):
+        two.submit(in_task, False, pure=False).result(timeout=30)
+    assert two.submit(in_task, True, pure=False).result(timeout=60) == at_home()
 
 
 def test_interrupt(two, tmp_path):

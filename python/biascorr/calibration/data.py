@@ -35,7 +35,7 @@ from biascorr.calibration.datasets import (
 )
 from biascorr.calibration.images import ImageRows, Images
 from biascorr.calibration.remedies import ARRAYS, fits
-from biascorr.calibration.slices import Slices, arrays_of_group, is_sliceable
+from biascorr.calibration.slices import Slices, arrays_of_group, computed, is_sliceable
 from biascorr.graph.network import Feeds, ModelInput
 from biascorr.whole_file import kind_of
 
@@ -54,14 +54,14 @@ def resolved(data: Any, name: str = "data") -> Any:
     ValueError: data: 'math:flor' cannot be found: module 'math' has no attribute 'flor'
     """
     if not isinstance(data, (str, PathLike)):
-        return arrays_of_group(data)
+        return arrays_of_group(computed(data))
     text = os.fspath(data)
     if not isinstance(text, str) or not is_function(text) or Path(text).exists():
         return data
     found = function_from_name(text, name)()
     if found is None:
         raise ValueError(f"{name}: {text!r} returned None, expected samples")
-    return arrays_of_group(found)
+    return arrays_of_group(computed(found))
 
 
 def number_of_batches(
@@ -160,7 +160,7 @@ def batches_from_data(
         max_samples,
         batchings or (lambda _: known),
         number_of_batches(data, inputs, batch_size=batch_size),
-        isinstance(data, (list, tuple, str, PathLike)) or _has_samples(data),
+        isinstance(data, (str, PathLike)) or _has_samples(data),
     )
 
 
@@ -336,7 +336,7 @@ def _label(name: str, start: int, stop: int) -> str:
 
 def _by_name(batch: Any, inputs: Sequence[ModelInput], name: str, remedies: Remedies = ITERABLE) -> dict[str, Any]:
     names = [each.name for each in inputs]
-    batch = without_nesting(batch, inputs)
+    batch = without_nesting(computed(batch), inputs)
     if not isinstance(batch, Mapping):
         arrays = list(batch) if isinstance(batch, (tuple, list)) else [batch]
         if len(arrays) > 1 and (isinstance(arrays[0], Mapping) or _are_inputs(arrays[0], inputs)):
@@ -395,6 +395,7 @@ def _are_inputs(value: Any, inputs: Sequence[ModelInput]) -> bool:
 
 def _array(values: Any, name: str) -> Any:
     """Tensors of TensorFlow and torch among others; the latter may be on another device or part of a gradient."""
+    values = computed(values)
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array, expected one whose elements all count (its .data or .filled())")
     if hasattr(values, "row_splits"):

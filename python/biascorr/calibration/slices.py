@@ -1,4 +1,5 @@
-"""Arrays that are read part by part, as samples are asked for: of zarr, h5py, dask and the like, or mapped by numpy.
+"""What is read part by part, as samples are asked for: arrays of zarr, h5py, dask and the like, or mapped by numpy; and what
+dask computes that is no array.
 
 Known by what they have, a shape, a dtype and slices: no package is imported for them. A chunk is read once where samples are
 asked for in order, however many batches have a part of it; no more than a chunk and a batch are in memory.
@@ -35,6 +36,16 @@ def arrays_of_group(value: Any) -> Any:
     if isinstance(value, Mapping) or not hasattr(type(value), "array_keys"):
         return value
     return {name: value[name] for name in value.array_keys()}
+
+
+def computed(value: Any) -> Any:
+    """What dask computes: a bag, partition by partition as it is iterated; a delayed value or a future. Others as they are."""
+    kind = type(value)
+    if kind.__module__ == "dask.bag.core":
+        return itertools.chain.from_iterable(part.compute() for part in value.to_delayed())
+    if kind.__module__ == "dask.delayed":
+        return value.compute()
+    return value.result() if (kind.__module__, kind.__name__) == ("distributed.client", "Future") else value
 
 
 class Slices:

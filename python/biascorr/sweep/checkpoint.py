@@ -61,7 +61,7 @@ _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 def checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
     """The place of a checkpoint, wherever the process goes; None without one.
 
-    Raises TypeError, ValueError or FileNotFoundError where none can be there.
+    Raises TypeError, ValueError or OSError where none can be there.
     """
     if folder is None:
         return None
@@ -69,14 +69,21 @@ def checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
         raise TypeError(f"checkpoint: {folder!r}, expected the path of a folder")
     if not os.fspath(folder):
         raise ValueError("checkpoint: an empty path, expected that of a folder")
+    if "\0" in os.fsdecode(folder):
+        raise ValueError(f"checkpoint: {folder!r}, expected a path without null characters")
     try:
         place = Path(os.fsdecode(folder)).expanduser().absolute()
     except RuntimeError as error:  # ~ of nobody
         raise ValueError(f"checkpoint: {os.fsdecode(folder)}: {error}") from error
     if not place.parent.is_dir():
         raise FileNotFoundError(f"checkpoint: no such folder: {place.parent}")
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"checkpoint: {place} is a file, expected a folder")
+    try:
+        is_other = (place.is_symlink() or place.exists()) and not place.is_dir()
+    except OSError as error:
+        raise OSError(error.errno, f"checkpoint: {error.strerror}", str(place)) from error
+    if is_other:
+        what = "is a file" if place.is_file() else "is neither a file nor a folder, nor a link to one"
+        raise ValueError(f"checkpoint: {place} {what}, expected a folder")
     return place
 
 

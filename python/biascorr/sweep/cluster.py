@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import cloudpickle  # type: ignore[import-untyped]
 import distributed
 from distributed.comm.core import CommClosedError
+from distributed.threadpoolexecutor import thread_state
 
 import biascorr
 from biascorr.calibration.resources import available_cpus
@@ -69,6 +70,16 @@ def check_client(client: Any) -> None:
         raise ValueError("client: an asynchronous one, expected one that waits: Client(address), without asynchronous=True")
     if client.status != "running":
         raise ValueError(f"client: {client.status}, expected one that is connected to a scheduler")
+    if _has_place(client):
+        raise ValueError(
+            "client: used by a task that runs on the same cluster, which holds the place that a shard waits for; "
+            "use the one of: with distributed.worker_client() as client"
+        )
+
+
+def _has_place(client: Any) -> bool:
+    """Whether this is a task of the client's cluster, which holds the place of another one in its worker."""
+    return getattr(thread_state, "proceed", False) and distributed.get_worker().scheduler.address == client.scheduler.address
 
 
 @dataclass(eq=False)
@@ -441,7 +452,8 @@ class ClusterShards(Shards):
                 raise ConnectionError(f"client: the scheduler at {address} is lost, and did not come back")
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"client: no workers at {address} for {_PATIENCE:.0f} s, expected at least one: dask worker {address}"
+                    f"client: no workers at {address} for {_PATIENCE:.0f} s, expected at least one: dask worker {address}; "
+                    "those that are paused, as for lack of memory, do not count"
                 )
             time.sleep(_LOOK)
 
@@ -552,11 +564,21 @@ def _answer(function: Callable[..., Any], *arguments: Any) -> bytes:
     try:
         return pickle.dumps(function(*arguments), protocol=5)
     except Exception as error:
-        with contextlib.suppress(Exception):
-            found: bytes = cloudpickle.dumps(error)
-            pickle.loads(found)
-            return found
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        found: bytes = cloudpickle.dumps(_sendable(error))
+        return found
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """An error, in which those that cannot be pickled, itself or its causes, are such that say the same."""
+    with contextlib.suppress(Exception):
+        pickle.loads(cloudpickle.dumps(error))
+        return error
+    cause, error.__cause__, error.__context__ = error.__cause__, None, None
+    if cause is None:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    found = _sendable(error)
+    found.__cause__ = _sendable(cause)
+    return found
 
 
 def _add(held: _Held, batches: Sequence[tuple[int, Feeds]]) -> None:
