@@ -165,6 +165,7 @@ class ClusterShards(Shards):
 
     def __exit__(self, *error: object) -> None:
         self._is_over = True
+        self._empty()
         for remote in self._remotes:
             self._forget(remote)
         if self._folder is not None:
@@ -418,6 +419,13 @@ class ClusterShards(Shards):
                 "memory_budget"
             )
 
+    def _empty(self) -> None:
+        """Has workers that are not busy drop all they hold: what Dask tried to spill, it may keep for a while."""
+        held = [remote for remote in self._remotes if remote.held is not None]
+        with contextlib.suppress(Exception), self._client.as_current():  # the scheduler may be gone
+            futures = [self._client.submit(_emptied, each.held, workers=[each.worker], pure=False) for each in held]
+            distributed.wait(futures, timeout=_LOOK)  # type: ignore[no-untyped-call]
+
     def _forget(self, remote: _Remote) -> None:
         if remote.held is not None:
             remote.held.release()
@@ -528,7 +536,6 @@ class _Held:
         The samples, pickled, without their inputs.
     threads, budget : int or None
         See :class:`ClusterShards`.
-
     """
 
     def __init__(self, samples: bytes, threads: int | None, budget: int | None) -> None:
@@ -547,12 +554,18 @@ class _Held:
         raise TypeError("a shard stays where it is")
 
     def __sizeof__(self) -> int:
-        return 0
+        return 0  # so that there is nothing to be won by spilling it
 
 
 def _close(shard: Shard, storage: Storage) -> None:
     shard.close()
     storage.close()
+
+
+def _emptied(held: _Held) -> None:
+    _close(held.shard, held.storage)
+    held.networks.clear()
+    held.batches.clear()
 
 
 def _version() -> str:
@@ -627,7 +640,6 @@ def _replied(held: _Held, command: bytes, batches: Sequence[int], finished: Sequ
     """
     worker = distributed.get_worker()
     task = worker.state.tasks[worker.get_current_task()]
-
     if not held.batches.issuperset(batches):
         raise _LostError
     for name in finished:
