@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
 .PHONY: demo demo-tflite test cargo-test pytest pytest-models pytest-onnx pytest-tflite pytest-keras
-.PHONY: bench quality quality-keras quality-tflite quality-choice instructions memcheck soak fuzz fuzz-kernels fuzz-readers
+.PHONY: bench bench-cluster quality quality-keras quality-tflite quality-choice instructions memcheck soak fuzz fuzz-kernels fuzz-readers
 .PHONY: docs lint format clean
 
 $(VENV)/installed: pyproject.toml
@@ -80,6 +80,10 @@ pytest-keras: $(VENV)/built $(VENV)/keras
 
 bench: $(VENV)/built
 	$(BIN)/python benches/bench.py $(BENCH)
+
+# Corrections on workers on this machine beside threads, and what travels: NETWORK=net.onnx SAMPLES=a.npy: yours.
+bench-cluster: $(VENV)/built $(VENV)/network
+	$(BIN)/python benches/cluster.py $(NETWORK) $(SAMPLES) $(OPTIONS)
 
 # What correction does to your network, beside NNCF's correction: NETWORK=net.onnx SAMPLES=a.npy HELD_OUT=b.npy.
 quality: $(VENV)/built

@@ -21,6 +21,7 @@ RUN = [
     "how-to/onnxruntime.md",
     "how-to/nncf.md",
     "how-to/quark.md",
+    "how-to/cluster.md",
     "how-to/decoders.md",
     "migration/afe.md",
     "reference/command-line.md",

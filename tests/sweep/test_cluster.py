@@ -13,6 +13,7 @@ import threading
 import time
 import types
 import warnings
+from pathlib import Path
 
 import distributed
 import numpy as np
@@ -410,9 +411,7 @@ def test_worker_with_another_version(two, workers):
 
 def test_worker_without_this_package(two, workers):
     workers.arm(1, faults.arm, "biascorr.sweep.cluster:_version", 1, functools.partial(faults.lack, "biascorr"))
-    with pytest.raises(
-        RuntimeError, match=r"client: worker tcp.* cannot import biascorr .*; install biascorr .* where workers"
-    ):
+    with pytest.raises(RuntimeError, match=r"client: worker tcp.* cannot import biascorr .*; install biascorr .* there too"):
         on(two)
 
 
@@ -548,3 +547,12 @@ def test_command_line_where_nothing_answers(tmp_path, monkeypatch):
     done = command_line.run(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert "--scheduler: nothing answers at tcp://127.0.0.1:9" in done.stderr
+
+
+def test_example(tmp_path):
+    program = Path(__file__).parents[2] / "examples" / "cluster.py"
+    command = [sys.executable, program, "--workers", "1", "--method", "mean", "--output", tmp_path / "corrected.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 workers at tcp://127.0.0.1:" in done.stdout
+    assert "3 of 3 layers corrected" in done.stdout
+    onnx.checker.check_model(onnx.load(tmp_path / "corrected.onnx"))

@@ -52,6 +52,9 @@ _CHUNK = 64 << 20
 _LOOK = 0.5
 """Seconds after which it is looked whether workers are still there."""
 
+_MORE = 0.005
+"""Seconds in which one more result may come, so that several are fetched at once."""
+
 _AWAY = 10.0
 """Seconds in which a worker may take no tasks before its shard leaves it."""
 
@@ -80,6 +83,17 @@ def check_client(client: Any) -> None:
 def _has_place(client: Any) -> bool:
     """Whether this is a task of the client's cluster, which holds the place of another one in its worker."""
     return getattr(thread_state, "proceed", False) and distributed.get_worker().scheduler.address == client.scheduler.address
+
+
+def _check_version(where: str, find: Callable[[], str]) -> None:
+    """Raises RuntimeError where this package is not there, or another version of it."""
+    ours = biascorr.__version__
+    try:
+        found = find()
+    except ImportError as error:
+        raise RuntimeError(f"client: {where} cannot import biascorr ({error}); install biascorr {ours} there too") from error
+    if found != ours:
+        raise RuntimeError(f"client: {where} has biascorr {found}, expected {ours} as here")
 
 
 @dataclass(eq=False)
@@ -134,7 +148,7 @@ class ClusterShards(Shards):
     ConnectionError
         The scheduler is lost.
     RuntimeError
-        A worker has another version of this package, or none; or shards are lost again and again.
+        The scheduler or a worker has another version of this package, or none; or shards are lost again and again.
     TimeoutError
         There are no workers, and none comes within a minute.
     """
@@ -155,6 +169,7 @@ class ClusterShards(Shards):
         self._files: dict[str, tuple[Path, int, str]] = {}
         self._prepared: dict[int, float] = {}
         workers = self._wait_for_workers()
+        _check_version("the scheduler", lambda: client.run_on_scheduler(_version))
         order = list(dict.fromkeys([*samples.fitted_batches, *samples.scored_batches, *samples.data_batches]))
         count = max(1, min(len(workers), len(order)))
         self._remotes = [_Remote(number, order[number::count]) for number in range(count)]
@@ -217,9 +232,10 @@ class ClusterShards(Shards):
                     future = self._submitted(settled, remote, _answer, _replied, remote.held, *arguments)
                     pending[future] = remote
                     waiting.remove(remote)
-                done = {future: pending.pop(future) for future in self._settled(settled, pending)}
+                done = {future: pending[future] for future in self._settled(settled, pending)}
                 replies = self._results(done)
                 for future, remote in done.items():
+                    del pending[future]
                     reply = self._kept(future, replies, remote)
                     if reply is None:
                         waiting.append(remote)
@@ -245,9 +261,7 @@ class ClusterShards(Shards):
 
     def _get_ready(self, remotes: Sequence[_Remote], networks: Sequence[str]) -> None:
         """Opens shards that are not open, and has them have networks, at the same time; some may be lost on the way."""
-        for remote in remotes:
-            if remote.worker is None:
-                self._choose_worker(remote)
+        self._choose_workers([remote for remote in remotes if remote.worker is None])
 
         def get_ready(remote: _Remote) -> None:
             try:
@@ -265,20 +279,26 @@ class ClusterShards(Shards):
                     self._is_over = True
                     raise
 
-    def _choose_worker(self, remote: _Remote) -> None:
-        """Takes the worker with the fewest shards for one that has none."""
-        workers = self._wait_for_workers()
-        counts = {worker: sum(each.worker == worker for each in self._remotes) for worker in sorted(workers)}
-        remote.worker = min(counts, key=lambda worker: counts[worker])
-        remote.networks = set()
-        remote.finished = []
-        _LOGGER.info("cluster: shard %d, %d batches, opened on %s", remote.number, len(remote.batches), remote.worker)
+    def _choose_workers(self, remotes: Sequence[_Remote]) -> None:
+        """Takes the workers with the fewest shards for those that have none."""
+        if not remotes:
+            return
+        counts = dict.fromkeys(sorted(self._wait_for_workers()), 0)
+        counts |= {
+            worker: count for worker, count in Counter(each.worker for each in self._remotes).items() if worker in counts
+        }
+        for remote in remotes:
+            remote.worker = min(counts, key=counts.__getitem__)
+            counts[remote.worker] += 1
+            remote.networks, remote.finished = set(), []
+            _LOGGER.info("cluster: shard %d, %d batches, opened on %s", remote.number, len(remote.batches), remote.worker)
 
     def _open(self, remote: _Remote) -> None:
         """Opens a shard on its worker, and sends its samples."""
         if remote.held is not None:
             return
-        self._check_version(remote)
+        version = self._client.run(_version, workers=[remote.worker], asynchronous=True)
+        _check_version(f"worker {remote.worker}", lambda: next(iter(self._awaited(version, [remote]).values())))
         with self._scattered(remote, self._state, "samples") as state:
             remote.held = self._submitted(SimpleQueue(), remote, _Held, state, *self._options)
         chunk: list[tuple[int, Feeds]] = []
@@ -288,17 +308,6 @@ class ClusterShards(Shards):
                 self._add(remote, chunk)
                 chunk = []
         self._add(remote, chunk)
-
-    def _check_version(self, remote: _Remote) -> None:
-        ours, worker = biascorr.__version__, remote.worker
-        try:
-            (found,) = self._awaited(self._client.run(_version, workers=[worker], asynchronous=True), [remote]).values()
-        except ImportError as error:
-            raise RuntimeError(
-                f"client: worker {worker} cannot import biascorr ({error}); install biascorr {ours} where workers run"
-            ) from error
-        if found != ours:
-            raise RuntimeError(f"client: worker {worker} has biascorr {found}, expected {ours} as here")
 
     def _add(self, remote: _Remote, chunk: list[tuple[int, Feeds]]) -> None:
         with self._scattered(remote, chunk, "samples") as data:
@@ -347,8 +356,8 @@ class ClusterShards(Shards):
         found = []
         with contextlib.suppress(Empty):
             found.append(settled.get(timeout=_LOOK))
-            while True:
-                found.append(settled.get_nowait())
+            while len(found) < len(pending):
+                found.append(settled.get(timeout=_MORE))
         if found or not pending:
             return [future for future in found if future in pending]
         workers = self._workers()
