@@ -508,7 +508,10 @@ def test_metadata_that_somebody_changed(text):
     model = model_from_text(CHAIN)
     model.metadata_props.add(key="biascorr.folded", value=text)
     network = OnnxNetwork.load(model, "model")
-    with pytest.raises(ValueError, match=r"^model: a damaged ONNX model: metadata 'biascorr.folded': .*; expected what biascorr writes there, or nothing$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model: a damaged ONNX model: metadata 'biascorr.folded': .*; expected what biascorr writes there, or nothing$",
+    ):
         network.facts()
     with pytest.raises(ValueError, match="metadata 'biascorr.folded'"):
         network.edited(Edits())
