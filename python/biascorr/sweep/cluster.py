@@ -361,7 +361,7 @@ class ClusterShards(Shards):
         if found or not pending:
             return [future for future in found if future in pending]
         workers = self._workers()
-        return [future for future, remote in pending.items() if remote.worker not in workers]
+        return [future for future, remote in pending.items() if remote.worker not in workers or future.status != "pending"]
 
     def _results(self, futures: Mapping[Any, _Remote]) -> dict[Any, bytes]:
         """The results of futures, of those that can be had."""
