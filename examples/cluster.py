@@ -7,7 +7,8 @@
 
     ... FLOAT.onnx QUANTIZED.onnx SAMPLES                                 your files; else a small network
 
-SAMPLES is an .npy or .npz file, or a folder of them. The result goes to build/corrected-on-cluster.onnx, or to --output.
+SAMPLES is an .npy or .npz file, a folder of them, or module:function, which returns an array. The result goes to
+build/corrected-on-cluster.onnx, or to --output.
 
 `--ssh` needs asyncssh here (pip install asyncssh); the scheduler runs on the first machine, a worker on each. `--kubernetes`
 needs dask-kubernetes here and its operator in the cluster; the image has biascorr[dask,onnx] in it. Wherever workers and the
