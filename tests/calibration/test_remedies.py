@@ -53,6 +53,7 @@ FILES = {
     "table.csv": 'np.save("data.npy", np.loadtxt("table.csv", np.float32, delimiter=",")) makes one of it',
     "x.pt": 'np.save("data.npy", torch.load("x.pt").numpy()) makes one of it',
     "x.pkl": 'np.save("data.npy", pickle.load(open("x.pkl", "rb"))) makes one of it',
+    "x.h5": 'give h5py.File("x.h5")["x"], or "module:function" of a function that returns it',
     "loader.py": '"loader:function" takes what a function in it returns',
     "model.onnx": "it is a model, give samples for it",
     "notes.doc": "",
@@ -79,6 +80,7 @@ FOLDERS = {
     "2 files, none .npy or .npz; for images use": ["cats/1.png", "dogs/2.png"],
     "2 files, none .npy or .npz; np.save(": ["1.csv", "2.csv"],
     "1 file, none .npy or .npz": ["a.doc"],
+    '; give zarr.open("x.zarr", mode="r"), or "module:function" of a function that returns it': ["zarr.json", "c/0"],
     ": it is empty": [],
     "; there are 2 in folders inside it: give one of these": ["a/1.npy", "b/2.npy", "c.txt"],
 }
@@ -86,11 +88,13 @@ FOLDERS = {
 
 @pytest.mark.parametrize("remedy", FOLDERS)
 def test_remedies_for_folders(remedy, tmp_path):
+    folder = tmp_path / "x.zarr"
+    folder.mkdir()
     for name in FOLDERS[remedy]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    assert remedy in error_of(tmp_path)
-    assert "there is no .npy or .npz file in this folder" in error_of(tmp_path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert remedy in error_of(folder)
+    assert "there is no .npy or .npz file in this folder" in error_of(folder)
 
 
 # Functions

@@ -23,12 +23,16 @@ _READERS = {
     **dict.fromkeys((".pt", ".pth"), 'torch.load("{name}").numpy()'),
     **dict.fromkeys((".pkl", ".pickle"), 'pickle.load(open("{name}", "rb"))'),
     **dict.fromkeys((".parquet", ".feather"), 'pandas.read_parquet("{name}").to_numpy("float32")'),
-    **dict.fromkeys((".h5", ".hdf5"), 'h5py.File("{name}")["x"][:]'),
     ".mat": 'scipy.io.loadmat("{name}")["x"]',
-    ".zarr": 'zarr.open("{name}")[:]',
     ".safetensors": 'safetensors.numpy.load_file("{name}")["x"]',
 }
 """What reads files that hold arrays, by their suffix."""
+
+_LAZY = {**dict.fromkeys((".h5", ".hdf5"), 'h5py.File("{name}")["x"]'), ".zarr": 'zarr.open("{name}", mode="r")'}
+"""What opens arrays that are read part by part, by their suffix."""
+
+_OF_ZARR = ("zarr.json", ".zarray", ".zgroup")
+"""Files that a folder of zarr has one of."""
 
 _MODELS = (".onnx", ".tflite", ".keras")
 
@@ -40,9 +44,15 @@ def of_file(path: Path) -> str:
         return f"; it is an image: {_IMAGES}"
     if suffix in _READERS:
         return "; " + _SAVE.format(_READERS[suffix].format(name=path.name)) + " makes one of it"
+    if suffix in _LAZY:
+        return _of_lazy(suffix, path)
     if suffix == ".py":
         return f'; "{path.stem}:function" takes what a function in it returns'
     return "; it is a model, give samples for it" if suffix in _MODELS else ""
+
+
+def _of_lazy(suffix: str, path: Path) -> str:
+    return f'; give {_LAZY[suffix].format(name=path.name)}, or "module:function" of a function that returns it'
 
 
 def of_folder(folder: Path) -> str:
@@ -50,6 +60,8 @@ def of_folder(folder: Path) -> str:
     files = [each for each in folder.rglob("*") if each.is_file()]
     if not files:
         return ": it is empty"
+    if any((folder / name).exists() for name in _OF_ZARR):
+        return _of_lazy(".zarr", folder)
     if any(file.suffix in ARRAYS for file in files):
         return f"; there are {sum(file.suffix in ARRAYS for file in files)} in folders inside it: give one of these"
     said = f": {len(files)} file{'s'[: len(files) > 1]}, none .npy or .npz"
