@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -82,6 +83,7 @@ def left(dask_worker: Any) -> list[str]:
     """What a worker holds: results, networks, temporary folders."""
     from biascorr.sweep.cluster import _NETWORKS
 
+    gc.collect()  # Dask keeps frames of what it failed to move to disk
     folders = Path(dask_worker.local_directory).glob("**/biascorr-*")
     return [*map(str, dask_worker.data), *_NETWORKS, *map(str, folders)]
 

@@ -149,6 +149,8 @@ def serve() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 run(kind, *others)
                 status = 0
+            except SystemExit as end:  # of a command that was done before it was killed
+                status = int(end.code or 0)
             except Exception:
                 traceback.print_exc()
             finally:
