@@ -126,6 +126,13 @@ def has_no_files() -> None:
     _put(cluster, "Path", lambda _: Path("/nowhere"))
 
 
+def has_no_weights() -> None:
+    """Has a worker see no files of weights."""
+    from biascorr.adapters.onnx import tensors
+
+    _put(tensors, "_check_file", lambda _: (_ for _ in ()).throw(FileNotFoundError))
+
+
 def wait_for(path: Path, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not path.exists():

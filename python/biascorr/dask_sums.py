@@ -55,10 +55,11 @@ def has_collections(samples: Any) -> bool:
 def _is_collection(value: Any) -> bool:
     import dask
 
-    return dask.is_dask_collection(value) or _is_future(value)
+    return dask.is_dask_collection(value) or is_future(value)
 
 
-def _is_future(value: Any) -> bool:
+def is_future(value: Any) -> bool:
+    """Whether this is what a cluster computes."""
     return (type(value).__module__, type(value).__name__) == ("distributed.client", "Future")
 
 
@@ -93,7 +94,7 @@ def summed(samples: Any, empty: A, channel_axis: int) -> A:
     elif isinstance(samples, dask.bag.Bag):
         parts = enumerate(samples.to_delayed())
         runs, together = [run(part, f"partition {k}: samples[{{}}]", empty) for k, part in parts], 1
-    elif isinstance(samples, Delayed) or _is_future(samples):
+    elif isinstance(samples, Delayed) or is_future(samples):
         runs, together = [run(samples, "samples[{}]", empty)], 1
     else:
         kind = f"{type(samples).__module__}.{type(samples).__name__}"

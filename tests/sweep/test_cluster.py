@@ -369,6 +369,19 @@ def test_networks_travel_where_workers_see_no_file_of_the_client(two, workers, c
     assert "MB of networks" in caplog.text
 
 
+def test_weights_in_files_of_their_own_stay_there_where_workers_see_them(two, workers, caplog, monkeypatch, tmp_path):
+    model = model_from_text("g (float[N,256] x) => (float[N,256] y) { [layer] y = MatMul(x, w) }", w=weights(256, 256))
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights")
+    sizes, digest_of = [], on_cluster._digest_of
+    monkeypatch.setattr(on_cluster, "_digest_of", lambda path: sizes.append(path.stat().st_size) or digest_of(path))
+    for faulty in ((), (0, 1)):
+        for worker in faulty:
+            workers.arm(worker, faults.has_no_weights)
+        correct(tmp_path / "model.onnx", samples(16, 256), method="squared", quant_params=PARAMS, client=two)
+        assert ("of networks" in caplog.text) == bool(faulty)
+    assert min(sizes) < (tmp_path / "weights").stat().st_size / 10
+
+
 def test_files_are_read_where_workers_see_them(two, caplog):
     assert on(two) == at_home()
     assert "of networks" not in caplog.text

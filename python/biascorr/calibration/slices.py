@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from biascorr.dask_sums import is_future
+
 
 def is_sliceable(value: Any) -> bool:
     """Whether an object is an array of another package, or one that numpy has mapped from a file."""
@@ -45,7 +47,7 @@ def computed(value: Any) -> Any:
         return itertools.chain.from_iterable(part.compute() for part in value.to_delayed())
     if kind.__module__ == "dask.delayed":
         return value.compute()
-    return value.result() if (kind.__module__, kind.__name__) == ("distributed.client", "Future") else value
+    return value.result() if is_future(value) else value
 
 
 class Slices:

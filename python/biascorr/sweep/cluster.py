@@ -36,6 +36,7 @@ from biascorr.calibration.resources import available_cpus
 from biascorr.calibration.samples import Samples
 from biascorr.calibration.storage import Storage, TemporaryFolder, checked_budget
 from biascorr.graph.network import Feeds, is_network
+from biascorr.graph.travel import by_reference
 from biascorr.sweep.plan import SweepPlan
 from biascorr.sweep.shard import Function, Shard, Shards
 
@@ -164,9 +165,9 @@ class ClusterShards(Shards):
         self._failed: dict[str, BaseException] = {}
         self._away: dict[str, float] = {}
         self._is_over = False
-        self._networks: dict[int, tuple[Any, str]] = {}
+        self._keys: dict[int, str] = {}  # of networks, which are in what follows
         self._folder: TemporaryFolder | None = None
-        self._files: dict[str, tuple[Path, int, str]] = {}
+        self._files: dict[str, tuple[Any, str, int, str]] = {}
         self._prepared: dict[int, float] = {}
         workers = self._wait_for_workers()
         _check_version("the scheduler", lambda: client.run_on_scheduler(_version))
@@ -314,12 +315,12 @@ class ClusterShards(Shards):
             self._result(remote, _add, data)
 
     def _place(self, remote: _Remote, key: str) -> None:
-        """Has the worker of a shard have a network: from a file, where it sees the same one; else it is sent."""
+        """Has the worker of a shard have a network: from files, where it sees the same ones; else it is sent."""
         if key in remote.networks:
             return
-        path, size, digest = self._files[key]
-        if not self._result(remote, _load, key, str(path), size, digest):
-            with self._scattered(remote, path.read_bytes(), "networks") as content:
+        network, *file = self._files[key]
+        if not self._result(remote, _load, key, *file):
+            with self._scattered(remote, pickle.dumps(network, protocol=5), "networks") as content:
                 self._result(remote, _load_bytes, key, content)
         remote.networks.add(key)
 
@@ -482,17 +483,17 @@ class ClusterShards(Shards):
         return file.getvalue(), list(dict.fromkeys(pickler.keys))
 
     def _key(self, network: Any) -> str:
-        """The key of a network, which is written to a file when it is first needed."""
-        if id(network) not in self._networks:
+        """The key of a network, which is written to a file when it is first needed, without values that are in others."""
+        if id(network) not in self._keys:
             if self._folder is None:
                 self._folder = TemporaryFolder()
             key = uuid.uuid4().hex
             path = self._folder.path / f"{key}.network"
-            with path.open("wb") as file:
+            with path.open("wb") as file, by_reference():
                 pickle.dump(network, file, protocol=5)
-            self._files[key] = path, path.stat().st_size, _digest_of(path)
-            self._networks[id(network)] = network, key
-        return self._networks[id(network)][1]
+            self._files[key] = network, str(path), path.stat().st_size, _digest_of(path)
+            self._keys[id(network)] = key
+        return self._keys[id(network)]
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -621,7 +622,10 @@ def _load(held: _Held, key: str, path: str, size: int, digest: str) -> bool:
         return False
     if hashlib.sha256(content).hexdigest() != digest:
         return False
-    _load_bytes(held, key, content)
+    try:
+        _load_bytes(held, key, content)
+    except (OSError, ValueError):  # the files of its values are not here
+        return False
     return True
 
 

@@ -70,7 +70,7 @@ class Sweep:
         is_beside: bool = False,
     ) -> None:
         self.plan = SweepPlan(network, tuple(layer.name for layer in layers), wanted, depth, is_beside)
-        *self.stages, self._last = self.plan.stages()
+        self.stages = self.plan.stages()[:-1]  # the last one is for the outputs
         self.batches = batches
         self.shifts: dict[str, NDArray[Any]] = {}
         self._shards = shards
